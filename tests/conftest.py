@@ -1,0 +1,73 @@
+"""What all tests share. The environment comes first: `datasets` and `huggingface_hub` read theirs when imported."""
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+CACHE = tempfile.mkdtemp(prefix="tinydpo-tests-")  # no test finds, or leaves, anything in the user's own cache
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = CACHE
+os.environ.pop("TOKENIZERS_PARALLELISM", None)
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+import pytest  # noqa: E402 - after the environment
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real pairs and the GPT-2 tokenizer, which stand beside the repository and are no part of it."""
+    folder = ROOT.parent / "shared"
+    for needed in ("hh-rlhf", "gpt2-tokenizer"):
+        if not (folder / needed).is_dir():
+            pytest.skip(f"needs ../shared/{needed}, which is not part of the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(shared: Path) -> Any:
+    """The real one: no BOS token, no chat template, `<|endoftext|>` ends."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(shared / "gpt2-tokenizer")
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded task, small: `data/train.jsonl` (96 pairs), `data/test.jsonl` (32), `base/` (model, tokenizer)."""
+    from tinydpo.embedded_task import build_base_model, write_dialogues
+
+    folder = tmp_path_factory.mktemp("task")
+    write_dialogues(folder / "data", seed=0, train_pairs=96, test_pairs=32)
+    rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    build_base_model(folder / "base", rows, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(task: Path) -> Any:
+    """The embedded task's tokenizer: byte-level BPE, no BOS token, no chat template."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(task / "base")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(task: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random GPT-2 (2 layers, 64 wide, 192 positions, no dropout) and the tiny tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+    folder, end = tmp_path_factory.mktemp("tiny-model"), tiny_tokenizer.eos_token_id
+    set_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tiny_tokenizer), n_positions=192, n_embd=64, n_layer=2, n_head=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

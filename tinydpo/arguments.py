@@ -1,0 +1,71 @@
+"""What a recipe may say beyond TRL's and transformers' own flags: which pairs, and how they run on any devices."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class DataArguments:
+    """Which preference pairs, and how they are fitted to the token budget (`max_length`, TRL's own flag)."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, local folder, or a .jsonl, .jsonl.gz, .json or .parquet file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Name of the dataset's configuration."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of a dataset on the Hub."}
+    )
+    dataset_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder inside the dataset to read, for example harmless-base."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test",
+        metadata={"help": "Held-out split; where there is none, --test_split_size is held out of train."},
+    )
+    test_split_size: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of the train split to hold out when the data has no test split. The choice depends on the "
+            "data alone, so that SFT, DPO and evaluation hold out the same rows under any --seed."
+        },
+    )
+    max_question_length: int = field(
+        default=64,
+        metadata={"help": "Tokens of the last human turn that a long completion can never push out of the prompt."},
+    )
+    on_bad_row: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "stop: a broken row ends the run; skip: it is dropped and counted."}
+    )
+
+    def __post_init__(self):
+        """Refuse what cannot be meant (ValueError)."""
+        if not 0 < self.test_split_size < 1:
+            raise ValueError(f"test_split_size must lie between 0 and 1, got {self.test_split_size}")
+        if self.max_question_length < 1:
+            raise ValueError(f"max_question_length must be at least 1, got {self.max_question_length}")
+
+
+@dataclass
+class RunArguments:
+    """How the same recipe runs on any number of devices."""
+
+    pairs_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs (SFT: examples) per optimizer step over all devices. Batch and accumulation follow: the "
+            "largest batch up to --per_device_train_batch_size that divides each device's share."
+        },
+    )
+    eval_pairs: int = field(
+        default=512, metadata={"help": "Held-out pairs, drawn once at random, that evaluation during training uses."}
+    )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={"help": "The file given to `accelerate launch`, to check that what it asks for is what runs."},
+    )
+
+    def __post_init__(self):
+        """Refuse what cannot be meant (ValueError)."""
+        if self.eval_pairs < 1:
+            raise ValueError(f"eval_pairs must be at least 1, got {self.eval_pairs}; --eval_strategy no turns it off")
