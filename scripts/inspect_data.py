@@ -1,0 +1,54 @@
+"""See what the token budget does to your pairs, before any training.
+
+    python scripts/inspect_data.py --config recipes/gpt2-medium-hh/sft.yaml --max_length 256
+
+`make inspect` runs the same. Other data: --dataset_name my.jsonl; another tokenizer: --model_name_or_path.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import DPOConfig, ModelConfig, SFTConfig
+
+from tinydpo.arguments import DataArguments, RunArguments
+from tinydpo.errors import UserError, one_sentence
+from tinydpo.parsing import parse
+
+
+@dataclass
+class InspectArguments:
+    """What to look at besides the data."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model whose tokenizer to use."})
+    model_revision: str | None = field(default=None, metadata={"help": "Its commit, tag or branch on the Hub."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of prompt and one completion together."})
+    examples: int = field(default=3, metadata={"help": "Fitted pairs to show per split."})
+    json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe = (SFTConfig, DPOConfig, ModelConfig, RunArguments)
+    look, data = parse(InspectArguments, DataArguments, argv=argv, ignored=recipe)
+    if look.json and not Path(look.json).absolute().parent.is_dir():
+        raise UserError(f"--json {look.json}: the folder does not exist; make it first")
+
+    from tinydpo.card import CONTENT_NOTICE, is_hh
+    from tinydpo.hub import load_tokenizer
+    from tinydpo.inspection import describe
+    from tinydpo.pairs import load_pairs
+    from tinydpo.runs import write_json
+
+    tokenizer = load_tokenizer(look.model_name_or_path, look.model_revision)
+    splits = load_pairs(data, tokenizer, look.max_length, need_pairs=False)
+    if is_hh(data.dataset_name):
+        print(f"{CONTENT_NOTICE}\n")
+    for name, split in splits.items():
+        print(describe(name, split, tokenizer, look.max_length, look.examples), end="\n\n")
+    if look.json:
+        write_json(Path(look.json), {name: split.summary for name, split in splits.items()})
+        print(f"The figures are in {look.json}.")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,0 +1,171 @@
+"""Models, tokenizers and data sets from the Hub: safetensors only, no remote code, one sentence when it fails."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tinydpo.errors import UserError
+
+Loaded = TypeVar("Loaded")
+ATTEMPTS, FIRST_PAUSE = 4, 1.0  # 1 + 2 + 4 s of patience: the clients do not retry a 503 on a file by themselves
+LONG = 15.0  # seconds after which nothing is tried again: what the clients do retry takes them 23 s
+INSTEAD = "check the name and the network, give a local path, or run `make quickstart`, which needs neither"
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def patiently(load: Callable[[], Loaded]) -> Loaded:
+    """Call `load`, again after 429 and 5xx answers of the Hub, a bounded number of times."""
+    start = time.monotonic()
+    for attempt in range(ATTEMPTS):
+        try:
+            return load()
+        except Exception as error:
+            if attempt == ATTEMPTS - 1 or not _busy(error) or time.monotonic() - start > LONG:
+                raise
+            time.sleep(FIRST_PAUSE * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _busy(error: BaseException) -> int:
+    """The Hub's 429 or 5xx behind an error, or 0."""
+    statuses = (getattr(getattr(one, "response", None), "status_code", 0) for one in _causes(error))
+    return next((status for status in statuses if status == 429 or status >= 500), 0)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from: transformers wraps the Hub's errors into its own."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+@cache
+def unreachable() -> str:
+    """Why the Hub cannot be reached, or "". Its clients then use the cache alone: a call would try for half a minute.
+
+    Whatever answers, be it with an error, is reached; a proxy is used as for every other request.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    for pause in (0, 1, 2):
+        time.sleep(pause * FIRST_PAUSE)
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+            return ""
+        except Exception as error:  # of an HTTP library that is the clients' own affair
+            reason = str(error) or type(error).__name__
+    constants.HF_HUB_OFFLINE = True
+    return reason
+
+
+@contextmanager
+def told_plainly(what: str, name: str, revision: str | None, also: tuple = (ValueError, KeyError)) -> Any:
+    """Turn whatever the Hub's clients, and `also`, raise while loading into one sentence."""
+    import huggingface_hub.errors as hub
+    import safetensors
+    from huggingface_hub import constants
+
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it tells of every retry
+    local = Path(name).exists()
+    at = f" at revision {revision}" if revision and revision != "main" and not local else ""
+    away = "" if local else unreachable()
+    try:
+        yield
+    except UserError:
+        raise
+    except (hub.HfHubHTTPError, hub.HFValidationError, safetensors.SafetensorError, OSError, *also) as error:
+        causes = tuple(_causes(error))
+
+        def caused_by(*kinds: type) -> bool:
+            return any(isinstance(one, kinds) for one in causes)
+
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if caused_by(hub.GatedRepoError):
+            told = f"{what} {name}{at} is gated: accept its terms on the Hub and log in with `hf auth login`"
+        elif caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) and not local:
+            told = f"there is no {what} {name!r} on the Hub and no such local path; {INSTEAD}"
+        elif caused_by(hub.RevisionNotFoundError):
+            told = f"{what} {name} has no revision {revision!r}; check --{what}_revision"
+        elif caused_by(safetensors.SafetensorError):
+            told = f"{what} {name}: a weights file is cut or damaged ({error}); download or save it again"
+        elif away and caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
+            told = (
+                f"{what} {name}{at} is not in the cache and {constants.ENDPOINT} cannot be reached ({away}); {INSTEAD}"
+            )
+        elif status := _busy(error):
+            told = f"{what} {name}{at} could not be loaded (the Hub answers {status}); try again later, or {INSTEAD}"
+        else:
+            told = f"{what} {name}{at} could not be loaded ({reason}); {INSTEAD}"
+        raise UserError(told) from None
+
+
+def download_dataset(name: str, revision: str | None, data_dir: str | None) -> Path:
+    """Download a dataset repository's JSON and Parquet files and return the local folder (the Hub's cache).
+
+    Raises:
+        UserError: if it is not there, or the Hub does not answer.
+    """
+    inside = f"{data_dir}/" if data_dir else ""
+    suffixes = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+    patterns = ["README.md", *(f"{inside}*{suffix}" for suffix in suffixes)]
+    with told_plainly("dataset", name, revision):
+        return _download(name, revision, repo_type="dataset", allow_patterns=patterns)
+
+
+def _download(name: str, revision: str | None, **which: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(patiently(lambda: snapshot_download(name, revision=revision, **which)))
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises:
+        UserError: if it cannot be loaded, or has no end token (then no answer could ever end).
+    """
+    from transformers import AutoTokenizer
+
+    if not name:
+        raise UserError("model_name_or_path is not set; give a Hub id or a local folder")
+    with told_plainly("model", name, revision):
+        folder = Path(name)
+        if not folder.exists():
+            # The files first: AutoTokenizer takes a failed request for a file that is not there, and without
+            # config.json it may return a tokenizer of another type.
+            folder = _download(name, revision, allow_patterns=TOKENIZER_FILES, ignore_patterns="*/*")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.name_or_path = name
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model {name}: its tokenizer has no end token (eos_token); add one and save it again")
+    return tokenizer
+
+
+def load_model(name: str, revision: str | None = None, dtype: Any = None, device: Any = None) -> Any:
+    """Load a causal language model, or a LoRA adapter on its base, in eval mode.
+
+    Args:
+        name: Hub id or local folder.
+        revision: commit, tag or branch on the Hub.
+        dtype: torch dtype of the weights, float32 by default.
+        device: torch device, the CPU by default.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with told_plainly("model", name, revision):
+        model = patiently(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                name, revision=revision or "main", dtype=dtype or torch.float32, use_safetensors=True
+            )
+        )
+    return model.to(device or "cpu").eval()
