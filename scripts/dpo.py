@@ -1,0 +1,54 @@
+"""Preference-tune a fine-tuned model with DPO; policy and reference both start from its checkpoint.
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/dpo.py \
+        --config recipes/gpt2-medium-hh/dpo.yaml --beta 0.3
+
+`make dpo` runs the same, and the SFT before it where that is missing. Every flag of TRL's DPOConfig and ModelConfig
+works, here and in the recipe (--help).
+"""
+
+from trl import DPOConfig, ModelConfig
+
+from tinydpo.arguments import DataArguments, RunArguments
+from tinydpo.errors import one_sentence
+from tinydpo.parsing import parse_resolved
+
+
+def main(argv: list[str] | None = None) -> None:
+    types = (DataArguments, RunArguments, DPOConfig, ModelConfig)
+    (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
+
+    from trl import get_peft_config, get_quantization_config
+
+    from tinydpo import runs
+    from tinydpo.hub import load_tokenizer
+    from tinydpo.launch import prepare
+    from tinydpo.pairs import load_pairs
+    from tinydpo.trainers import FittedDPOTrainer
+
+    prepare(training, model, run.accelerate_config)
+    if runs.is_finished(training.output_dir, resolved):
+        return
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
+    runs.check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length)
+    splits = load_pairs(data, tokenizer, training.max_length)
+    evaluate = training.eval_strategy != "no"
+    trainer = runs.build(
+        lambda: FittedDPOTrainer(
+            model=model.model_name_or_path,
+            args=training,
+            train_dataset=splits["train"].pairs,
+            eval_dataset=runs.held_out(splits["test"].pairs, run.eval_pairs) if evaluate else None,
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        ),
+        model.model_name_or_path,
+        model.model_revision,
+    )
+    runs.train(trainer, resolved, {name: split.summary for name, split in splits.items()})
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

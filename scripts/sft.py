@@ -1,0 +1,57 @@
+"""Fine-tune a model on the preferred answers: the reference model that DPO starts from.
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/sft.py \
+        --config recipes/gpt2-medium-hh/sft.yaml --learning_rate 2e-5
+
+`make sft` runs the same. Every flag of TRL's SFTConfig and ModelConfig works, here and in the recipe (--help).
+"""
+
+from trl import ModelConfig, SFTConfig
+
+from tinydpo.arguments import DataArguments, RunArguments
+from tinydpo.errors import one_sentence
+from tinydpo.parsing import parse_resolved
+
+
+def main(argv: list[str] | None = None) -> None:
+    types = (DataArguments, RunArguments, SFTConfig, ModelConfig)
+    (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
+
+    from trl import SFTTrainer, get_peft_config, get_quantization_config
+    from trl.trainer.utils import disable_dropout_in_model
+
+    from tinydpo import runs
+    from tinydpo.hub import load_tokenizer
+    from tinydpo.launch import prepare
+    from tinydpo.pairs import load_pairs
+    from tinydpo.trainers import sft_rows
+
+    prepare(training, model, run.accelerate_config)
+    if runs.is_finished(training.output_dir, resolved):
+        return
+    if training.completion_only_loss is None:
+        training.completion_only_loss = True  # TRL's default would learn the prompts too, without a word
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
+    runs.check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length)
+    splits = load_pairs(data, tokenizer, training.max_length, need_pairs=False)
+    evaluate = training.eval_strategy != "no"
+    trainer = runs.build(
+        lambda: SFTTrainer(
+            model=model.model_name_or_path,
+            args=training,
+            train_dataset=sft_rows(splits["train"].pairs),
+            eval_dataset=sft_rows(runs.held_out(splits["test"].pairs, run.eval_pairs)) if evaluate else None,
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        ),
+        model.model_name_or_path,
+        model.model_revision,
+    )
+    disable_dropout_in_model(trainer.model)  # else 1 and 2 processes, which draw other masks, would not agree
+    runs.train(trainer, resolved, {name: split.summary for name, split in splits.items()})
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

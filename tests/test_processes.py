@@ -1,0 +1,97 @@
+"""Where a process is the point: several of them, accelerate's launcher, make."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+TRAIN = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_batch_size", "8", "--report_to", "none",
+         "--activation_checkpointing", "false", "--logging_steps", "1", "--seed", "0", "--max_steps", "6",
+         "--eval_strategy", "no", "--save_strategy", "no"]  # fmt: skip
+
+
+def call(*command: str | Path, **env: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    command = [str(part) for part in command]
+    return subprocess.run(command, cwd=ROOT, env=clean | env, capture_output=True, text=True, timeout=400, check=False)
+
+
+def launch(config: str, script: str, *flags: str | Path) -> subprocess.CompletedProcess:
+    file = f"accelerate_configs/{config}.yaml"
+    return call(BIN / "accelerate", "launch", "--quiet", "--config_file", file, f"scripts/{script}.py", *TRAIN,
+                "--accelerate_config", file, *flags, OMP_NUM_THREADS="1")  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_two_processes_give_the_losses_of_one(task, tiny_model, tmp_path):
+    for script, flags in {
+        "sft": ["--learning_rate", "3e-3", "--model_name_or_path", tiny_model],
+        "dpo": [
+            "--learning_rate",
+            "1e-3",
+            "--model_name_or_path",
+            tmp_path / "sft-cpu",
+            "--precompute_ref_log_probs",
+            "true",
+        ],
+    }.items():
+        for config in ("cpu", "multi_cpu"):
+            folder = tmp_path / f"{script}-{config}"
+            done = launch(config, script, *flags, "--dataset_name", task / "data", "--output_dir", folder)
+            assert done.returncode == 0, f"{script} under {config}.yaml fails:\n{done.stdout}{done.stderr}"
+            assert "FutureWarning" not in done.stderr, (
+                f"a start prints what a user can do nothing about:\n{done.stderr}"
+            )
+        one, two = losses(tmp_path / f"{script}-cpu"), losses(tmp_path / f"{script}-multi_cpu")
+        assert two == pytest.approx(one, rel=1e-3), (
+            f"{script}: a recipe trains differently on 2 processes: {one} {two}"
+        )
+
+
+def test_a_mistake_is_one_sentence_through_make(tmp_path):
+    done = call("make", "dpo", "RECIPE=recipes/quickstart", "ACCELERATE=accelerate_configs/cpu.yaml",
+                f"ARGS=--bta 0.3 --model_name_or_path x --output_dir {tmp_path}/run")  # fmt: skip
+    told = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert done.returncode and told == [
+        "error: command line: 'bta' is not a known key; the nearest valid one is 'beta'"
+    ]
+    assert "Traceback" not in done.stdout + done.stderr and not (tmp_path / "run").exists()
+
+
+def test_dpo_runs_its_sft_only_when_that_is_missing(tmp_path):
+    recipe, runs = tmp_path / "recipes/mine", ROOT / "runs/test-of-make"
+    recipe.mkdir(parents=True)
+    (recipe / "dpo-x.yaml").write_text(f"model_name_or_path: {runs.relative_to(ROOT)}/sft-x # policy and reference\n")
+    command = ["make", "--dry-run", "dpo", f"RECIPE={recipe}", "STAGE=dpo-x", "ARGS=--beta 0.3"]
+    missing = call(*command).stdout
+    assert f"scripts/sft.py --config {recipe}/sft-x.yaml" in missing, "a missing SFT checkpoint is not made first"
+    assert "sft-x.yaml --accelerate_config" in missing and missing.count("--beta 0.3") == 1, "DPO's flags reach SFT"
+    named = call(*command[:-1], "ARGS=--model_name_or_path other").stdout
+    assert "scripts/sft.py" not in named, "SFT runs although another model is named"
+    (runs / "sft-x").mkdir(parents=True)
+    try:
+        (runs / "sft-x/model.safetensors").touch()
+        there = call(*command).stdout
+    finally:
+        (runs / "sft-x/model.safetensors").unlink()
+        (runs / "sft-x").rmdir()
+        runs.rmdir()
+    assert "scripts/sft.py" not in there and "scripts/dpo.py" in there, (
+        "SFT runs again although its checkpoint is there"
+    )
+
+
+def test_help_lists_every_target():
+    shown = call("make").stdout
+    makefile = (ROOT / "Makefile").read_text()
+    targets = makefile.split(".PHONY:")[1].splitlines()[0].split()
+    assert all(f"{target} " in shown for target in targets), f"make does not tell of {targets}:\n{shown}"

@@ -1,0 +1,73 @@
+"""The model card: data, revision, beta, length rule, results and, where HH's text was used, its content notice."""
+
+from pathlib import Path
+from typing import Any
+
+CONTENT_NOTICE = (
+    "The Anthropic HH-RLHF data hold text that may be offensive or upsetting, violence, abuse and discrimination "
+    "included. Its authors share it for research on making models less harmful; a model trained on it may repeat it."
+)
+
+
+def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], results: dict[str, Any]) -> None:
+    """Write `README.md` for a finished run.
+
+    Args:
+        folder: the run's folder.
+        resolved: every key of the run with its value.
+        summary: what fitting did to each split.
+        results: the metrics of training and evaluation.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    dpo = "beta" in resolved
+    dataset, base = str(resolved["dataset_name"]), str(resolved["model_name_or_path"])
+    local = {name for name in (dataset, base) if Path(name).exists()}
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=None if base in local else base,
+        datasets=None if dataset in local else [dataset],
+        tags=["trl", "dpo" if dpo else "sft", "tinydpo"],
+    )
+    train = summary["train"]
+    facts = {
+        "Method": f"DPO (arXiv 2305.18290), loss {' + '.join(resolved['loss_type'])}, beta {resolved['beta']}"
+        if dpo
+        else "supervised fine-tuning on the preferred answers, completion tokens only",
+        "Starts from": _with_revision(base, resolved.get("model_revision"), base in local),
+        "Data": _with_revision(dataset, resolved.get("dataset_revision"), dataset in local),
+        "Pairs": f"{train['pairs_kept']:,} of {train['pairs_in']:,} kept, dropped: {train['dropped'] or 'none'}",
+        "Length rule": f"{resolved['max_length']} tokens for prompt, completion and end token: the last human turn "
+        f"is sure of {resolved['max_question_length']} of them, then completions come first and keep their "
+        f"start, the prompt keeps its end ({train['completion_tokens_kept']:.1%} of completion tokens kept)",
+        "Learning rate": f"{resolved['learning_rate']}, {resolved.get('pairs_per_step') or '?'} pairs per step, "
+        f"{resolved['num_train_epochs']} epoch(s), seed {resolved['seed']}",
+    }
+    shown = {
+        key: value for key, value in results.items() if isinstance(value, int | float) and "per_second" not in key
+    }
+    lines = [f"# {Path(folder).parent.name}/{Path(folder).name}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.items()]
+    lines += ["", "## Results", "", "Evaluation is on held-out pairs.", "", "| metric | value |", "| --- | --- |"]
+    lines += [f"| {key} | {value:.4g} |" for key, value in shown.items()]
+    lines += [
+        "",
+        "![curves](curves.png)",
+        "",
+        "`run_config.yaml` holds every key of the run, `environment.json` its versions.",
+    ]
+    if is_hh(dataset):
+        lines += ["", "## Content notice", "", CONTENT_NOTICE]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(folder / "README.md")
+
+
+def is_hh(dataset: str) -> bool:
+    """Whether a data set is Anthropic's HH-RLHF, by its name."""
+    return "hh-rlhf" in dataset.lower()
+
+
+def _with_revision(name: str, revision: str | None, local: bool) -> str:
+    # A card may be published: it names a local file or folder, never the way to it.
+    if local:
+        return f"`{name if not Path(name).is_absolute() else Path(name).name}` (local)"
+    return f"`{name}`" + (f" at `{revision}`" if revision else "")

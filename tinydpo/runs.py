@@ -1,0 +1,176 @@
+"""A run's folder: begun once, resumed if cut short, refused if its recipe changed, finished when the results are in.
+
+What a folder holds: `run_config.yaml` (every key as it came to run), `data_summary.json`, `environment.json`, the
+checkpoints while training, then model, tokenizer, generation config, `trainer_state.json`, `curves.png`, a model card,
+and last `train_results.json`, which marks it as finished.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from datasets import Dataset
+
+from tinydpo.errors import UserError
+from tinydpo.hub import patiently, told_plainly
+from tinydpo.sources import HOLD_OUT_SEED
+
+Trainer = TypeVar("Trainer")
+RUN_CONFIG, FINISHED = "run_config.yaml", "train_results.json"
+PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tokenizers")
+# Where and how loudly a recipe runs, not what it trains: these may differ between a run and its continuation.
+NOT_THE_RECIPE = {
+    "accelerate_config", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "ddp_timeout", "disable_tqdm", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
+    "hub_strategy", "local_rank", "log_level", "log_level_replica", "output_dir", "per_device_eval_batch_size",
+    "precompute_ref_batch_size", "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name",
+    "save_total_limit", "trackio_space_id",
+}  # fmt: skip
+FOLLOWS_FROM_PAIRS_PER_STEP = {"gradient_accumulation_steps", "per_device_train_batch_size"}
+SECRETS = {"hub_token"}
+
+
+def is_finished(output_dir: str, resolved: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run, finished (then it says so).
+
+    Args:
+        output_dir: the run's folder.
+        resolved: every key of the run with its value.
+
+    Raises:
+        UserError: if the folder holds a run of another recipe, naming the first key that differs.
+    """
+    folder = Path(output_dir)
+    if not (folder / RUN_CONFIG).exists():
+        return False
+    before, now = yaml.safe_load((folder / RUN_CONFIG).read_text()) or {}, _plain(resolved)
+    follows = FOLLOWS_FROM_PAIRS_PER_STEP if now.get("pairs_per_step") else set()
+    for key in sorted({*before, *now} - NOT_THE_RECIPE - follows):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{folder} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
+                "pass another --output_dir, or delete the folder"
+            )
+    if (folder / FINISHED).exists():
+        print(f"{folder} holds this run, finished; delete the folder to train again.")
+        return True
+    return False
+
+
+def _plain(resolved: dict[str, Any]) -> dict[str, Any]:
+    """As YAML can hold it and without secrets; what is unset is left out."""
+    kept = {key: value for key, value in resolved.items() if value not in (None, []) and key not in SECRETS}
+    return json.loads(json.dumps(kept, default=lambda value: getattr(value, "value", str(value)), sort_keys=True))
+
+
+def build(construct: Callable[[], Trainer], name: str, revision: str | None) -> Trainer:
+    """Construct a trainer, which loads its model; what cannot be loaded, or does not fit together, is one sentence."""
+    try:
+        with told_plainly("model", name, revision, also=()):
+            return patiently(construct)
+    except (ValueError, NotImplementedError, ImportError, TypeError) as error:
+        raise UserError(str(error)) from None
+
+
+def check_model(name: str, revision: str | None, tokenizer: Any, max_length: int) -> None:
+    """Refuse sequences longer than the model has positions, or a tokenizer with more tokens than it has embeddings."""
+    from transformers import AutoConfig
+
+    if (Path(name) / "adapter_config.json").exists():
+        return
+    with told_plainly("model", name, revision):
+        config = patiently(lambda: AutoConfig.from_pretrained(name, revision=revision or "main")).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(f"max_length is {max_length}, but model {name} has {positions} positions; lower --max_length")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"model {name} embeds {config.vocab_size} tokens, its tokenizer has {len(tokenizer)}; they do not match"
+        )
+
+
+def held_out(pairs: Dataset, most: int) -> Dataset:
+    """At most `most` rows for evaluation during training, drawn once for all runs."""
+    return pairs if len(pairs) <= most else pairs.shuffle(seed=HOLD_OUT_SEED).select(range(most))
+
+
+def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Train, or go on from the last checkpoint, evaluate, and write everything that a run's folder holds.
+
+    Args:
+        trainer: a TRL trainer, ready.
+        resolved: every key of the run with its value.
+        summary: what fitting did to each split.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from tinydpo.card import write_card
+    from tinydpo.curves import draw_curves
+
+    args, folder, main = trainer.args, Path(trainer.args.output_dir), trainer.is_world_process_zero()
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUN_CONFIG).write_text(yaml.safe_dump(_plain(resolved)))
+        write_json(folder / "data_summary.json", summary)
+        write_json(folder / "environment.json", environment(args.seed))
+    trainer.accelerator.wait_for_everyone()  # the others look for checkpoints in the folder that the first one made
+    checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    if checkpoint:
+        trainer.accelerator.print(f"Going on from {checkpoint}.")
+    results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if trainer.eval_dataset is not None:
+        results |= trainer.evaluate()
+    sample_plainly(trainer)
+    trainer.save_model()
+    trainer.save_state()
+    if main:
+        draw_curves(trainer.state.log_history, folder / "curves.png")
+        write_card(folder, resolved, summary, results)
+        write_json(folder / FINISHED, results)
+        print(f"Done: {folder} holds the model, its card (README.md) and curves.png.")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+
+
+def sample_plainly(trainer: Any) -> None:
+    """Have the saved model sample from its own distribution: transformers keeps the 50 likeliest tokens by default."""
+    generation = trainer.accelerator.unwrap_model(trainer.model).generation_config
+    generation.do_sample, generation.temperature, generation.top_k, generation.top_p = True, 1.0, 0, 1.0
+    generation.eos_token_id = trainer.processing_class.eos_token_id
+    generation.pad_token_id = trainer.processing_class.pad_token_id
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Versions, commit, device and seed of this process."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "seed": seed,
+        "git_commit": commit,
+        "device": device,
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON at once or not at all."""
+    half = path.with_name(f".{path.name}.half")
+    half.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(half, path)
