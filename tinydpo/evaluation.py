@@ -1,0 +1,170 @@
+"""What a policy has learned against its reference: what to compare, under which rewards, and where it goes.
+
+`logps` and `sampling` ask the models, `metrics` does the arithmetic, `evaluation_table` words it, and
+`scripts/evaluate.py` puts them together.
+"""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from tinydpo.errors import UserError
+
+RewardFunction = Callable[..., list[float]]
+
+
+@dataclass
+class EvaluateArguments:
+    """Which two models to compare, and how."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The policy: folder or Hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch, on the Hub."})
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The reference the policy was trained from (the SFT model): folder or Hub id."}
+    )
+    ref_model_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of a reference on the Hub."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for eval_results.json and samples.jsonl."})
+    beta: float | None = field(
+        default=None, metadata={"help": "β of implicit reward and loss; by default the policy run's own, or 0.1."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of prompt + completion; a sampled answer gets half. By default the policy run's, or 128."
+        },
+    )
+    num_prompts: int = field(default=512, metadata={"help": "Held-out prompts that both models answer."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits when sampling."})
+    top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens only; 0: from all."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this mass; 1: from all."})
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rewards as module.function, in TRL's form f(prompts, completions, **kwargs); summed."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Sequences in one forward pass: memory against speed."})
+    seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "auto: bfloat16 on GPUs that compute in it, else float32."}
+    )
+
+    def __post_init__(self):
+        """Take what is left open from the policy's run, and refuse what cannot be measured (ValueError)."""
+        for name in ("model_name_or_path", "ref_model_name_or_path", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing; evaluation needs a policy, its reference and an output folder")
+        run = read_run_config(self.model_name_or_path)
+        if self.beta is None:
+            self.beta = float(run.get("beta") or 0.1)
+        if self.max_length is None:
+            self.max_length = int(run.get("max_length") or 128)
+        for name, least in (("max_length", 4), ("num_prompts", 1), ("batch_size", 1), ("top_k", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not (self.beta > 0 and self.temperature > 0 and 0 < self.top_p <= 1):
+            raise ValueError(
+                "beta and temperature must be above 0 and top_p between 0 and 1, "
+                f"got {self.beta}, {self.temperature} and {self.top_p}"
+            )
+
+
+def read_run_config(model: str) -> dict[str, Any]:
+    """Every key of the run that made `model` (its `run_config.yaml`; a checkpoint's run lies one folder up), or {}."""
+    folder = Path(model)
+    for path in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        if (path / "run_config.yaml").is_file():
+            try:
+                return yaml.safe_load((path / "run_config.yaml").read_text()) or {}
+            except yaml.YAMLError as error:
+                raise UserError(f"{path / 'run_config.yaml'} is not valid YAML: {error}") from None
+    return {}
+
+
+def device_and_dtype(dtype: str) -> tuple[str, torch.dtype]:
+    """The first GPU, else the CPU, and what to compute in there ("auto", "float32" or "bfloat16")."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        # Before capability 8 bfloat16 is emulated, and on CPUs without AMX float32 is the faster one.
+        fast = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        return device, torch.bfloat16 if fast else torch.float32
+    return device, getattr(torch, dtype)
+
+
+def check_same_vocabulary(policy: PreTrainedTokenizerBase, ref: PreTrainedTokenizerBase) -> None:
+    """Log-probs of the same token ids can be compared only where the ids mean the same tokens.
+
+    Raises:
+        UserError: the two vocabularies differ.
+    """
+    differ = sorted({token for token, _ in policy.get_vocab().items() ^ ref.get_vocab().items()})
+    if differ:
+        raise UserError(
+            f"policy and reference have different vocabularies ({len(differ)} tokens differ, such as {differ[0]!r}); "
+            "pass as --ref_model_name_or_path the model that the policy was trained from"
+        )
+
+
+def load_reward(name: str) -> RewardFunction:
+    """The function that `module.function` names; the module may lie in the working directory.
+
+    Raises:
+        UserError: no such module or function, or the module fails to import.
+    """
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise UserError(f"--reward_funcs {name!r} is not of the form module.function")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        reward = getattr(importlib.import_module(module), function, None)
+    except Exception as error:
+        raise UserError(f"--reward_funcs {name!r}: cannot import {module!r}: {error!r}") from None
+    if not callable(reward):
+        raise UserError(f"--reward_funcs {name!r}: module {module!r} has no function {function!r}")
+    return reward
+
+
+def rewards(functions: Sequence[RewardFunction], prompts: list[str], completions: list[str]) -> np.ndarray:
+    """Sum of the functions' rewards for each completion, (n,) float64.
+
+    Raises:
+        UserError: a function raises, or gives anything but one finite number a completion.
+    """
+    total = np.zeros(len(completions))
+    for function in functions:
+        name = f"{function.__module__}.{getattr(function, '__name__', function)}"
+        try:
+            values = np.asarray(function(prompts=prompts, completions=completions), dtype=np.float64)
+        except Exception as error:
+            raise UserError(f"reward function {name} failed: {error!r}") from None
+        if values.shape != total.shape or not np.isfinite(values).all():
+            raise UserError(
+                f"reward function {name} must return {len(completions)} finite numbers, one for each completion, "
+                f"but returned shape {values.shape}"
+            )
+        total += values
+    return total
+
+
+def save(output_dir: Path, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
+    """Write `samples.jsonl`, then `eval_results.json`: where that one stands, the evaluation is complete.
+
+    Both replace what an earlier run left, whole or not at all.
+    """
+    jsonl = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    for name, text in (("samples.jsonl", jsonl), ("eval_results.json", json.dumps(results, indent=2) + "\n")):
+        partial = output_dir / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, output_dir / name)
