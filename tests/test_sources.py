@@ -177,11 +177,13 @@ def test_missing_splits(tmp_path: Path):
         load_records(DataArguments(dataset_name=f"{tmp_path}/train.jsonl.gz", dataset_test_split="dev"))
 
 
-def test_training_rows_are_never_the_held_out_ones(tmp_path: Path):
+def test_training_rows_are_never_the_held_out_ones(tmp_path: Path, tiny_tokenizer: Any):
     write_folder(tmp_path, train=rows(4), test=rows(3))
     for name in (tmp_path, tmp_path / "train.jsonl.gz"):
         with pytest.raises(UserError, match="both 'test'"):
-            load_records(DataArguments(dataset_name=str(name), dataset_train_split="test"))
+            load_pairs(DataArguments(dataset_name=str(name), dataset_train_split="test"), tiny_tokenizer, 128)
+    whole = load_split(DataArguments(dataset_name=str(name), dataset_test_split="train"), tiny_tokenizer, 128, "test")
+    assert len(whole.pairs) == 4, "evaluation cannot be asked to use every row of a file"
 
 
 HH = {

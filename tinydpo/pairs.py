@@ -45,6 +45,11 @@ def load_pairs(
     Raises:
         UserError: if the data cannot be read, a row is broken, or a split keeps no pair.
     """
+    if data.dataset_train_split == data.dataset_test_split:
+        raise UserError(
+            f"dataset_train_split and dataset_test_split are both {data.dataset_train_split!r}, so evaluation would "
+            "see trained rows; name two splits"
+        )
     with global_then_local_main_first():  # the others find the cache that the first process wrote
         records = load_records(data)
         return {
@@ -53,7 +58,7 @@ def load_pairs(
 
 
 def load_split(data: DataArguments, tokenizer: Any, max_length: int, split: str) -> FittedSplit:
-    """`load_pairs`, one split of it; the other is not fitted."""
+    """`load_pairs`, one split of it; the other is not fitted, and may be the same (`--dataset_test_split train`)."""
     with global_then_local_main_first():
         return _fit_split(split, load_records(data)[split], data, tokenizer, max_length, need_pairs=True)
 
@@ -62,7 +67,8 @@ def _fit_split(
     split: str, records: Dataset, data: DataArguments, tokenizer: Any, max_length: int, need_pairs: bool
 ) -> FittedSplit:
     large = len(records) >= LARGE
-    workers = len(os.sched_getaffinity(0)) if large else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on macOS
+    workers = cores if large else 1
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
     with quiet(small=not large):

@@ -1,0 +1,62 @@
+# tinydpo: `make` lists the targets. Each is a thin cover over a command that it prints before running it.
+RECIPE     ?= recipes/gpt2-medium-hh
+ACCELERATE ?= accelerate_configs/$(if $(shell command -v nvidia-smi),single_gpu,cpu).yaml
+ARGS       ?=
+SEED       ?= 0
+SHELL      := /bin/bash
+PYTHON     := .venv/bin/python
+# Said outright, because accelerate otherwise says at every start on a CPU that it chose the number itself.
+THREADS     = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $$(sed -n 's/^num_processes: *//p' $(ACCELERATE) 2>/dev/null | grep . || echo 1) )); echo $$(( n > 1 ? n : 1 )))
+LAUNCH      = $(if $(wildcard $(ACCELERATE)),,$(error ACCELERATE=$(ACCELERATE): there is no such file, see accelerate_configs/)).venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE)
+TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE) $(ARGS)
+# The model that a DPO recipe starts from, unless ARGS name another.
+START       = $(if $(findstring --model_name_or_path,$(ARGS)),,$(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(RECIPE)/$(STAGE).yaml))
+
+sft inspect: STAGE = sft
+dpo:         STAGE = dpo
+evaluate:    STAGE = evaluate
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart sft dpo evaluate inspect test test-all lint clean
+
+help: ## List every target
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@echo 'Change what runs: RECIPE=recipes/quickstart STAGE=dpo-512 ACCELERATE=accelerate_configs/multi_gpu.yaml'
+	@echo '                  ARGS="--beta 0.3 --max_steps 50"; now: RECIPE=$(RECIPE) ACCELERATE=$(ACCELERATE)'
+
+install: .venv/installed ## Create .venv and install; again only when pyproject.toml or constraints.txt changed
+
+.venv/installed: pyproject.toml constraints.txt
+	python3 -c 'import sys; sys.exit("error: tinydpo needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: install ## SFT, DPO and evaluation on the embedded task, on a CPU in minutes (SEED=1 for another)
+	$(PYTHON) scripts/quickstart.py --seed $(SEED) --output_dir runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+
+sft: install ## Fine-tune GPT-2 Medium on HH's preferred answers
+	$(LAUNCH) scripts/sft.py $(TRAIN)
+
+dpo: install ## Preference-tune it with DPO (runs the SFT it starts from first if that is missing)
+	@case "$(START)" in runs/*) compgen -G "$(START)/*.safetensors" > /dev/null || $(MAKE) --no-print-directory sft STAGE=$(notdir $(START)) ARGS= ;; esac
+	$(LAUNCH) scripts/dpo.py $(TRAIN)
+
+evaluate: install ## Hold the policy against its reference: pairs, sampled answers, KL
+	$(PYTHON) scripts/evaluate.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
+
+inspect: install ## See what the token budget does to the pairs, before any training
+	$(PYTHON) scripts/inspect_data.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
+
+test: install ## Run the tests (minutes)
+	$(PYTHON) -m pytest -m 'not slow' $(ARGS)
+
+test-all: install ## Run the slow tests too
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: install ## Check format and style
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+clean: ## Delete runs/ and .venv
+	rm -rf runs .venv
