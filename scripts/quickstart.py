@@ -12,6 +12,8 @@ import runpy
 import time
 from pathlib import Path
 
+from datasets import disable_progress_bars
+
 from tinydpo.embedded_task import build_base_model, write_dialogues
 from tinydpo.errors import one_sentence
 
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the data, the models and the samples")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     args = parser.parse_args()
+    disable_progress_bars()  # on so few rows they only flash by
     runs, seed, start = args.output_dir, args.seed, time.monotonic()
     data, base, sft, dpo = (runs / name for name in ("data", "base", "sft", "dpo"))
 

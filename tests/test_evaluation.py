@@ -50,13 +50,7 @@ PROMISED = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small wait for each other's threads more than they compute: six times slower on two busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

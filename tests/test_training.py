@@ -5,7 +5,6 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from tinydpo.errors import UserError
@@ -15,13 +14,7 @@ SMALL = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_ba
          "--save_total_limit", "2", "--eval_strategy", "steps", "--eval_steps", "6", "--eval_pairs", "16"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny matrices are faster on one thread, and results do not depend on how busy the machine is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(script: str, *argv: str | Path) -> None:
