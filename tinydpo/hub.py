@@ -161,7 +161,9 @@ def load_model(name: str, revision: str | None = None, dtype: Any = None, device
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of loading: it only flashes by
     with told_plainly("model", name, revision):
         model = patiently(
             lambda: AutoModelForCausalLM.from_pretrained(

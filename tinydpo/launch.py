@@ -151,9 +151,11 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
         UserError: if what runs is not what the accelerate file asked for.
     """
     import warnings
+    from logging import ERROR
 
     from transformers.utils import logging
 
+    logging.get_logger("transformers.trainer_utils").setLevel(ERROR)  # on checkpoints of the same second: no matter
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # TRL's own use of old names
     logging.disable_progress_bar()  # loading and writing shards: bars of a blink between the lines that matter
     line = check(training_args, accelerate_config)
