@@ -15,7 +15,7 @@ from tinydpo import evaluation, evaluation_table, metrics
 from tinydpo.arguments import DataArguments
 from tinydpo.errors import UserError, one_sentence
 from tinydpo.evaluation import EvaluateArguments
-from tinydpo.fitting import tokenize_prompts
+from tinydpo.fitting import bos_of, tokenize_prompts
 from tinydpo.hub import load_model, load_tokenizer
 from tinydpo.logps import pair_logps, token_logps
 from tinydpo.pairs import load_split
@@ -28,17 +28,17 @@ def main(argv: list[str] | None = None) -> None:
     functions = [evaluation.load_reward(name) for name in args.reward_funcs or []]
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
     evaluation.check_same_vocabulary(tokenizer, load_tokenizer(args.ref_model_name_or_path, args.ref_model_revision))
-    output_dir = Path(args.output_dir)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir := Path(args.output_dir)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: {error.strerror}; choose a folder that can be written") from None
+        raise UserError(f"--output_dir {args.output_dir}: {error.strerror}; choose another folder") from None
 
     held_out = load_split(data, tokenizer, args.max_length, "test")
     texts = choose_prompts(held_out.texts, args.num_prompts, args.seed)
     room = args.max_length // 2
     whole, _ = tokenize_prompts(texts, tokenizer)
-    prompts = [cut_prompt(ids, args.max_length - room, tokenizer.bos_token_id) for ids in whole]
+    bos = next(iter(bos_of(tokenizer)), None)  # as fitting keeps it, not every token that a tokenizer calls so
+    prompts = [cut_prompt(ids, args.max_length - room, bos) for ids in whole]
 
     # One model in memory at a time. Each samples under a seed of its own: with shared random numbers the two answers
     # to a prompt would be alike, and the win rate would not be that of independent answers.
