@@ -18,12 +18,15 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, DPOConfig, ModelConfig)
     (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
 
+    from functools import partial
+
     from trl import get_peft_config, get_quantization_config
 
     from tinydpo import runs
     from tinydpo.hub import load_tokenizer
     from tinydpo.launch import prepare
     from tinydpo.pairs import load_pairs
+    from tinydpo.shared_prefix import SharedPrefixDPOTrainer
     from tinydpo.trainers import FittedDPOTrainer
 
     prepare(training, model, run.accelerate_config)
@@ -33,8 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     runs.check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length)
     splits = load_pairs(data, tokenizer, training.max_length)
     evaluate = training.eval_strategy != "no"
+    engine = partial(SharedPrefixDPOTrainer, row_length=run.row_length) if run.shared_prefix else FittedDPOTrainer
     trainer = runs.build(
-        lambda: FittedDPOTrainer(
+        lambda: engine(
             model=model.model_name_or_path,
             args=training,
             train_dataset=splits["train"].pairs,

@@ -17,6 +17,8 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, SFTConfig, ModelConfig)
     (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
 
+    from functools import partial
+
     from trl import SFTTrainer, get_peft_config, get_quantization_config
     from trl.trainer.utils import disable_dropout_in_model
 
@@ -24,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     from tinydpo.hub import load_tokenizer
     from tinydpo.launch import prepare
     from tinydpo.pairs import load_pairs
+    from tinydpo.shared_prefix import PackedSFTTrainer
     from tinydpo.trainers import sft_rows
 
     prepare(training, model, run.accelerate_config)
@@ -35,8 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     runs.check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length)
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs=False)
     evaluate = training.eval_strategy != "no"
+    engine = partial(PackedSFTTrainer, row_length=run.row_length) if run.shared_prefix else SFTTrainer
     trainer = runs.build(
-        lambda: SFTTrainer(
+        lambda: engine(
             model=model.model_name_or_path,
             args=training,
             train_dataset=sft_rows(splits["train"].pairs),

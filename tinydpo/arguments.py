@@ -60,6 +60,20 @@ class RunArguments:
     eval_pairs: int = field(
         default=512, metadata={"help": "Held-out pairs, drawn once at random, that evaluation during training uses."}
     )
+    shared_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute each pair's prompt once, in rows without padding; same results to rounding. false: TRL's "
+            "own padded forward, for models whose attention does not allow it."
+        },
+    )
+    row_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens in such a row. Longer: less padding, but attention over more that the mask hides. By "
+            "default 512, or twice --max_length if that is more."
+        },
+    )
     accelerate_config: str | None = field(
         default=None,
         metadata={"help": "The file given to `accelerate launch`, to check that what it asks for is what runs."},

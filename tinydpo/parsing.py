@@ -126,6 +126,13 @@ class RecipeParser(TrlParser):
             if getattr(namespace, new) is None or old_wins:
                 setattr(namespace, new, getattr(namespace, old))
             setattr(namespace, old, getattr(namespace, new))
+        if namespace.row_length is None:
+            namespace.row_length = max(512, 2 * (namespace.max_length or 0))
+        if namespace.row_length < 2 * (namespace.max_length or 0):
+            raise UserError(
+                f"row_length is {namespace.row_length}, but a pair fitted to max_length {namespace.max_length} can "
+                f"take twice that; pass --row_length {2 * namespace.max_length} or more"
+            )
         launch.fill(namespace)
 
 
