@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # One model in memory at a time. Each samples under a seed of its own: with shared random numbers the two answers
     # to a prompt would be alike, and the win rate would not be that of independent answers.
-    device, dtype = evaluation.device_and_dtype(args.dtype)
+    (device, dtype), rows = evaluation.device_and_dtype(args.dtype), args.row_length
     models = {
         "policy": (args.model_name_or_path, args.model_revision),
         "ref": (args.ref_model_name_or_path, args.ref_model_revision),
@@ -50,12 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     logps, answers, answer_logps = {}, {}, {}
     for index, (role, (name, revision)) in enumerate(models.items()):
         model = load_model(name, revision, dtype=dtype, device=device)
-        logps[role] = pair_logps(model, held_out.pairs, args.batch_size, f"{role}: pairs")
+        logps[role] = pair_logps(model, held_out.pairs, args.batch_size, f"{role}: pairs", rows)
         answers[role] = sample_answers(
             model, tokenizer, prompts, room, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             batch_size=args.batch_size, seed=args.seed + index, desc=f"{role}: answers",
         )  # fmt: skip
-        answer_logps[role] = token_logps(model, prompts, answers["policy"].ids, args.batch_size, f"{role}: KL")
+        answer_logps[role] = token_logps(model, prompts, answers["policy"].ids, args.batch_size, f"{role}: KL", rows)
         del model
         gc.collect()
 

@@ -54,6 +54,17 @@ class EvaluateArguments:
         metadata={"help": "Rewards as module.function, in TRL's form f(prompts, completions, **kwargs); summed."},
     )
     batch_size: int = field(default=32, metadata={"help": "Sequences in one forward pass: memory against speed."})
+    shared_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Score each pair's prompt once, in rows without padding; same results to rounding. false: padded, "
+            "for models whose attention does not allow it."
+        },
+    )
+    row_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens in such a row; by default 512, or twice --max_length if that is more."},
+    )
     seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "auto: bfloat16 on GPUs that compute in it, else float32."}
@@ -69,6 +80,10 @@ class EvaluateArguments:
             self.beta = float(run.get("beta") or 0.1)
         if self.max_length is None:
             self.max_length = int(run.get("max_length") or 128)
+        longest_pair = 2 * self.max_length
+        self.row_length = (self.row_length or max(512, longest_pair)) if self.shared_prefix else None
+        if self.row_length is not None and self.row_length < longest_pair:
+            raise ValueError(f"row_length must be at least twice max_length, {longest_pair}, got {self.row_length}")
         for name, least in (("max_length", 4), ("num_prompts", 1), ("batch_size", 1), ("top_k", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -1,10 +1,9 @@
 """Log-probs of completions under a model: what every figure of the evaluation is made of.
 
-Sequences are sorted by length, padded on the right and batched. The LM head runs only where a completion token is
-predicted: at 128 tokens it is a seventh of GPT-2 Medium's work and nearly all of its memory. Those positions go to the
-model's own `logits_to_keep`, so that whatever a family does after the LM head (Gemma's softcapping, Cohere's and
-Granite's scale) happens here too. TRL's fused head does the same on a GPU, but on a CPU it scores every position, and
-it patches `model.forward`.
+Prompts are computed once and rows packed (`packing`), or, for models that cannot take such rows, sequences padded. The
+LM head runs only where a completion token is predicted: at 128 tokens it is a seventh of GPT-2 Medium's work and
+nearly all of its memory. Those positions go to the model's own `logits_to_keep`, so that whatever a family does after
+the LM head (Gemma's softcapping, Cohere's and Granite's scale) happens here too.
 """
 
 from typing import NamedTuple
@@ -15,6 +14,9 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+
+from tinydpo.packed_check import check_model, check_same, full_row, or_refuse
+from tinydpo.packing import Tree, additive_mask, pack
 
 # Positions whose softmax is taken at once: 64 rows of GPT-2's vocabulary stay in a CPU's cache (2,048 rows take 0.17 s
 # on one core, against 0.48 s by 1,024 at once), and the float32 copy of bfloat16 logits stays small.
@@ -34,13 +36,13 @@ class PairLogps(NamedTuple):
     rejected_tokens: np.ndarray
 
 
-@torch.no_grad()
 def token_logps(
     model: PreTrainedModel,
     prompts: list[list[int]],
     completions: list[list[int]],
     batch_size: int = 32,
     desc: str = "scoring",
+    row_length: int | None = None,
 ) -> list[np.ndarray]:
     """Natural-log probability of every completion token given the prompt and the completion so far.
 
@@ -48,8 +50,9 @@ def token_logps(
         model: a causal LM in eval mode.
         prompts: n token lists, each of at least one token (the first completion token needs something before it).
         completions: n token lists, each of at least one token.
-        batch_size: sequences in one forward pass; changes speed and memory, not the result (beyond rounding).
+        batch_size: completions in one forward pass; changes speed and memory, not the result (beyond rounding).
         desc: what the progress bar says.
+        row_length: the most tokens in a packed row; None: padded sequences, for models that cannot take such rows.
 
     Returns:
         n float64 arrays, the i-th of shape (len(completions[i]),), in the order given. The softmax is taken
@@ -57,53 +60,82 @@ def token_logps(
 
     Raises:
         ValueError: an empty prompt or completion.
+        UserError: the model cannot take packed rows.
     """
-    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if not prompt or not completion:
-            raise ValueError(f"row {index} has an empty {'completion' if prompt else 'prompt'}: nothing to score.")
-    # Longest first: the batch that needs the most memory comes at once, not after ten minutes.
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    result: list[np.ndarray] = [np.empty(0)] * len(lengths)
-    for start in tqdm(range(0, len(order), batch_size), desc=desc, leave=False, disable=None):
-        rows = order[start : start + batch_size]
-        # Padding on the right lies behind a causal mask, so its id is never looked at: 0 exists in every vocabulary.
-        input_ids = torch.zeros(len(rows), lengths[rows[0]], dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        predicts = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, i in enumerate(rows):
-            input_ids[row, : lengths[i]] = torch.tensor(prompts[i] + completions[i])
-            attention_mask[row, : lengths[i]] = 1
-            predicts[row, len(prompts[i]) - 1 : lengths[i] - 1] = True
-        targets = torch.tensor([token for i in rows for token in completions[i]], device=model.device)
-        logits = model(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            logits_to_keep=predicts.to(model.device),
-            use_cache=False,
-        ).logits
-        parts = zip(logits.split(SOFTMAX_ROWS), targets.split(SOFTMAX_ROWS), strict=True)
-        logps = torch.cat([-cross_entropy(part.float(), target, reduction="none") for part, target in parts])
-        ends = np.cumsum([len(completions[i]) for i in rows])
-        for i, values in zip(rows, np.split(logps.cpu().numpy().astype(np.float64), ends[:-1]), strict=True):
-            result[i] = values
-    return result
+    trees = [(prompt, (completion,)) for prompt, completion in zip(prompts, completions, strict=True)]
+    return [logps for (logps,) in _tree_logps(model, trees, batch_size, desc, row_length)]
 
 
-def pair_logps(model: PreTrainedModel, pairs: Dataset, batch_size: int = 32, desc: str = "pairs") -> PairLogps:
+def pair_logps(
+    model: PreTrainedModel,
+    pairs: Dataset,
+    batch_size: int = 32,
+    desc: str = "pairs",
+    row_length: int | None = None,
+) -> PairLogps:
     """Log-probs of both completions of every pair.
 
     Args:
         model: a causal LM in eval mode.
         pairs: n rows with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int).
-        batch_size: sequences in one forward pass.
+        batch_size: completions in one forward pass.
         desc: what the progress bar says.
+        row_length: as in `token_logps`; with it, a pair's prompt is computed once.
 
     Returns:
         `PairLogps`, arrays of shape (n,).
     """
     prompts, chosen, rejected = (pairs[name][:] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    logps = token_logps(model, prompts + prompts, chosen + rejected, batch_size, desc)
-    sums = np.array([values.sum() for values in logps])
-    tokens = np.array([len(values) for values in logps])
-    return PairLogps(*np.split(sums, 2), *np.split(tokens, 2))
+    trees = list(zip(prompts, zip(chosen, rejected, strict=True), strict=True))
+    logps = _tree_logps(model, trees, batch_size, desc, row_length)
+    sums = [np.array([both[i].sum() for both in logps]) for i in range(2)]
+    return PairLogps(*sums, *(np.array([len(both[i]) for both in logps]) for i in range(2)))
+
+
+def _tree_logps(
+    model: PreTrainedModel, trees: list[Tree], batch_size: int, desc: str, row_length: int | None
+) -> list[list[np.ndarray]]:
+    """For each tree, the log-probs of each of its completions (all trees have as many)."""
+    for index, (prompt, completions) in enumerate(trees):
+        if not prompt or not all(completions):
+            raise ValueError(f"row {index} has an empty {'completion' if prompt else 'prompt'}: nothing to score.")
+    # Longest first: the batch that needs the most memory comes at once, not after ten minutes.
+    order = sorted(range(len(trees)), key=lambda i: -len(trees[i][0]) - sum(map(len, trees[i][1])))
+    if row_length and trees:
+        check_model(model, row_length)
+        probe = full_row([trees[i] for i in order[:64]], row_length)
+        together = or_refuse(lambda: _batch_logps(model, probe, row_length), model)
+        check_same(torch.cat(together), torch.cat(_batch_logps(model, probe, None)), model, model.dtype)
+    result: list[list[np.ndarray]] = [[] for _ in trees]
+    step = max(1, batch_size // len(trees[0][1])) if trees else 1
+    for start in tqdm(range(0, len(order), step), desc=desc, leave=False, disable=None):
+        batch = order[start : start + step]
+        logps = _batch_logps(model, [trees[i] for i in batch], row_length)
+        for place, values in enumerate(logps):
+            result[batch[place % len(batch)]].append(values.double().numpy())
+    return result
+
+
+@torch.no_grad()
+def _batch_logps(model: PreTrainedModel, trees: list[Tree], row_length: int | None) -> list[torch.Tensor]:
+    """Token log-probs, on the CPU: of the first completion of every tree, then of every second one."""
+    if row_length is None:
+        count = len(trees[0][1])
+        trees = [(prompt, (completions[i],)) for i in range(count) for prompt, completions in trees]
+    completions = [tree[1][i] for i in range(len(trees[0][1])) for tree in trees]
+    rows = {name: values.to(model.device) for name, values in pack(trees, row_length).items()}
+    if row_length is None:
+        inputs = {"attention_mask": (rows["segment_ids"] >= 0).long()}
+    else:
+        mask = additive_mask(rows["segment_ids"], rows["prefix_ids"], model.dtype)
+        inputs = {"attention_mask": mask, "position_ids": rows["position_ids"]}
+    keep = torch.zeros_like(rows["input_ids"], dtype=torch.bool).flatten()
+    keep[rows["predicts"]] = True  # a prompt's last token predicts the first of each completion
+    logits = model(
+        input_ids=rows["input_ids"], **inputs, logits_to_keep=keep.view_as(rows["input_ids"]), use_cache=False
+    ).logits.flatten(0, -2)
+    source = (keep.cumsum(0) - 1)[rows["predicts"]]
+    targets = torch.tensor([token for completion in completions for token in completion], device=model.device)
+    parts = zip(source.split(SOFTMAX_ROWS), targets.split(SOFTMAX_ROWS), strict=True)
+    logps = torch.cat([-cross_entropy(logits[part].float(), target, reduction="none") for part, target in parts])
+    return list(logps.cpu().split([len(completion) for completion in completions]))

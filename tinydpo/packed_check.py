@@ -17,7 +17,8 @@ from tinydpo.packing import Tree
 
 INSTEAD = "pass --shared_prefix false, which runs the plain padded forward"
 # Root mean square, over tokens, of the difference in natural-log probability. Packed and padded rows round
-# differently: by about 1e-6 in float32. In the half precisions rounding alone makes some 1e-2, and an error below it is not seen.
+# differently: by about 1e-6 in float32. In the half precisions rounding alone makes some 1e-2, and an error below it
+# is not seen.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 TF32_TOLERANCE = 5e-3
 

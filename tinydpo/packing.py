@@ -39,12 +39,12 @@ def assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
         count += 1
 
 
-def pack(trees: Sequence[Tree], row_length: int) -> dict[str, torch.Tensor]:
+def pack(trees: Sequence[Tree], row_length: int | None) -> dict[str, torch.Tensor]:
     """Lay trees out in rows.
 
     Args:
         trees: prompts of at least one token, each with its completions (or with none).
-        row_length: the most tokens a row may hold.
+        row_length: the most tokens a row may hold; None gives each tree a row of its own.
 
     Returns:
         int64 tensors, four of shape (rows, length) and one flat:
@@ -55,7 +55,8 @@ def pack(trees: Sequence[Tree], row_length: int) -> dict[str, torch.Tensor]:
             `predicts`: for every completion token, first completions of all trees first, then all second ones …, the
             flat index into (rows · length) of the token that predicts it.
     """
-    rows = assign_rows([len(prompt) + sum(map(len, completions)) for prompt, completions in trees], row_length)
+    lengths = [len(prompt) + sum(map(len, completions)) for prompt, completions in trees]
+    rows = assign_rows(lengths, row_length) if row_length else [[index] for index in range(len(trees))]
     segments = 1 + max((len(completions) for _, completions in trees), default=0)
     laid, starts = [], {}  # starts: (tree, completion) -> (row, its first token's place, its prompt's last)
     for row, indices in enumerate(rows):
