@@ -17,7 +17,7 @@ dpo:         STAGE = dpo
 evaluate:    STAGE = evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft dpo evaluate inspect test test-all lint clean
+.PHONY: help install quickstart sft dpo evaluate inspect bench speedrun test test-all lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -47,6 +47,12 @@ evaluate: install ## Hold the policy against its reference: pairs, sampled answe
 
 inspect: install ## See what the token budget does to the pairs, before any training
 	$(PYTHON) scripts/inspect_data.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
+
+bench: install ## Hold the engine's speed and memory against stock TRL's and the earlier script's
+	$(PYTHON) benchmarks/throughput.py $(ARGS)
+
+speedrun: install ## SFT, DPO and evaluation against the clock
+	$(PYTHON) benchmarks/speedrun.py $(ARGS)
 
 test: install ## Run the tests (minutes)
 	$(PYTHON) -m pytest -m 'not slow' $(ARGS)

@@ -7,7 +7,7 @@
 works, here and in the recipe (--help).
 """
 
-from trl import DPOConfig, ModelConfig
+from functools import partial
 
 from tinydpo.arguments import DataArguments, RunArguments
 from tinydpo.errors import one_sentence
@@ -15,10 +15,10 @@ from tinydpo.parsing import parse_resolved
 
 
 def main(argv: list[str] | None = None) -> None:
+    from trl import DPOConfig, ModelConfig
+
     types = (DataArguments, RunArguments, DPOConfig, ModelConfig)
     (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
-
-    from functools import partial
 
     from trl import get_peft_config, get_quantization_config
 

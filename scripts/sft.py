@@ -6,7 +6,7 @@
 `make sft` runs the same. Every flag of TRL's SFTConfig and ModelConfig works, here and in the recipe (--help).
 """
 
-from trl import ModelConfig, SFTConfig
+from functools import partial
 
 from tinydpo.arguments import DataArguments, RunArguments
 from tinydpo.errors import one_sentence
@@ -14,10 +14,10 @@ from tinydpo.parsing import parse_resolved
 
 
 def main(argv: list[str] | None = None) -> None:
+    from trl import ModelConfig, SFTConfig
+
     types = (DataArguments, RunArguments, SFTConfig, ModelConfig)
     (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
-
-    from functools import partial
 
     from trl import SFTTrainer, get_peft_config, get_quantization_config
     from trl.trainer.utils import disable_dropout_in_model

@@ -1,0 +1,41 @@
+"""What the benchmarks run on: pairs (the quickstart's, where none are given) and models with random weights."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
+
+from tinydpo.arguments import DataArguments
+from tinydpo.embedded_task import build_base_model, write_dialogues
+from tinydpo.errors import UserError
+from tinydpo.hub import load_tokenizer
+
+SHAPES = {
+    "gpt2-tiny": {"n_embd": 128, "n_layer": 2, "n_head": 2},
+    "gpt2-small": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+}
+
+
+def tokenizer_and_data(data: DataArguments, name: str | None, model: str, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer `name`, or the model's; without a dataset the quickstart's of both, written to `folder`."""
+    if data.dataset_name is None:
+        write_dialogues(folder / "data", seed=0)
+        rows = [json.loads(line) for line in (folder / "data/train.jsonl").read_text().splitlines()]
+        build_base_model(folder / "base", rows, seed=0)
+        data.dataset_name, name = str(folder / "data"), str(folder / "base")
+    if name is None and model in SHAPES:
+        raise UserError(f"--tokenizer_name is missing: {model} is a shape only; pass a tokenizer's folder or Hub id")
+    return load_tokenizer(name or model, None)
+
+
+def save_random_model(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+    """A model of GPT-2's shape `name`, or of the model folder's, with random weights; saved with the tokenizer."""
+    config = GPT2Config(**SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(name)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.bos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model

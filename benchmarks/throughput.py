@@ -1,0 +1,160 @@
+"""How many pairs a second: the earlier script, stock TRL twice and tinydpo, on the same pairs, model and dtype.
+
+    make bench                                                (the quickstart's pairs, GPT-2 small's shape)
+    make bench ARGS="--dataset_name my_pairs.jsonl --tokenizer_name openai-community/gpt2"
+    make bench ARGS="--device cuda --model gpt2-medium --pairs_per_step 64 --steps 50 …"
+
+One epoch, its reference pass counted in. Weights are random: they do not change the time. Steps of the contenders
+alternate, so that a slow minute of the machine hits them all; the first step of each warms up and is not counted.
+"""
+
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import contenders
+import torch
+from models import SHAPES, save_random_model, tokenizer_and_data
+
+from tinydpo.arguments import DataArguments
+from tinydpo.errors import UserError, one_sentence
+from tinydpo.pairs import load_split
+from tinydpo.parsing import parse
+from tinydpo.runs import write_json
+
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, FLOP/s, by NVIDIA's data sheets (SXM)
+
+
+@dataclass
+class BenchArguments:
+    """What to measure."""
+
+    model: str = field(default="gpt2-small", metadata={"help": f"One of {', '.join(SHAPES)}, or a model's folder."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "With --dataset_name: folder or Hub id."})
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "cuda: in bf16; cpu: in float32."})
+    pairs_per_step: int = field(default=8, metadata={"help": "Pairs in one optimizer step; a multiple of 4."})
+    steps: int = field(default=5, metadata={"help": "Steps that are timed, after one that is not."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of prompt + completion."})
+    row_length: int | None = field(default=None, metadata={"help": "Tokens in a packed row, by default as in dpo.py."})
+    contenders: str = field(default="abcd", metadata={"help": "Which of a, b, c and d to run."})
+    threads: int = field(default=torch.get_num_threads(), metadata={"help": "CPU threads of each contender."})
+    output: str = field(default="runs/bench/throughput.json", metadata={"help": "Where the figures go."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, data = parse(BenchArguments, DataArguments, argv=argv)
+    if "a" in args.contenders and (args.pairs_per_step % contenders.AT_ONCE or args.max_length > contenders.PADDED):
+        raise UserError("(a) takes 4 pairs at a time and pads to 128: change --pairs_per_step, or --contenders bcd")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU here; leave it out to measure on the CPU")
+    with tempfile.TemporaryDirectory() as folder:
+        spec = prepare(args, data, Path(folder))
+        seconds = measure(args, spec)
+    results = summarize(args, spec, seconds)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    write_json(Path(args.output), results)
+    print(table(results) + f"\nWritten to {args.output}.")
+
+
+def prepare(args: BenchArguments, data: DataArguments, folder: Path) -> dict[str, Any]:
+    """The same pairs, model and settings for every contender."""
+    given = data.dataset_name
+    tokenizer = tokenizer_and_data(data, args.tokenizer_name, args.model, folder)
+    count = args.pairs_per_step * (args.steps + 1)
+    pairs = load_split(data, tokenizer, args.max_length, "train").pairs.shuffle(seed=0)
+    if len(pairs) < count:
+        raise UserError(f"{args.steps} steps and a warm-up need {count} pairs, there are {len(pairs)}; lower --steps")
+    model = save_random_model(args.model, tokenizer, folder / "model")
+    return {
+        "dataset": given, "model": str(folder / "model"), "folder": str(folder / "out"),
+        "device": args.device, "threads": args.threads,
+        "pairs": pairs.select(range(count)).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list(),
+        "pairs_per_step": args.pairs_per_step, "row_length": args.row_length or max(512, 2 * args.max_length),
+        "head_parameters": model.get_output_embeddings().weight.numel(),
+        "block_parameters": model.num_parameters(exclude_embeddings=True),
+    }  # fmt: skip
+
+
+def measure(args: BenchArguments, spec: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each contender by phase, and its peak memory in bytes."""
+    os.environ["TQDM_DISABLE"] = "1"  # TRL's bar over the reference pass
+    context = multiprocessing.get_context("spawn")
+    pipes, measured = {}, {name: {} for name in args.contenders}
+    for name in args.contenders:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=contenders.run, args=(name, spec, theirs), daemon=True).start()
+        theirs.close()
+    waiting = list(args.contenders)
+    while waiting:
+        for name in list(waiting):
+            try:
+                pipes[name].send("go")
+                phase, value = pipes[name].recv()
+            except (EOFError, BrokenPipeError):
+                raise UserError(f"contender ({name}) ended early; its own message stands above") from None
+            measured[name].setdefault(phase, []).append(value)
+            print(f"({name}) {phase} {value:.4g}", flush=True)
+            if phase == "memory":
+                waiting.remove(name)
+    return measured
+
+
+def summarize(args: BenchArguments, spec: dict[str, Any], measured: dict[str, dict[str, list[float]]]) -> dict:
+    """Rates of one epoch over the timed steps' pairs, their share of the reference pass included."""
+    lengths = [[len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")] for row in spec["pairs"]]
+    tokens = sum(map(sum, lengths)) / len(lengths)
+    answers = sum(chosen + rejected for _, chosen, rejected in lengths) / len(lengths)
+    forward = 2 * spec["block_parameters"] * tokens + 2 * spec["head_parameters"] * answers
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    peak = next((flops for chip, flops in PEAKS.items() if chip in (gpu or "")), None)
+    rows = {}
+    for name, phases in measured.items():
+        share = sum(phases.get("reference", [0.0])) / (args.steps + 1)
+        rounds = [seconds + share for seconds in phases["step"][1:]]
+        rate = args.pairs_per_step * args.steps / sum(rounds)
+        rows[name] = {
+            "contender": contenders.NAMES[name], "pairs_per_second": rate, "tokens_per_second": rate * tokens,
+            "peak_memory_gib": phases["memory"][0] / 2**30, "mfu": rate * 4 * forward / peak if peak else None,
+            "seconds_a_step": statistics.median(rounds), "rounds": rounds, "phases": phases,
+        }  # fmt: skip
+    if "d" in rows:
+        for row in rows.values():
+            ratios = [theirs / ours for theirs, ours in zip(row["rounds"], rows["d"]["rounds"], strict=True)]
+            ratio = rows["d"]["pairs_per_second"] / row["pairs_per_second"]
+            row |= {"tinydpo_is_faster_by": ratio, "spread": [min(ratios), max(ratios)]}
+    return {
+        "model": args.model, "device": gpu or f"{args.threads} threads of {platform.machine()}",
+        "dtype": "bfloat16" if gpu else "float32", "pairs_per_step": args.pairs_per_step, "steps": args.steps,
+        "dataset": Path(data_name).name if (data_name := spec["dataset"]) else "the quickstart's",
+        "tokens_per_pair": tokens, "forward_flop_per_pair": forward, "torch": torch.__version__, "contenders": rows,
+    }  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    gpu = any(row["mfu"] for row in results["contenders"].values())
+    lines = [
+        f"{results['model']}, {results['dtype']}, {results['device']}; {results['pairs_per_step']} pairs a step, "
+        f"{results['steps']} steps, {results['tokens_per_pair']:.0f} tokens a pair; data: {results['dataset']}",
+        "",
+        "| | contender | tinydpo is faster by (steps' range) | pairs/s | tokens/s | peak memory |" + " MFU |" * gpu,
+        "| --- | --- | --- | --- | --- | --- |" + " --- |" * gpu,
+    ]
+    for name, row in results["contenders"].items():
+        low, high = row.get("spread", (1, 1))
+        lines.append(
+            f"| {name} | {row['contender']} | {row.get('tinydpo_is_faster_by', 1):.2f} ({low:.2f} to {high:.2f}) "
+            f"| {row['pairs_per_second']:.3g} | {row['tokens_per_second']:.3g} | {row['peak_memory_gib']:.2f} GiB |"
+            + (f" {row['mfu']:.1%} |" if gpu else "")
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()
