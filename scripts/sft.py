@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     prepare(training, model, run.accelerate_config)
     if runs.is_finished(training.output_dir, resolved):
         return
-    if training.completion_only_loss is None:
-        training.completion_only_loss = True  # TRL's default would learn the prompts too, without a word
+    training.dataset_kwargs = {"skip_prepare_dataset": True}  # rows come with labels
+    rows = partial(sft_rows, completion_only=training.completion_only_loss is not False)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     runs.check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length)
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs=False)
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         lambda: engine(
             model=model.model_name_or_path,
             args=training,
-            train_dataset=sft_rows(splits["train"].pairs),
-            eval_dataset=sft_rows(runs.held_out(splits["test"].pairs, run.eval_pairs)) if evaluate else None,
+            train_dataset=rows(splits["train"].pairs),
+            eval_dataset=rows(runs.held_out(splits["test"].pairs, run.eval_pairs)) if evaluate else None,
             processing_class=tokenizer,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),

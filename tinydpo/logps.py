@@ -122,7 +122,6 @@ def _batch_logps(model: PreTrainedModel, trees: list[Tree], row_length: int | No
     if row_length is None:
         count = len(trees[0][1])
         trees = [(prompt, (completions[i],)) for i in range(count) for prompt, completions in trees]
-    completions = [tree[1][i] for i in range(len(trees[0][1])) for tree in trees]
     rows = {name: values.to(model.device) for name, values in pack(trees, row_length).items()}
     if row_length is None:
         inputs = {"attention_mask": (rows["segment_ids"] >= 0).long()}
@@ -135,7 +134,6 @@ def _batch_logps(model: PreTrainedModel, trees: list[Tree], row_length: int | No
         input_ids=rows["input_ids"], **inputs, logits_to_keep=keep.view_as(rows["input_ids"]), use_cache=False
     ).logits.flatten(0, -2)
     source = (keep.cumsum(0) - 1)[rows["predicts"]]
-    targets = torch.tensor([token for completion in completions for token in completion], device=model.device)
-    parts = zip(source.split(SOFTMAX_ROWS), targets.split(SOFTMAX_ROWS), strict=True)
+    parts = zip(source.split(SOFTMAX_ROWS), rows["targets"].split(SOFTMAX_ROWS), strict=True)
     logps = torch.cat([-cross_entropy(logits[part].float(), target, reduction="none") for part, target in parts])
-    return list(logps.cpu().split([len(completion) for completion in completions]))
+    return list(logps.cpu().split([len(tree[1][i]) for i in range(len(trees[0][1])) for tree in trees]))

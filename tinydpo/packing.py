@@ -47,13 +47,14 @@ def pack(trees: Sequence[Tree], row_length: int | None) -> dict[str, torch.Tenso
         row_length: the most tokens a row may hold; None gives each tree a row of its own.
 
     Returns:
-        int64 tensors, four of shape (rows, length) and one flat:
+        int64 tensors, four of shape (rows, length) and two flat:
             `input_ids`: the tokens, 0 where a row is padded;
             `position_ids`: each token's place in its own sequence;
             `segment_ids`: which prompt or completion a token belongs to, -1 for padding;
             `prefix_ids`: the segment of its prompt;
             `predicts`: for every completion token, first completions of all trees first, then all second ones …, the
-            flat index into (rows · length) of the token that predicts it.
+            flat index into (rows · length) of the token that predicts it;
+            `targets`: those completion tokens.
     """
     lengths = [len(prompt) + sum(map(len, completions)) for prompt, completions in trees]
     rows = assign_rows(lengths, row_length) if row_length else [[index] for index in range(len(trees))]
@@ -74,19 +75,21 @@ def pack(trees: Sequence[Tree], row_length: int | None) -> dict[str, torch.Tenso
                 prefix_ids += [index * segments] * len(tokens)
         laid.append((ids, positions, segment_ids, prefix_ids))
     length = -(-max(len(ids) for ids, *_ in laid) // MULTIPLE) * MULTIPLE
-    predicts = []
+    predicts, targets = [], []
     for part in range(segments - 1):
         for index, (_, completions) in enumerate(trees):
             if part < len(completions):
                 row, start, last = starts[index, part]
                 places = [last, *range(start, start + len(completions[part]))]  # the last token predicts nothing
                 predicts += [row * length + place for place in places[:-1]]
+                targets += completions[part]
     names, fills = ("input_ids", "position_ids", "segment_ids", "prefix_ids"), (0, 0, -1, -1)
     packed = {
         name: torch.tensor([row[k] + [fill] * (length - len(row[k])) for row in laid])
         for k, (name, fill) in enumerate(zip(names, fills, strict=True))
     }
-    return packed | {"predicts": torch.tensor(predicts, dtype=torch.long)}
+    flat = {"predicts": predicts, "targets": targets}
+    return packed | {name: torch.tensor(values, dtype=torch.long) for name, values in flat.items()}
 
 
 def additive_mask(segment_ids: torch.Tensor, prefix_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,9 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from trl import DPOTrainer
 
+from tinydpo.pairs import LARGE
+from tinydpo.sources import quiet
+
 
 class FittedDPOTrainer(DPOTrainer):
     """`DPOTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
@@ -29,14 +32,23 @@ class FittedDPOTrainer(DPOTrainer):
             self._precompute_model_hash = weights
 
 
-def sft_rows(pairs: Dataset) -> Dataset:
-    """The chosen answers of fitted pairs as `SFTTrainer` reads them: `input_ids` and `completion_mask` a row."""
+def sft_rows(pairs: Dataset, completion_only: bool = True) -> Dataset:
+    """The chosen answers of fitted pairs as `SFTTrainer` reads them without preparing them again.
+
+    Args:
+        pairs: rows with `prompt_ids` and `chosen_ids`.
+        completion_only: whether prompts carry no loss.
+
+    Returns:
+        A row for each, with `input_ids` and `labels` (-100 where a token carries no loss).
+    """
 
     def rows(batch: dict[str, list]) -> dict[str, list]:
         both = list(zip(batch["prompt_ids"], batch["chosen_ids"], strict=True))
         return {
             "input_ids": [prompt + chosen for prompt, chosen in both],
-            "completion_mask": [[0] * len(prompt) + [1] * len(chosen) for prompt, chosen in both],
+            "labels": [([-100] * len(prompt) if completion_only else prompt) + chosen for prompt, chosen in both],
         }
 
-    return pairs.map(rows, batched=True, remove_columns=pairs.column_names, desc="Joining prompts and chosen answers")
+    with quiet(small=len(pairs) < LARGE):
+        return pairs.map(rows, batched=True, remove_columns=pairs.column_names, desc="Joining prompts and answers")
