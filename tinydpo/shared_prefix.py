@@ -8,6 +8,8 @@ always reads, and the numbers are the same to rounding.
 
 import functools
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,8 +154,6 @@ def pack_forward(model: PreTrainedModel, row_length: int) -> None:
         return
     check_model(model, row_length)
     fuse_gelu(model)
-    if model.device.type == "cpu":
-        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE
     fused_forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` reads its arguments off the signature
@@ -193,7 +193,7 @@ def _packed_forward(
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[packed["predicts"]][None]
         return output
 
-    with model.base_model.register_forward_hook(keep):
+    with model.base_model.register_forward_hook(keep), _tile(CPU_TILE if model.device.type == "cpu" else None):
         output = fused_forward(
             input_ids=packed["input_ids"],
             position_ids=packed["position_ids"],
@@ -207,6 +207,17 @@ def _packed_forward(
             setattr(output, name, output[name].new_zeros(answers.shape).masked_scatter(answers, output[name]))
     output.label_mask = answers
     return output
+
+
+@contextmanager
+def _tile(columns: int | None) -> Iterator[None]:
+    """Have TRL's LM head take so many columns of the vocabulary at once, None: its own number."""
+    before = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = columns or before
+    try:
+        yield
+    finally:
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
 
 
 def _compute_dtype(model: PreTrainedModel) -> torch.dtype:
