@@ -136,6 +136,9 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
         print(f"Done: {folder} holds the model, its card (README.md) and curves.png.")
     if args.push_to_hub:
         trainer.push_to_hub()
+    # While waiting, gloo's threads let go of the last tensors; at exit they would wait for Python's lock, which waits
+    # for them, for ever.
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
