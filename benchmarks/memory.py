@@ -59,12 +59,12 @@ def saved(model: torch.nn.Module, pairs: int, max_length: int) -> int:
     """Bytes that autograd keeps from one forward over `pairs` pairs for the backward pass."""
     prompt, chosen, rejected = ([7] * length for length in HH_PAIR[max_length])
     trees = [(prompt, (chosen, rejected))] * pairs
-    ids = torch.tensor([prompt + chosen + [0] * (len(rejected) - len(chosen))] * 2 * pairs)
-    mask = torch.ones_like(ids)
-    labels = ids.clone()
+    width = len(prompt) + max(len(chosen), len(rejected))
+    ids = torch.full((2 * pairs, width), 7)
+    mask, labels = torch.ones_like(ids), ids.clone()
     labels[:, : len(prompt)] = -100
-    for row in range(pairs, 2 * pairs):
-        labels[row, len(prompt) + len(rejected) :] = -100
+    labels[:pairs, len(prompt) + len(chosen) :] = -100
+    labels[pairs:, len(prompt) + len(rejected) :] = -100
     parameters, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from tinydpo.arguments import DataArguments
 from tinydpo.embedded_task import build_base_model, write_dialogues
@@ -32,6 +33,7 @@ def tokenizer_and_data(data: DataArguments, name: str | None, model: str, folder
 
 def save_random_model(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
     """A model of GPT-2's shape `name`, or of the model folder's, with random weights; saved with the tokenizer."""
+    logging.disable_progress_bar()
     config = GPT2Config(**SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(name)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config)

@@ -38,7 +38,7 @@ class BenchArguments:
     tokenizer_name: str | None = field(default=None, metadata={"help": "With --dataset_name: folder or Hub id."})
     device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "cuda: in bf16; cpu: in float32."})
     pairs_per_step: int = field(default=8, metadata={"help": "Pairs in one optimizer step; a multiple of 4."})
-    steps: int = field(default=4, metadata={"help": "Steps that are timed, after one that is not."})
+    steps: int = field(default=3, metadata={"help": "Steps that are timed, after one that is not."})
     max_length: int = field(default=128, metadata={"help": "Tokens of prompt + completion."})
     row_length: int | None = field(default=None, metadata={"help": "Tokens in a packed row, by default as in dpo.py."})
     contenders: str = field(default="abcd", metadata={"help": "Which of a, b, c and d to run."})

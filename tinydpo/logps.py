@@ -104,7 +104,8 @@ def _tree_logps(
     if row_length and trees:
         check_model(model, row_length)
         probe = full_row([trees[i] for i in order[:64]], row_length)
-        together = or_refuse(lambda: _batch_logps(model, probe, row_length), model)
+        one_row = [list(range(len(probe)))]
+        together = or_refuse(lambda: _batch_logps(model, probe, row_length, one_row), model)
         check_same(torch.cat(together), torch.cat(_batch_logps(model, probe, None)), model, model.dtype)
     result: list[list[np.ndarray]] = [[] for _ in trees]
     step = max(1, batch_size // len(trees[0][1])) if trees else 1
@@ -117,23 +118,25 @@ def _tree_logps(
 
 
 @torch.no_grad()
-def _batch_logps(model: PreTrainedModel, trees: list[Tree], row_length: int | None) -> list[torch.Tensor]:
+def _batch_logps(
+    model: PreTrainedModel, trees: list[Tree], row_length: int | None, rows: list[list[int]] | None = None
+) -> list[torch.Tensor]:
     """Token log-probs, on the CPU: of the first completion of every tree, then of every second one."""
     if row_length is None:
         count = len(trees[0][1])
         trees = [(prompt, (completions[i],)) for i in range(count) for prompt, completions in trees]
-    rows = {name: values.to(model.device) for name, values in pack(trees, row_length).items()}
+    packed = {name: values.to(model.device) for name, values in pack(trees, row_length, rows).items()}
     if row_length is None:
-        inputs = {"attention_mask": (rows["segment_ids"] >= 0).long()}
+        inputs = {"attention_mask": (packed["segment_ids"] >= 0).long()}
     else:
-        mask = additive_mask(rows["segment_ids"], rows["prefix_ids"], model.dtype)
-        inputs = {"attention_mask": mask, "position_ids": rows["position_ids"]}
-    keep = torch.zeros_like(rows["input_ids"], dtype=torch.bool).flatten()
-    keep[rows["predicts"]] = True  # a prompt's last token predicts the first of each completion
+        mask = additive_mask(packed["segment_ids"], packed["prefix_ids"], model.dtype)
+        inputs = {"attention_mask": mask, "position_ids": packed["position_ids"]}
+    keep = torch.zeros_like(packed["input_ids"], dtype=torch.bool).flatten()
+    keep[packed["predicts"]] = True  # a prompt's last token predicts the first of each completion
     logits = model(
-        input_ids=rows["input_ids"], **inputs, logits_to_keep=keep.view_as(rows["input_ids"]), use_cache=False
+        input_ids=packed["input_ids"], **inputs, logits_to_keep=keep.view_as(packed["input_ids"]), use_cache=False
     ).logits.flatten(0, -2)
-    source = (keep.cumsum(0) - 1)[rows["predicts"]]
-    parts = zip(source.split(SOFTMAX_ROWS), rows["targets"].split(SOFTMAX_ROWS), strict=True)
+    source = (keep.cumsum(0) - 1)[packed["predicts"]]
+    parts = zip(source.split(SOFTMAX_ROWS), packed["targets"].split(SOFTMAX_ROWS), strict=True)
     logps = torch.cat([-cross_entropy(logits[part].float(), target, reduction="none") for part, target in parts])
     return list(logps.cpu().split([len(tree[1][i]) for i in range(len(trees[0][1])) for tree in trees]))

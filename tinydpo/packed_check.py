@@ -32,7 +32,7 @@ def check_model(model: PreTrainedModel, row_length: int) -> None:
 
     Raises:
         UserError: no position ids, an attention window shorter than a row, an attention backend without 4-D masks, or
-            a mixture of experts with a balancing loss.
+            a mixture of experts.
     """
     config, name = model.config.get_text_config(), type(model).__name__
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
@@ -45,8 +45,8 @@ def check_model(model: PreTrainedModel, row_length: int) -> None:
             f"attn_implementation {config._attn_implementation} takes no 4-D mask, which packed rows need; pass "
             f"--attn_implementation sdpa, or {INSTEAD}"
         )
-    if getattr(config, "output_router_logits", False):
-        raise UserError(f"{name} balances its experts over padded sequences; {INSTEAD}")
+    if hasattr(config, "output_router_logits"):  # TRL asks for them whatever the config says
+        raise UserError(f"{name} is a mixture of experts, balanced over padded sequences; {INSTEAD}")
 
 
 def attention_window(config: Any) -> int | None:

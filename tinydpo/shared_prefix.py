@@ -21,6 +21,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from trl import SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import disable_dropout_in_model
 
 from tinydpo.errors import UserError
 from tinydpo.packed_check import INSTEAD, check_model, check_same, full_row, or_refuse
@@ -81,10 +82,16 @@ class PackedTrainer:
         collator = self.collator(pad_token_id=pad, row_length=row_length)
         super().__init__(*args, processing_class=processing_class, data_collator=collator, **kwargs)
         self._pack()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those compute nothing before their first step
+            before = self.model.training
+            for mode in (False, True):
+                self._check(self.model.train(mode))
+            self.model.train(before)
 
     def _pack(self) -> None:
-        for model in filter(None, (self.model, getattr(self, "ref_model", None))):
-            pack_forward(self.accelerator.unwrap_model(model), self.data_collator.row_length)
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if model is not None:
+                pack_forward(self.accelerator.unwrap_model(model), self.data_collator.row_length)
 
     @torch.no_grad()
     def _check(self, model: torch.nn.Module) -> None:
@@ -96,8 +103,10 @@ class PackedTrainer:
         if model.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
             raise UserError(f"packed rows need dropout off; leave --disable_dropout true, or {INSTEAD}")
         rows = [self.train_dataset[i] for i in range(min(64, len(self.train_dataset)))]
-        count = len(full_row([collator.tree(row) for row in rows], collator.row_length))
-        batch = self._prepare_inputs(collator([rows[i % len(rows)] for i in range(count)]))
+        trees = full_row([collator.tree(row) for row in rows], collator.row_length)
+        batch = collator([rows[i % len(rows)] for i in range(len(trees))])
+        batch["packed"] = pack(trees, collator.row_length, rows=[list(range(len(trees)))])
+        batch = self._prepare_inputs(batch)
         mask = batch.get("completion_mask")
         labels = batch["labels"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
         plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -132,6 +141,10 @@ class PackedSFTTrainer(PackedTrainer, SFTTrainer):
     """`SFTTrainer` for rows with `input_ids` and `labels`, without padding."""
 
     collator = PackedLanguageModeling
+
+    def _pack(self) -> None:
+        disable_dropout_in_model(self.model)  # which `SFTConfig` has no option for
+        super()._pack()
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's, after the check."""
