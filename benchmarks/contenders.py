@@ -84,9 +84,8 @@ def with_trl(name: str, spec: dict[str, Any], turns: Turns) -> None:
 
         def _precompute_ref_logps(self, *args: Any) -> Dataset:
             if name == "d":
-                self._pack()
                 with turns.turn("check"):
-                    self._check(self.model)
+                    self._pack()
             with turns.turn("reference"):
                 return super()._precompute_ref_logps(*args)
 

@@ -22,7 +22,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from tinydpo.arguments import DataArguments
-from tinydpo.errors import one_sentence
+from tinydpo.errors import UserError, one_sentence
 from tinydpo.packing import pack
 from tinydpo.pairs import load_split
 from tinydpo.parsing import parse
@@ -51,8 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = tokenizer_and_data(data, args.tokenizer_name, args.model, Path(folder))
         model = save_random_model(args.model, tokenizer, Path(folder) / "model").to(args.device)
-        pairs = load_split(data, tokenizer, args.max_length, "train").pairs.shuffle(seed=0).select(range(args.pairs))
-        rows = pairs.to_list()
+        pairs = load_split(data, tokenizer, args.max_length, "train").pairs.shuffle(seed=0)
+        if not (0 < args.pairs <= len(pairs) and args.rounds > 0):
+            raise UserError(f"--pairs must lie between 1 and the {len(pairs)} there are, and --rounds be at least 1")
+        rows = pairs.select(range(args.pairs)).to_list()
     disable_dropout_in_model(model)
     model.train()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
@@ -71,10 +73,11 @@ def main(argv: list[str] | None = None) -> None:
         "GELU in one operation": partial(of, pack(trees, 4 * args.max_length), gelu=GELUTanh),
     }
     last = list(variants)[-1]
-    variants |= {
+    row_lengths = {
         f"rows of up to {n * args.max_length}": partial(of, pack(trees, n * args.max_length), gelu=GELUTanh)
         for n in (2, 3, 6, 8)
     }
+    variants |= row_lengths
     seconds = {name: [] for name in variants}
     for turn in range(args.rounds + 1):
         for name, variant in variants.items():
@@ -86,9 +89,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.model}, {args.pairs} pairs, forward and backward, {args.rounds} rounds; data: {given}\n")
     print("| | time | faster than the row above by | than the first row by |\n| --- | --- | --- | --- |")
     for name, value in medians.items():
+        before = medians[last] if name in row_lengths else before
         above = f"{before / value:.2f}" if before else ""
         print(f"| {name} | {value / medians[last]:.2f} | {above} | {first / value:.2f} |")
-        before = medians[last] if list(medians).index(name) >= list(medians).index(last) else value
+        before = value
 
 
 def step(

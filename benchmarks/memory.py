@@ -9,13 +9,14 @@ tensors are those of any device. Allocators take some more.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from models import SHAPES
 from transformers import AutoModelForCausalLM, GPT2Config
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from tinydpo.errors import one_sentence
+from tinydpo.errors import UserError, one_sentence
 from tinydpo.packing import pack
 from tinydpo.parsing import parse
 from tinydpo.shared_prefix import pack_forward
@@ -31,11 +32,13 @@ class MemoryArguments:
     models: list[str] = field(
         default_factory=lambda: ["gpt2-small", "gpt2-medium", "gpt2-large"], metadata={"help": f"Of {list(SHAPES)}."}
     )
-    max_length: int = field(default=128, metadata={"help": "128 or 512."})
+    max_length: Literal[128, 512] = field(default=128, metadata={"help": "Of the two recipes."})
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse(MemoryArguments, argv=argv)
+    if unknown := set(args.models) - set(SHAPES):
+        raise UserError(f"--models {', '.join(sorted(unknown))}: not one of {', '.join(SHAPES)}")
     print(f"Gigabytes at {args.max_length} tokens, bf16 autocast, AdamW in float32; +C: activation checkpointing\n")
     print("| model | parameters | what stays | a pair | a pair +C | 8 pairs | 32 pairs | 32 pairs +C |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -9,7 +9,7 @@ from transformers.utils import logging
 from tinydpo.arguments import DataArguments
 from tinydpo.embedded_task import build_base_model, write_dialogues
 from tinydpo.errors import UserError
-from tinydpo.hub import load_tokenizer
+from tinydpo.hub import load_tokenizer, patiently, told_plainly
 
 SHAPES = {
     "gpt2-tiny": {"n_embd": 128, "n_layer": 2, "n_head": 2},
@@ -21,6 +21,7 @@ SHAPES = {
 
 def tokenizer_and_data(data: DataArguments, name: str | None, model: str, folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer `name`, or the model's; without a dataset the quickstart's of both, written to `folder`."""
+    logging.disable_progress_bar()  # writing shards: bars of a blink
     if data.dataset_name is None:
         write_dialogues(folder / "data", seed=0)
         rows = [json.loads(line) for line in (folder / "data/train.jsonl").read_text().splitlines()]
@@ -33,8 +34,11 @@ def tokenizer_and_data(data: DataArguments, name: str | None, model: str, folder
 
 def save_random_model(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
     """A model of GPT-2's shape `name`, or of the model folder's, with random weights; saved with the tokenizer."""
-    logging.disable_progress_bar()
-    config = GPT2Config(**SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(name)
+    if name in SHAPES:
+        config = GPT2Config(**SHAPES[name])
+    else:
+        with told_plainly("model", name, None):
+            config = patiently(lambda: AutoConfig.from_pretrained(name))
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.bos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id

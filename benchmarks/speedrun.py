@@ -30,6 +30,7 @@ from tinydpo.runs import write_json
 RECIPE = "recipes/gpt2-medium-hh"
 HH_TRAIN, HH_TEST = 160_800, 8_552
 EARLIER_HOURS = {128: 7, 512: 208}  # three epochs of the earlier script
+MARK = ".speedrun"  # only a folder that holds this file is emptied
 GPU = torch.cuda.is_available()
 
 
@@ -53,9 +54,11 @@ class SpeedrunArguments:
 def main(argv: list[str] | None = None) -> None:
     args, data = parse(SpeedrunArguments, DataArguments, argv=argv)
     folder = Path(args.output_dir)
-    if folder.exists() and not (folder / "base").exists():
+    if folder.exists() and not (folder / MARK).exists():
         raise UserError(f"--output_dir {folder} holds something else than a speedrun; pass another")
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
     given = Path(data.dataset_name).name if data.dataset_name else "the quickstart's"
     tokenizer = tokenizer_and_data(data, args.tokenizer_name, args.model, folder / "given")
     save_random_model(args.model, tokenizer, folder / "base")

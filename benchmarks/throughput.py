@@ -21,7 +21,7 @@ import contenders
 import torch
 from models import SHAPES, save_random_model, tokenizer_and_data
 
-from tinydpo.arguments import DataArguments
+from tinydpo.arguments import DataArguments, row_length_for
 from tinydpo.errors import UserError, one_sentence
 from tinydpo.pairs import load_split
 from tinydpo.parsing import parse
@@ -45,9 +45,15 @@ class BenchArguments:
     threads: int = field(default=torch.get_num_threads(), metadata={"help": "CPU threads of each contender."})
     output: str = field(default="runs/bench/throughput.json", metadata={"help": "Where the figures go."})
 
+    def __post_init__(self):
+        """Rows as long as `scripts/dpo.py` has them; refuse shorter ones (ValueError)."""
+        self.row_length = row_length_for(self.max_length, self.row_length)
+
 
 def main(argv: list[str] | None = None) -> None:
     args, data = parse(BenchArguments, DataArguments, argv=argv)
+    if not args.contenders or set(args.contenders) - set(contenders.NAMES) or args.steps < 1:
+        raise UserError("--contenders takes letters of abcd, as in bd, and --steps at least 1")
     if "a" in args.contenders and (args.pairs_per_step % contenders.AT_ONCE or args.max_length > contenders.PADDED):
         raise UserError("(a) takes 4 pairs at a time and pads to 128: change --pairs_per_step, or --contenders bcd")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -74,7 +80,7 @@ def prepare(args: BenchArguments, data: DataArguments, folder: Path) -> dict[str
         "dataset": given, "model": str(folder / "model"), "folder": str(folder / "out"),
         "device": args.device, "threads": args.threads,
         "pairs": pairs.select(range(count)).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list(),
-        "pairs_per_step": args.pairs_per_step, "row_length": args.row_length or max(512, 2 * args.max_length),
+        "pairs_per_step": args.pairs_per_step, "row_length": args.row_length,
         "head_parameters": model.get_output_embeddings().weight.numel(),
         "block_parameters": model.num_parameters(exclude_embeddings=True),
     }  # fmt: skip

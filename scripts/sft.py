@@ -19,15 +19,14 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, SFTConfig, ModelConfig)
     (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
 
-    from trl import SFTTrainer, get_peft_config, get_quantization_config
-    from trl.trainer.utils import disable_dropout_in_model
+    from trl import get_peft_config, get_quantization_config
 
     from tinydpo import runs
     from tinydpo.hub import load_tokenizer
     from tinydpo.launch import prepare
     from tinydpo.pairs import load_pairs
     from tinydpo.shared_prefix import PackedSFTTrainer
-    from tinydpo.trainers import sft_rows
+    from tinydpo.trainers import FittedSFTTrainer, sft_rows
 
     prepare(training, model, run.accelerate_config)
     if runs.is_finished(training.output_dir, resolved):
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     runs.check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length)
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs=False)
     evaluate = training.eval_strategy != "no"
-    engine = partial(PackedSFTTrainer, row_length=run.row_length) if run.shared_prefix else SFTTrainer
+    engine = partial(PackedSFTTrainer, row_length=run.row_length) if run.shared_prefix else FittedSFTTrainer
     trainer = runs.build(
         lambda: engine(
             model=model.model_name_or_path,
@@ -52,7 +51,6 @@ def main(argv: list[str] | None = None) -> None:
         model.model_name_or_path,
         model.model_revision,
     )
-    disable_dropout_in_model(trainer.model)  # else 1 and 2 processes, which draw other masks, would not agree
     runs.train(trainer, resolved, {name: split.summary for name, split in splits.items()})
 
 

@@ -4,6 +4,21 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
+def row_length_for(max_length: int, asked: int | None) -> int:
+    """The most tokens in a packed row: what was asked for, or 512, or more if a pair fitted to `max_length` needs it.
+
+    Raises:
+        ValueError: a pair can be longer than the row asked for.
+    """
+    longest_pair = 2 * max_length
+    if asked is not None and asked < longest_pair:
+        raise ValueError(
+            f"row_length is {asked}, but a pair fitted to max_length {max_length} can take twice that; pass "
+            f"--row_length {longest_pair} or more"
+        )
+    return asked or max(512, longest_pair)
+
+
 @dataclass
 class DataArguments:
     """Which preference pairs, and how they are fitted to the token budget (`max_length`, TRL's own flag)."""

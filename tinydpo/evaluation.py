@@ -18,6 +18,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from tinydpo.arguments import row_length_for
 from tinydpo.errors import UserError
 
 RewardFunction = Callable[..., list[float]]
@@ -80,10 +81,7 @@ class EvaluateArguments:
             self.beta = float(run.get("beta") or 0.1)
         if self.max_length is None:
             self.max_length = int(run.get("max_length") or 128)
-        longest_pair = 2 * self.max_length
-        self.row_length = (self.row_length or max(512, longest_pair)) if self.shared_prefix else None
-        if self.row_length is not None and self.row_length < longest_pair:
-            raise ValueError(f"row_length must be at least twice max_length, {longest_pair}, got {self.row_length}")
+        self.row_length = row_length_for(self.max_length, self.row_length) if self.shared_prefix else None
         for name, least in (("max_length", 4), ("num_prompts", 1), ("batch_size", 1), ("top_k", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -18,6 +18,7 @@ import yaml
 from trl import TrlParser
 
 from tinydpo import launch
+from tinydpo.arguments import row_length_for
 from tinydpo.errors import UserError
 
 # A revision pinned in a recipe belongs to the recipe's own id: naming another id drops it.
@@ -126,13 +127,7 @@ class RecipeParser(TrlParser):
             if getattr(namespace, new) is None or old_wins:
                 setattr(namespace, new, getattr(namespace, old))
             setattr(namespace, old, getattr(namespace, new))
-        if namespace.row_length is None:
-            namespace.row_length = max(512, 2 * (namespace.max_length or 0))
-        if namespace.row_length < 2 * (namespace.max_length or 0):
-            raise UserError(
-                f"row_length is {namespace.row_length}, but a pair fitted to max_length {namespace.max_length} can "
-                f"take twice that; pass --row_length {2 * namespace.max_length} or more"
-            )
+        namespace.row_length = row_length_for(namespace.max_length or 0, namespace.row_length)
         launch.fill(namespace)
 
 

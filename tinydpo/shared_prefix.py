@@ -18,15 +18,13 @@ import trl.trainer.utils
 from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
-from trl import SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import disable_dropout_in_model
 
 from tinydpo.errors import UserError
 from tinydpo.packed_check import INSTEAD, check_model, check_same, full_row, or_refuse
 from tinydpo.packing import Tree, additive_mask, pack
-from tinydpo.trainers import FittedDPOTrainer
+from tinydpo.trainers import FittedDPOTrainer, FittedSFTTrainer
 
 # Vocabulary columns that TRL's LM head projects at once on a CPU: its own 32,768 do not stay in the cache (forward and
 # backward of 664 positions over GPT-2's vocabulary took 3.5 s, with 1,024 1.6 s, on two cores).
@@ -34,15 +32,20 @@ CPU_TILE = 1024
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
-@dataclass
-class PackedPreference(DataCollatorForPreference):
-    """TRL's batch of pairs, and beside it the same tokens as `packed` rows, each pair's prompt once."""
+@dataclass(kw_only=True)
+class PackedCollator:
+    """What both collators below add to TRL's batch: the same tokens as `packed` rows, each prompt once."""
 
-    row_length: int = 512
+    row_length: int
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """See TRL's; `packed` is what `packing.pack` returns."""
         return super().torch_call(examples) | {"packed": pack([self.tree(row) for row in examples], self.row_length)}
+
+
+@dataclass
+class PackedPreference(PackedCollator, DataCollatorForPreference):
+    """TRL's batch of pairs, and each pair as one tree."""
 
     def tree(self, row: dict[str, Any]) -> Tree:
         """A pair as one tree."""
@@ -50,14 +53,8 @@ class PackedPreference(DataCollatorForPreference):
 
 
 @dataclass
-class PackedLanguageModeling(DataCollatorForLanguageModeling):
-    """TRL's batch of SFT examples, and beside it the same tokens as `packed` rows."""
-
-    row_length: int = 512
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """See TRL's; `packed` is what `packing.pack` returns."""
-        return super().torch_call(examples) | {"packed": pack([self.tree(row) for row in examples], self.row_length)}
+class PackedLanguageModeling(PackedCollator, DataCollatorForLanguageModeling):
+    """TRL's batch of SFT examples, and each example as one tree."""
 
     def tree(self, row: dict[str, Any]) -> Tree:
         """What has no label, and at least the first token, is the prompt; the rest the only completion."""
@@ -82,16 +79,17 @@ class PackedTrainer:
         collator = self.collator(pad_token_id=pad, row_length=row_length)
         super().__init__(*args, processing_class=processing_class, data_collator=collator, **kwargs)
         self._pack()
+
+    def _pack(self) -> None:
+        """Pack the models' forward and check it: before the reference pass and before the run's folder is written."""
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if model is not None:
+                pack_forward(self.accelerator.unwrap_model(model), self.data_collator.row_length)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those compute nothing before their first step
             before = self.model.training
             for mode in (False, True):
                 self._check(self.model.train(mode))
             self.model.train(before)
-
-    def _pack(self) -> None:
-        for model in (self.model, getattr(self, "ref_model", None)):
-            if model is not None:
-                pack_forward(self.accelerator.unwrap_model(model), self.data_collator.row_length)
 
     @torch.no_grad()
     def _check(self, model: torch.nn.Module) -> None:
@@ -137,14 +135,10 @@ class SharedPrefixDPOTrainer(PackedTrainer, FittedDPOTrainer):
         return super()._compute_loss(model, inputs, return_outputs)
 
 
-class PackedSFTTrainer(PackedTrainer, SFTTrainer):
+class PackedSFTTrainer(PackedTrainer, FittedSFTTrainer):
     """`SFTTrainer` for rows with `input_ids` and `labels`, without padding."""
 
     collator = PackedLanguageModeling
-
-    def _pack(self) -> None:
-        disable_dropout_in_model(self.model)  # which `SFTConfig` has no option for
-        super()._pack()
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's, after the check."""

@@ -4,7 +4,8 @@ from typing import Any
 
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from trl import DPOTrainer
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from tinydpo.pairs import LARGE
 from tinydpo.sources import quiet
@@ -30,6 +31,18 @@ class FittedDPOTrainer(DPOTrainer):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
             self._precompute_model_hash = weights
+
+
+class FittedSFTTrainer(SFTTrainer):
+    """`SFTTrainer` without dropout, for which `SFTConfig`, unlike `DPOConfig`, has no option.
+
+    With it 1 and 2 processes, which draw other masks, would not agree.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """TRL's own arguments."""
+        super().__init__(*args, **kwargs)
+        disable_dropout_in_model(self.model)
 
 
 def sft_rows(pairs: Dataset, completion_only: bool = True) -> Dataset:
