@@ -12,12 +12,17 @@ TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE)
 # The model that a DPO recipe starts from, unless ARGS name another.
 START       = $(if $(findstring --model_name_or_path,$(ARGS)),,$(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(RECIPE)/$(STAGE).yaml))
 
-sft inspect: STAGE = sft
-dpo:         STAGE = dpo
-evaluate:    STAGE = evaluate
+# That model, trained first where it is missing.
+NEEDS_START = case "$(START)" in runs/*) compgen -G "$(START)/*.safetensors" > /dev/null || $(MAKE) --no-print-directory $(if $(filter %/quickstart,$(RECIPE)),quickstart,sft STAGE=$(notdir $(START)) ARGS=) ;; esac
+
+sft inspect:         STAGE = sft
+dpo:                 STAGE = dpo
+evaluate playground: STAGE = evaluate
+frontier:            STAGE = frontier
+winrate:             STAGE = winrate
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft dpo evaluate inspect bench speedrun test test-all lint clean
+.PHONY: help install quickstart sft dpo evaluate frontier winrate report playground inspect bench speedrun test test-all lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,6 +37,10 @@ install: .venv/installed ## Create .venv and install; again only when pyproject.
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+.venv/judge .venv/playground .venv/browser: .venv/installed
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(@F)]'
+	@touch $@
+
 quickstart: install ## SFT, DPO and evaluation on the embedded task, on a CPU in minutes (SEED=1 for another)
 	$(PYTHON) scripts/quickstart.py --seed $(SEED) --output_dir runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
@@ -39,11 +48,24 @@ sft: install ## Fine-tune GPT-2 Medium on HH's preferred answers
 	$(LAUNCH) scripts/sft.py $(TRAIN)
 
 dpo: install ## Preference-tune it with DPO (runs the SFT it starts from first if that is missing)
-	@case "$(START)" in runs/*) compgen -G "$(START)/*.safetensors" > /dev/null || $(MAKE) --no-print-directory sft STAGE=$(notdir $(START)) ARGS= ;; esac
+	@$(NEEDS_START)
 	$(LAUNCH) scripts/dpo.py $(TRAIN)
 
 evaluate: install ## Hold the policy against its reference: pairs, sampled answers, KL
 	$(PYTHON) scripts/evaluate.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
+
+frontier: install ## Reward against KL over losses and betas: the paper's Figure 2
+	@$(NEEDS_START)
+	$(PYTHON) scripts/frontier.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
+
+winrate: .venv/judge ## Win rates by a judge behind an OpenAI-compatible endpoint
+	$(PYTHON) scripts/winrate.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
+
+report: install ## Everything measured so far on one page, runs/<recipe folder>/report.html
+	$(PYTHON) scripts/report.py runs/$(notdir $(RECIPE)) $(ARGS)
+
+playground: .venv/playground ## Talk to reference and policy side by side in the browser, and vote
+	$(PYTHON) scripts/playground.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
 inspect: install ## See what the token budget does to the pairs, before any training
 	$(PYTHON) scripts/inspect_data.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
@@ -57,7 +79,7 @@ speedrun: install ## SFT, DPO and evaluation against the clock
 test: install ## Run the tests (minutes)
 	$(PYTHON) -m pytest -m 'not slow' $(ARGS)
 
-test-all: install ## Run the slow tests too
+test-all: .venv/judge .venv/playground .venv/browser ## Run the slow tests too
 	$(PYTHON) -m pytest $(ARGS)
 
 lint: install ## Check format and style

@@ -274,8 +274,21 @@ def test_every_shipped_recipe_parses(path: Path):
     assert not {"bf16", "fp16", "use_cpu"} & set(keys), "recipes leave precision and device to the scripts"
     if path.name.startswith("evaluate"):
         from tinydpo.evaluation import EvaluateArguments
+        from tinydpo.rewards import RewardArguments
 
-        parsed = parse(EvaluateArguments, DataArguments, argv=["--config", str(path)])
+        parsed = parse(EvaluateArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
+    elif path.name == "winrate.yaml":
+        from tinydpo.judge import JudgeArguments
+        from tinydpo.winrate import WinrateArguments
+
+        judge = ["--judge_model", "m", *([] if "judge_base_url" in keys else ["--judge_base_url", "http://host/v1"])]
+        parsed = parse(WinrateArguments, JudgeArguments, DataArguments, argv=["--config", str(path), *judge])
+    elif path.name == "frontier.yaml":
+        from tinydpo.frontier import FrontierArguments
+        from tinydpo.rewards import RewardArguments
+
+        parsed = parse(FrontierArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
+        assert Path(keys["dpo_config"]).parent.name == path.parent.name, "a frontier of another recipe's runs"
     else:
         types = SFT if path.name.startswith("sft") else DPO
         parsed = parse(*types, argv=["--config", str(path)])

@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,11 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tinydpo.errors import UserError
-from tinydpo.evaluation import EvaluateArguments, check_same_vocabulary, load_reward, rewards
+from tinydpo.evaluation import EvaluateArguments, check_same_vocabulary
 from tinydpo.evaluation_table import beside_chance, side_by_side, table
 from tinydpo.logps import PairLogps, pair_logps, token_logps
 from tinydpo.metrics import kl_metrics, length_metrics, pair_metrics, reward_metrics, wilson_interval
-from tinydpo.sampling import choose_prompts, cut_answer, cut_prompt, sample_answers
+from tinydpo.rewards import load_reward, rewards
+from tinydpo.sampling import cached_answers, choose_prompts, cut_answer, cut_prompt, sample_answers
 
 ROOT = Path(__file__).parent.parent
 GPT2_TOKENIZER = ROOT.parent / "shared" / "gpt2-tokenizer"
@@ -255,6 +257,25 @@ def test_checkpoint_generation_defaults_are_not_inherited():
     assert sample_answers(model, tokenizer, prompts, 10, seed=6) != plain, "--seed has no effect"
 
 
+def test_answers_are_cached_by_weights_prompts_and_settings(monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer, prompts = tiny_gpt2(7), byte_tokenizer(), [[1, 2], [3]] * 4
+    first = cached_answers(model, tokenizer, prompts, 10, seed=5)
+    assert first == sample_answers(model, tokenizer, prompts, 10, seed=5), "the cache gives other answers"
+    others = [
+        cached_answers(tiny_gpt2(8), tokenizer, prompts, 10, seed=5),
+        cached_answers(model, tokenizer, prompts, 10, seed=6),
+        cached_answers(model, tokenizer, prompts, 10, seed=5, temperature=0.5),
+        cached_answers(model, tokenizer, prompts[::-1], 10, seed=5),
+    ]
+    assert all(other != first for other in others), "another model's or setting's answers are taken for these"
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "generate", None)  # were it sampled again, it would fail
+        assert cached_answers(model, tokenizer, prompts, 10, seed=5) == first, "answers are sampled twice"
+    for path in (Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers").iterdir():
+        path.write_text(path.read_text()[:20])
+    assert cached_answers(model, tokenizer, prompts, 10, seed=5) == first, "a damaged cache ends the evaluation"
+
+
 @given(st.lists(st.integers(0, 9), max_size=20))
 def test_cut_answer_properties(ids: list[int]):
     answer, ended = cut_answer(ids, 9)
@@ -374,9 +395,21 @@ def test_evaluate_script_end_to_end(
     assert len(samples) == 8 and {"prompt", "policy", "ref", "reward_policy", "reward_ref"} <= set(samples[0]), (
         "samples.jsonl does not hold both answers to every prompt"
     )
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["eval_results.json", "samples.jsonl"], (
-        "the evaluation leaves partial files behind"
+    for sample in samples:
+        assert "".join(sample["pieces"]).removesuffix("<end>") == sample["policy"], "the report colours another answer"
+        assert len(sample["pieces"]) == len(sample["token_rewards"])
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
+    assert np.mean([pair["margin"] > 0 for pair in pairs]) == results["reward_accuracy"], "pairs.jsonl tells otherwise"
+    token_sums = [sum(sample["token_rewards"]) for sample in samples]
+    assert np.mean(token_sums) == pytest.approx(0.1 * results["kl_per_sequence"], rel=1e-5), (
+        "tokens do not add up to KL"
     )
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "eval_results.json",
+        "pairs.jsonl",
+        "samples.jsonl",
+    ], "the evaluation leaves partial files behind"
+    assert (tmp_path / "report.html").is_file(), "no report is written"
     out = capsys.readouterr().out
     assert table(results) in out and side_by_side(samples[:3]) in out, "what is printed is not what is saved"
     assert "BIASED" in out, "the earlier script's figure is not marked as biased"

@@ -1,7 +1,10 @@
 """The model card: data, revision, beta, length rule, results and, where HH's text was used, its content notice."""
 
+import os
 from pathlib import Path
 from typing import Any
+
+from tinydpo.evaluation_table import headline
 
 CONTENT_NOTICE = (
     "The Anthropic HH-RLHF data hold text that may be offensive or upsetting, violence, abuse and discrimination "
@@ -59,6 +62,28 @@ def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], 
     if is_hh(dataset):
         lines += ["", "## Content notice", "", CONTENT_NOTICE]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(folder / "README.md")
+
+
+def add_evaluation(card: Path, results: dict[str, Any]) -> None:
+    """Put an evaluation's headline figures into a model card, in place of an earlier evaluation's.
+
+    Args:
+        card: the policy's `README.md`.
+        results: `eval_results.json`.
+    """
+    heading, settings = "## Evaluation", results["settings"]
+    lines = [heading, "", f"{results['pairs']} held-out pairs, {settings['num_prompts']} held-out prompts, β"]
+    lines[-1] += f" {results['beta']:g}, seed {settings['seed']}; in brackets 95 % intervals."
+    lines += ["", "| | policy | reference | |", "| --- | --- | --- | --- |"]
+    for row in headline(results):
+        meaning = row.meaning.replace("\n", " ") + "; no winner can be named" * row.says_nothing()
+        lines.append(f"| {row.label} | {row.policy} | {row.ref or ''} | {meaning.replace('|', '/')} |")
+    before, _, after = card.read_text(encoding="utf-8").partition(f"{heading}\n")
+    rest = after.partition("\n## ")
+    kept = "".join(rest[1:]) if after else ""
+    half = card.with_name(f".{card.name}.half")
+    half.write_text(before.rstrip("\n") + "\n\n" + "\n".join(lines) + "\n" + kept, encoding="utf-8")
+    os.replace(half, card)
 
 
 def is_hh(dataset: str) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # told apart by colour-blind readers (Okabe and Ito 2008)
+Panel = tuple[str, str, list[tuple[str, str, str]]]
 
 
 def _both(key: str) -> list[tuple[str, str, str]]:
@@ -19,6 +20,33 @@ PANELS = [
 ]  # fmt: skip
 
 
+def panels_of(log_history: list[dict[str, Any]]) -> list[Panel]:
+    """The panels that a run's log has something for."""
+    logged = {key for entry in log_history for key in entry}
+    return [panel for panel in PANELS if any(key in logged for key, *_ in panel[2])]
+
+
+def draw_panel(axes: Any, panel: Panel, log_history: list[dict[str, Any]]) -> None:
+    """Draw a panel's lines over optimizer steps, each named where it ends, on matplotlib axes."""
+    title, unit, lines = panel
+    drawn = []
+    for key, name, colour in lines:
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            marker = "o" if len(points) < 12 else None
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3)
+            drawn.append((points[-1], name, colour))
+    drawn.sort(key=lambda line: line[0][1])
+    for place, (end, name, colour) in enumerate(drawn):
+        shift = 6 * (2 * place - len(drawn) + 1)  # apart, where two lines end at the same height
+        axes.annotate(
+            name, end, (4, shift), textcoords="offset points", color=colour, va="center", annotation_clip=False
+        )
+    axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
+
+
 def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
     """Draw loss and, where the run has them, reward accuracy, margin and rewards over steps, to a PNG.
 
@@ -26,30 +54,10 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
         log_history: `trainer.state.log_history`.
         path: the PNG to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    logged = {key for entry in log_history for key in entry}
-    panels = [panel for panel in PANELS if any(key in logged for key, *_ in panel[2])]
-    if not panels:
-        return
-    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, unit, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        drawn = []
-        for key, name, colour in lines:
-            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-            if points:
-                marker = "o" if len(points) < 12 else None
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3)
-                drawn.append((points[-1], name, colour))
-        drawn.sort(key=lambda line: line[0][1])
-        for place, (end, name, colour) in enumerate(drawn):
-            shift = 6 * (2 * place - len(drawn) + 1)  # apart, where two lines end at the same height
-            axes.annotate(
-                name, end, (4, shift), textcoords="offset points", color=colour, va="center", annotation_clip=False
-            )
-        axes.set(title=title, xlabel="optimizer step", ylabel=unit)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.02)
-    figure.savefig(path, dpi=120)
+    if panels := panels_of(log_history):
+        figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            draw_panel(axes, panel, log_history)
+        figure.savefig(path, dpi=120)

@@ -50,7 +50,7 @@ def to_texts(records: Dataset, tokenizer: Any, need_pairs: bool, on_bad_row: str
         texts = {name: [] for name in TEXTS}
         for file, row, subset, record in zip(*(batch[k] for k in ("file", "row", "subset", "record")), strict=True):
             try:
-                text = text_pair(_decode(record), tokenizer, need_pairs)
+                text = text_pair(decode(record), tokenizer, need_pairs)
             except BrokenRow as error:
                 if on_bad_row == "stop":
                     advice = "mend it or pass --on_bad_row skip"
@@ -70,7 +70,8 @@ def to_texts(records: Dataset, tokenizer: Any, need_pairs: bool, on_bad_row: str
     )  # fmt: skip
 
 
-def _decode(record: bytes) -> dict[str, Any]:
+def decode(record: bytes) -> dict[str, Any]:
+    """A row of a JSON-lines file, or what is wrong with it (`BrokenRow`)."""
     try:
         row = json.loads(record)
     except UnicodeDecodeError:

@@ -1,14 +1,12 @@
-"""What a policy has learned against its reference: what to compare, under which rewards, and where it goes.
+"""What a policy has learned against its reference: what to compare, and where it goes.
 
 `logps` and `sampling` ask the models, `metrics` does the arithmetic, `evaluation_table` words it, and
 `scripts/evaluate.py` puts them together.
 """
 
-import importlib
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tinydpo.arguments import row_length_for
 from tinydpo.errors import UserError
-
-RewardFunction = Callable[..., list[float]]
 
 
 @dataclass
@@ -50,10 +46,6 @@ class EvaluateArguments:
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits when sampling."})
     top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens only; 0: from all."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this mass; 1: from all."})
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Rewards as module.function, in TRL's form f(prompts, completions, **kwargs); summed."},
-    )
     batch_size: int = field(default=32, metadata={"help": "Sequences in one forward pass: memory against speed."})
     shared_prefix: bool = field(
         default=True,
@@ -128,56 +120,31 @@ def check_same_vocabulary(policy: PreTrainedTokenizerBase, ref: PreTrainedTokeni
         )
 
 
-def load_reward(name: str) -> RewardFunction:
-    """The function that `module.function` names; the module may lie in the working directory.
-
-    Raises:
-        UserError: no such module or function, or the module fails to import.
-    """
-    module, _, function = name.rpartition(".")
-    if not module:
-        raise UserError(f"--reward_funcs {name!r} is not of the form module.function")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+def make_folder(output_dir: str) -> Path:
+    """The folder for results, made if missing; UserError where that cannot be."""
     try:
-        reward = getattr(importlib.import_module(module), function, None)
-    except Exception as error:
-        raise UserError(f"--reward_funcs {name!r}: cannot import {module!r}: {error!r}") from None
-    if not callable(reward):
-        raise UserError(f"--reward_funcs {name!r}: module {module!r} has no function {function!r}")
-    return reward
+        (folder := Path(output_dir)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: {error.strerror}; choose another folder") from None
+    return folder
 
 
-def rewards(functions: Sequence[RewardFunction], prompts: list[str], completions: list[str]) -> np.ndarray:
-    """Sum of the functions' rewards for each completion, (n,) float64.
+def by_row(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Columns of n values as n rows, NumPy's numbers as Python's."""
+    plain = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*plain, strict=True)]
 
-    Raises:
-        UserError: a function raises, or gives anything but one finite number a completion.
+
+def save(output_dir: Path, results: dict[str, Any], **tables: Sequence[dict[str, Any]]) -> None:
+    """Write each table as `<name>.jsonl`, then `eval_results.json`: where that one stands, the evaluation is complete.
+
+    All replace what an earlier run left, whole or not at all.
     """
-    total = np.zeros(len(completions))
-    for function in functions:
-        name = f"{function.__module__}.{getattr(function, '__name__', function)}"
-        try:
-            values = np.asarray(function(prompts=prompts, completions=completions), dtype=np.float64)
-        except Exception as error:
-            raise UserError(f"reward function {name} failed: {error!r}") from None
-        if values.shape != total.shape or not np.isfinite(values).all():
-            raise UserError(
-                f"reward function {name} must return {len(completions)} finite numbers, one for each completion, "
-                f"but returned shape {values.shape}"
-            )
-        total += values
-    return total
-
-
-def save(output_dir: Path, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
-    """Write `samples.jsonl`, then `eval_results.json`: where that one stands, the evaluation is complete.
-
-    Both replace what an earlier run left, whole or not at all.
-    """
-    jsonl = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    for name, text in (("samples.jsonl", jsonl), ("eval_results.json", json.dumps(results, indent=2) + "\n")):
+    texts = {
+        f"{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for name, rows in tables.items()
+    }
+    for name, text in (texts | {"eval_results.json": json.dumps(results, indent=2) + "\n"}).items():
         partial = output_dir / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="replace")  # a tokenizer may hold half a character
         os.replace(partial, output_dir / name)

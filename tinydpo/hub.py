@@ -147,7 +147,14 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def load_model(name: str, revision: str | None = None, dtype: Any = None, device: Any = None) -> Any:
+def load_model(
+    name: str,
+    revision: str | None = None,
+    dtype: Any = None,
+    device: Any = None,
+    architecture: Any = None,
+    output_loading_info: bool = False,
+) -> Any:
     """Load a causal language model, or a LoRA adapter on its base, in eval mode.
 
     Args:
@@ -155,6 +162,8 @@ def load_model(name: str, revision: str | None = None, dtype: Any = None, device
         revision: commit, tag or branch on the Hub.
         dtype: torch dtype of the weights, float32 by default.
         device: torch device, the CPU by default.
+        architecture: another auto class of transformers.
+        output_loading_info: return transformers' report of missing and unexpected weights beside the model.
 
     Raises:
         UserError: if it cannot be loaded.
@@ -165,9 +174,11 @@ def load_model(name: str, revision: str | None = None, dtype: Any = None, device
 
     logging.disable_progress_bar()  # of loading: it only flashes by
     with told_plainly("model", name, revision):
-        model = patiently(
-            lambda: AutoModelForCausalLM.from_pretrained(
-                name, revision=revision or "main", dtype=dtype or torch.float32, use_safetensors=True
+        model, loading = patiently(
+            lambda: (architecture or AutoModelForCausalLM).from_pretrained(
+                name, revision=revision or "main", dtype=dtype or torch.float32, use_safetensors=True,
+                output_loading_info=True,
             )
-        )
-    return model.to(device or "cpu").eval()
+        )  # fmt: skip
+    model = model.to(device or "cpu").eval()
+    return (model, loading) if output_loading_info else model

@@ -22,17 +22,27 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
+def pair_rewards(policy: PairLogps, ref: PairLogps, beta: float) -> dict[str, np.ndarray]:
+    """Columns (n,) over held-out pairs: `reward_chosen`, `reward_rejected` and `margin`, all implicit, and tokens.
+
+    The implicit reward of a completion is r = β log π/π_ref (DPO, arXiv 2305.18290, section 4); the margin is
+    r(chosen) − r(rejected).
+    """
+    chosen, rejected = beta * (policy.chosen - ref.chosen), beta * (policy.rejected - ref.rejected)
+    columns = {"margin": chosen - rejected, "reward_chosen": chosen, "reward_rejected": rejected}
+    return columns | {"chosen_tokens": policy.chosen_tokens, "rejected_tokens": policy.rejected_tokens}
+
+
 def pair_metrics(policy: PairLogps, ref: PairLogps, beta: float) -> dict[str, Any]:
     """What the log-probs of n ≥ 1 held-out pairs say.
 
-    The implicit reward of a completion is r = β log π/π_ref (DPO, arXiv 2305.18290, section 4); the margin is
-    r(chosen) − r(rejected); the loss −log σ(margin) (eq. 7). A margin of 0 counts as wrong: it prefers nothing.
+    The loss is −log σ(margin) (DPO, arXiv 2305.18290, eq. 7). A margin of 0 counts as wrong: it prefers nothing.
 
     Returns:
         `pairs`, `reward_accuracy` with `reward_accuracy_ci95`, `reward_margin` with its standard error, `dpo_loss`,
         `nll_chosen_*` (nats a token: all chosen tokens together) and `raw_likelihood_accuracy_*`.
     """
-    margins = beta * ((policy.chosen - ref.chosen) - (policy.rejected - ref.rejected))
+    margins = pair_rewards(policy, ref, beta)["margin"]
     n, right = len(margins), int((margins > 0).sum())
     return {
         "pairs": n,
@@ -41,6 +51,7 @@ def pair_metrics(policy: PairLogps, ref: PairLogps, beta: float) -> dict[str, An
         "reward_margin": float(margins.mean()),
         "reward_margin_se": standard_error(margins),
         "dpo_loss": float(np.logaddexp(0, -margins).mean()),
+        "dpo_loss_se": standard_error(np.logaddexp(0, -margins)),
         "beta": beta,
         "nll_chosen_policy": float(-policy.chosen.sum() / policy.chosen_tokens.sum()),
         "nll_chosen_ref": float(-ref.chosen.sum() / ref.chosen_tokens.sum()),
@@ -69,11 +80,17 @@ def kl_metrics(policy_logps: list[np.ndarray], ref_logps: list[np.ndarray]) -> d
     }
 
 
+def token_rewards(policy_logps: list[np.ndarray], ref_logps: list[np.ndarray], beta: float) -> list[list[float]]:
+    """Implicit reward β log π/π_ref of every token of n answers, from their per-token log-probs."""
+    return [(beta * (policy - ref)).tolist() for policy, ref in zip(policy_logps, ref_logps, strict=True)]
+
+
 def length_metrics(policy: Answers, ref: Answers) -> dict[str, float]:
     """Mean length in tokens (end token included) and share of answers that end by themselves, of both models."""
+    lengths = {role: np.array([len(ids) for ids in both.ids]) for role, both in (("policy", policy), ("ref", ref))}
     return {
-        "mean_length_policy": float(np.mean([len(ids) for ids in policy.ids])),
-        "mean_length_ref": float(np.mean([len(ids) for ids in ref.ids])),
+        **{f"mean_length_{role}": float(tokens.mean()) for role, tokens in lengths.items()},
+        **{f"mean_length_{role}_se": standard_error(tokens) for role, tokens in lengths.items()},
         "ended_policy": float(np.mean(policy.ended)),
         "ended_ref": float(np.mean(ref.ended)),
     }
@@ -85,6 +102,8 @@ def reward_metrics(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
     return {
         "reward_policy": float(policy.mean()),
         "reward_ref": float(ref.mean()),
+        "reward_policy_se": standard_error(policy),
+        "reward_ref_se": standard_error(ref),
         "win_rate_vs_ref": wins / len(policy),
         "win_rate_ci95": list(wilson_interval(wins, len(policy))),
     }

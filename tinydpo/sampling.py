@@ -5,13 +5,22 @@ token and what comes after is padding whatever its id: the end token itself stay
 stop differs from its reference there more than anywhere else.
 """
 
+import json
 import random
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import datasets
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+from trl.trainer.utils import hash_module
+
+from tinydpo.fitting import bos_of, tokenize_prompts
+from tinydpo.runs import write_json
 
 
 class Answers(NamedTuple):
@@ -59,6 +68,50 @@ def cut_answer(ids: list[int], eos_token_id: int | None) -> tuple[list[int], boo
     if eos_token_id in ids:
         return ids[: ids.index(eos_token_id) + 1], True
     return ids, False
+
+
+def prompts_to_answer(
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, num_prompts: int, seed: int
+) -> tuple[Dataset, list[list[int]]]:
+    """Held-out prompts, each cut to its last `max_length - max_length // 2` tokens: the rest is room for an answer.
+
+    Args:
+        texts: rows as `pairs.FittedSplit.texts` has them.
+        tokenizer: the policy's.
+        max_length: tokens of prompt and answer together.
+        num_prompts: the most prompts wanted; which ones `seed` picks.
+        seed: as in `choose_prompts`.
+
+    Returns:
+        The chosen rows of `texts`, and the token list of each one's prompt.
+    """
+    rows = choose_prompts(texts, num_prompts, seed)
+    bos = next(iter(bos_of(tokenizer)), None)  # as fitting keeps it, not every token that a tokenizer calls so
+    return rows, [cut_prompt(ids, max_length - max_length // 2, bos) for ids in tokenize_prompts(rows, tokenizer)[0]]
+
+
+def cached_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    desc: str = "sampling",
+    **settings: Any,
+) -> Answers:
+    """`sample_answers`, or what it gave before for the same weights, dtype, device, prompts and settings.
+
+    The answers lie in the cache folder of `datasets`, beside the reference's log-probs.
+    """
+    kind = (hash_module(model), str(model.dtype), model.device.type, tokenizer.eos_token_id)
+    key = Hasher.hash((kind, prompts, max_new_tokens, sorted(settings.items())))
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers" / f"{key}.json"
+    try:
+        return Answers(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # not there yet, or damaged
+        answers = sample_answers(model, tokenizer, prompts, max_new_tokens, desc=desc, **settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, answers._asdict())
+    return answers
 
 
 @torch.no_grad()
@@ -110,6 +163,8 @@ def sample_answers(
     # transformers fills what a GenerationConfig leaves out from the checkpoint's own (Qwen2's repetition_penalty 1.1,
     # an instruct model's min_p …), and then the samples are not the policy's: put that one away while sampling.
     checkpoint_config, model.generation_config = model.generation_config, config
+    # `generate` drops a mask that hides nothing, and the model then warns that it has none.
+    (logger := logging.get_logger("transformers.modeling_utils")).setLevel(logging.ERROR)
     try:
         for start in tqdm(range(0, len(order), batch_size), desc=desc, leave=False, disable=None):
             rows = order[start : start + batch_size]
@@ -128,4 +183,5 @@ def sample_answers(
                 ids[i], ended[i] = cut_answer(row, eos)
     finally:
         model.generation_config = checkpoint_config
+        logger.setLevel(logging.NOTSET)  # its own level from before; `from_pretrained` says odd things at another
     return Answers(ids, ended)

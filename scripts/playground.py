@@ -1,0 +1,51 @@
+"""Ask a policy and its reference side by side, in the browser; votes become pairs to train on.
+
+    python scripts/playground.py --config recipes/quickstart/evaluate.yaml --port 7861
+
+`make playground RECIPE=recipes/quickstart` runs the same on port 7860. It takes what evaluation takes: models, beta,
+max_length, and where the sampling settings start; votes go to `votes.jsonl` beside --output_dir.
+"""
+
+import os
+from pathlib import Path
+
+from tinydpo import evaluation
+from tinydpo.arguments import DataArguments
+from tinydpo.card import CONTENT_NOTICE, is_hh
+from tinydpo.errors import UserError, one_sentence
+from tinydpo.hub import load_model, load_tokenizer
+from tinydpo.parsing import parse
+from tinydpo.rewards import RewardArguments
+from tinydpo.runs import check_model
+from tinydpo.side_by_side import SideBySide
+
+
+def main(argv: list[str] | None = None) -> None:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    try:
+        from tinydpo.playground import PlaygroundArguments, build, serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("the playground needs gradio; run `make playground` or pip install '.[playground]'") from None
+
+    kinds = (evaluation.EvaluateArguments, DataArguments, PlaygroundArguments)
+    args, data, page = parse(*kinds, argv=argv, ignored=(RewardArguments,))
+    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
+    evaluation.check_same_vocabulary(tokenizer, load_tokenizer(args.ref_model_name_or_path, args.ref_model_revision))
+    device, dtype = evaluation.device_and_dtype(args.dtype)
+    models = []
+    for name, revision in (
+        (args.model_name_or_path, args.model_revision),
+        (args.ref_model_name_or_path, args.ref_model_revision),
+    ):
+        check_model(name, revision, tokenizer, args.max_length)
+        models.append(load_model(name, revision, dtype=dtype, device=device))
+    both = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length)
+    votes = Path(args.output_dir).parent / "votes.jsonl"
+    serve(build(both, args, votes, CONTENT_NOTICE if is_hh(data.dataset_name or "") else ""), page.port)
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,0 +1,23 @@
+"""Gather what lies in a recipe's run folder into one page: figures, curves, answers.
+
+    python scripts/report.py runs/gpt2-medium-hh
+
+Every evaluation, frontier and win-rate run writes it by itself; this writes it again.
+"""
+
+import argparse
+from pathlib import Path
+
+from tinydpo.errors import one_sentence
+from tinydpo.report import write_report
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write report.html into a recipe's run folder.", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="runs/<recipe folder>")
+    print(f"Report: {write_report(parser.parse_args(argv).folder)}")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

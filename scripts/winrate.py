@@ -1,0 +1,78 @@
+"""Have a judge compare a policy's answers with the dataset's chosen ones and with its reference's.
+
+    export JUDGE_API_KEY=…    # a local server needs none
+    python scripts/winrate.py --config recipes/<recipe folder>/winrate.yaml \
+        --judge_base_url https://host/v1 --judge_model <name>
+
+Several temperatures, as in the DPO paper's Figure 3: add `--temperatures 0.25 0.5 0.75 1.0`.
+"""
+
+import gc
+from dataclasses import asdict
+
+from tinydpo import evaluation, winrate
+from tinydpo.arguments import DataArguments
+from tinydpo.errors import UserError, one_sentence
+from tinydpo.hub import load_model, load_tokenizer
+from tinydpo.judge import Judge, JudgeArguments
+from tinydpo.pairs import load_split
+from tinydpo.parsing import parse
+from tinydpo.report import write_report
+from tinydpo.runs import write_json
+from tinydpo.sampling import cached_answers, prompts_to_answer
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, judging, data = parse(winrate.WinrateArguments, JudgeArguments, DataArguments, argv=argv)
+    output_dir = evaluation.make_folder(args.output_dir)
+    judge = Judge(judging, output_dir / "verdicts.jsonl")
+    device, dtype = evaluation.device_and_dtype(args.dtype)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
+    evaluation.check_same_vocabulary(tokenizer, load_tokenizer(args.ref_model_name_or_path, args.ref_model_revision))
+    held_out = load_split(data, tokenizer, args.max_length, "test")
+    texts, prompts = prompts_to_answer(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
+    room = args.max_length // 2
+
+    # One model in memory at a time, each under a seed of its own. The settings are those of scripts/evaluate.py, so
+    # that with as many prompts its cached answers are the ones that are judged.
+    models = {
+        "policy": (args.model_name_or_path, args.model_revision),
+        "ref": (args.ref_model_name_or_path, args.ref_model_revision),
+    }
+    answers = {}
+    for index, (role, (name, revision)) in enumerate(models.items()):
+        model = load_model(name, revision, dtype=dtype, device=device)
+        for temperature in args.temperatures:
+            sampled = cached_answers(
+                model, tokenizer, prompts, room, f"{role}: answers", temperature=temperature, top_k=0, top_p=1.0,
+                batch_size=args.batch_size, seed=args.seed + index,
+            )  # fmt: skip
+            answers[role, temperature] = tokenizer.batch_decode(sampled.ids, skip_special_tokens=True)
+        del model
+        gc.collect()
+
+    chosen, comparisons = winrate.cut_to_room(texts["chosen"][:], tokenizer, room), []
+    for temperature in args.temperatures:
+        policy = answers["policy", temperature]
+        for opponent, others in (("chosen", chosen), ("ref", answers["ref", temperature])):
+            desc = f"judge: against {opponent} at {temperature:g}"
+            outcomes = judge.compare(texts["prompt"][:], policy, others, desc)
+            figures = winrate.comparison(outcomes, policy, others)
+            if figures is None:
+                raise UserError(
+                    f"none of {judging.judge_model}'s verdicts on {len(outcomes)} pairs against {opponent} can be "
+                    f"read; its replies are in {judge.cache}, try another --judge_model"
+                )
+            comparisons.append({"opponent": opponent, "temperature": temperature, **figures})
+
+    settings = asdict(data) | asdict(judging) | asdict(args) | {"num_prompts": len(prompts), "dtype": str(dtype)[6:]}
+    results = {"settings": settings, "judge": judging.judge_model, "comparisons": comparisons}
+    results["tokens"] = judge.tokens()
+    print(winrate.table(results))
+    write_json(output_dir / "winrate.json", results)
+    print(f"Report: {write_report(output_dir.parent)}")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

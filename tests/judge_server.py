@@ -1,0 +1,91 @@
+"""A scripted judge that speaks OpenAI's chat protocol on 127.0.0.1: the faults that a real one has only at times."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Script = Callable[[str, int], Any]
+
+
+class Server(ThreadingHTTPServer):
+    """What it was asked, by whom, and how many questions it had at once at most."""
+
+    daemon_threads = True
+
+    def __init__(self, script: Script):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.lock = script, threading.Lock()
+        self.questions: list[str] = []
+        self.keys: set[str | None] = set()
+        self.at_once = self.most_at_once = 0
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that gave up waiting are part of the script."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as `Server.script(question, times it was asked before)` says.
+
+    A text is the judge's reply, a dict the JSON body (and its `status`), bytes a body that is no JSON, and a number an
+    HTTP status, with an error that repeats the key.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        server: Server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        with server.lock:
+            before = server.questions.count(question)
+            server.questions.append(question)
+            server.keys.add(self.headers.get("Authorization"))
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+        try:
+            said = server.script(question, before)
+        finally:
+            with server.lock:
+                server.at_once -= 1
+        if isinstance(said, str):
+            said = reply(said)
+        elif isinstance(said, int):
+            said = {"status": said, "error": {"message": f"scripted, asked with {self.headers.get('Authorization')}"}}
+        status = said.get("status", 200) if isinstance(said, dict) else 200
+        data = said if isinstance(said, bytes) else json.dumps(said).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("retry-after-ms", "5")  # the client would wait half a second and more
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        """Nothing on stderr."""
+
+
+def reply(content: str | None, refusal: str | None = None, finish_reason: str = "stop") -> dict[str, Any]:
+    message = {"role": "assistant", "content": content, "refusal": refusal}
+    return {
+        "id": "1", "object": "chat.completion", "created": int(time.time()), "model": "scripted",
+        "choices": [{"index": 0, "finish_reason": finish_reason, "message": message}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
+    }  # fmt: skip
+
+
+@contextmanager
+def judge_server(script: Script) -> Iterator[Server]:
+    server = Server(script)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

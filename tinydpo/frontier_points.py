@@ -1,0 +1,132 @@
+"""Points of the reward–KL frontier: what a checkpoint earns and how far it has gone, and best of N beside it."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tinydpo.errors import UserError
+from tinydpo.frontier import Run
+from tinydpo.hub import load_model
+from tinydpo.logps import token_logps
+from tinydpo.metrics import kl_metrics, standard_error
+from tinydpo.rewards import RewardFunction, rewards
+from tinydpo.runs import write_json
+from tinydpo.sampling import cached_answers
+
+
+@dataclass
+class Measure:
+    """What all points have in common: the reference, the prompts and the reward."""
+
+    ref: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[str]
+    prompts: list[list[int]]
+    functions: list[RewardFunction]
+    max_new_tokens: int
+    row_length: int | None
+    batch_size: int
+    seed: int
+
+    def policy(self, name: str) -> dict[str, float]:
+        """KL from the reference (nats an answer) and reward of the policy `name`, each with its standard error."""
+        model = load_model(name, dtype=self.ref.dtype, device=self.ref.device)
+        ids, scores = self._answers(model, 1)
+        logps = [token_logps(m, self.prompts, ids, self.batch_size, "KL", self.row_length) for m in (model, self.ref)]
+        kl = kl_metrics(*logps)
+        point = {"kl": kl["kl_per_sequence"], "kl_se": kl["kl_per_sequence_se"]}
+        return point | {"reward": float(scores.mean()), "reward_se": standard_error(scores[:, 0])}
+
+    def reference(self, samples: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """The reference's own point, and best of N for N up to `samples`."""
+        _, scores = self._answers(self.ref, samples)
+        best = best_of_n(scores)
+        return {"kl": 0.0, "reward": best[0]["reward"], "reward_se": best[0]["reward_se"]}, best
+
+    def _answers(self, model: PreTrainedModel, samples: int) -> tuple[list[list[int]], np.ndarray]:
+        answers = cached_answers(
+            model, self.tokenizer, self.prompts * samples, self.max_new_tokens, "answers",
+            batch_size=self.batch_size, seed=self.seed,
+        )  # fmt: skip
+        written = self.tokenizer.batch_decode(answers.ids, skip_special_tokens=True)
+        scores = rewards(self.functions, self.texts * samples, written)
+        return answers.ids, scores.reshape(samples, -1).T
+
+
+def points_of(
+    run: Run, folder: Path, settings: dict[str, Any], train: Callable[[Run], None], measure: Measure
+) -> list[dict[str, Any]]:
+    """Train a run and measure its checkpoints, or what of it is not done yet; measured checkpoints are deleted.
+
+    Args:
+        run: which.
+        folder: of the run; `points.json` in it holds what was measured.
+        settings: all that a point depends on besides the run.
+        train: trains a run into its folder, or goes on where it was cut short.
+        measure: see `Measure`.
+
+    Raises:
+        UserError: the folder holds points measured under other settings.
+    """
+    path = folder / "points.json"
+    saved = json.loads(path.read_text()) if path.exists() else {"settings": settings, "points": [], "done": False}
+    for key in sorted({*settings, *saved["settings"]}):
+        if saved["settings"].get(key) != settings.get(key):
+            raise UserError(f"{folder} was measured with another {key}; pass another --output_dir, or delete it")
+    if saved["done"]:
+        return saved["points"]
+    train(run)
+    measured = {point["step"] for point in saved["points"]}
+    steps = sorted(int(checkpoint.name.split("-")[1]) for checkpoint in folder.glob("checkpoint-*"))
+    for step in (step for step in steps if step not in measured):
+        point = {"curve": run.curve, "loss": run.loss, "beta": run.beta, "seed": run.seed, "step": step}
+        saved["points"].append(point | measure.policy(str(folder / f"checkpoint-{step}")))
+        write_json(path, saved)
+    write_json(path, saved | {"done": True})
+    for step in steps:
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    return saved["points"]
+
+
+def best_of_n(rewards: np.ndarray) -> list[dict[str, float]]:
+    """Best of N = 1, 2, 4 … of n reference samples to each of m prompts.
+
+    The mean of the best of N takes every subset of the n samples (an unbiased estimate; WebGPT, arXiv 2112.09332,
+    appendix I). The KL is log N − (N − 1)/N, which the true one does not exceed (arXiv 2401.01879).
+
+    Args:
+        rewards: (m, n).
+
+    Returns:
+        A mapping of `n`, `kl` (nats), `reward` and `reward_se` for each N.
+    """
+    ordered, count = np.sort(rewards, axis=1), rewards.shape[1]
+    points = []
+    for n in (2**power for power in range(count.bit_length())):
+        weights = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
+        best = ordered @ np.array(weights)
+        kl = math.log(n) - (n - 1) / n
+        points.append({"n": n, "kl": kl, "reward": float(best.mean()), "reward_se": standard_error(best)})
+    return points
+
+
+def table(points: Sequence[dict[str, Any]], sft: dict[str, Any]) -> str:
+    """The last point of each run, beside the reference."""
+    lines = [f"{'':<18}{'β':>6}{'steps':>7}{'KL, nats':>16}{'reward':>16}"]
+    lines.append(
+        f"{'SFT reference':<18}{'':>6}{'':>7}{0:>9.2f}{'':>7}{sft['reward']:>9.2f} ± {1.96 * sft['reward_se']:.2f}"
+    )
+    last = {(point["curve"], point["beta"], point["seed"]): point for point in points}
+    for p in last.values():
+        lines.append(
+            f"{p['curve']:<18}{p['beta']:>6g}{p['step']:>7}{p['kl']:>9.2f} ± {1.96 * p['kl_se']:.2f}"
+            f"{p['reward']:>9.2f} ± {1.96 * p['reward_se']:.2f}"
+        )
+    return "\n".join(lines)

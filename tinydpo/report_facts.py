@@ -1,0 +1,77 @@
+"""How a report's figures were made: seeds, versions, data and settings, in tables."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+
+def provenance(results: dict[str, Any], frontier: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
+    """A table for each run, the evaluation and the frontier, of what it depends on."""
+    parts, settings = [], results.get("settings", {})
+    columns = {title: _run_facts(run) for title, run in runs.items()}
+    if settings:
+        columns["Evaluation"] = {
+            "seed": settings["seed"],
+            "data": _data(settings),
+            "pairs": f"{results['pairs']:,} held out",
+            "sampling": f"{settings['num_prompts']} prompts at temperature {settings['temperature']:g}, "
+            f"top_k {settings['top_k']}, top_p {settings['top_p']:g}",
+            "β": f"{results['beta']:g}",
+            "tokens": f"{settings['max_length']} of prompt and answer",
+            "dtype": settings["dtype"],
+        }
+    if common := frontier.get("settings"):
+        facts = {"prompts": common.get("num_prompts"), "sampling seed": common.get("sample_seed")}
+        columns["Frontier"] = facts | {"data": _data(common)}
+    for title, facts in columns.items():
+        rows = [(name, value) for name, value in facts.items() if value not in (None, "")]
+        parts.append(f"<h3>{title}</h3>" + table(rows))
+    parts.append(
+        '<p>DPO: Rafailov et al. 2023, <a href="https://arxiv.org/abs/2305.18290">arXiv 2305.18290</a>. The run '
+        "folders hold every setting (run_config.yaml, eval_results.json).</p>"
+    )
+    return "\n".join(parts)
+
+
+def _run_facts(run: dict[str, Any]) -> dict[str, Any]:
+    config, environment, train = run["config"], run["environment"], run["data"].get("train", {})
+    packages = environment.get("packages", {})
+    return {
+        "seed": config.get("seed", environment.get("seed")),
+        "starts from": public_name(config.get("model_name_or_path") or "", config.get("model_revision")),
+        "data": _data(config),
+        "pairs": f"{train['pairs_kept']:,} of {train['pairs_in']:,} kept" if "pairs_kept" in train else None,
+        "loss": " + ".join(config.get("loss_type") or ()) if "beta" in config else None,
+        "β": config.get("beta"),
+        "learning rate": config.get("learning_rate"),
+        "epochs": config.get("num_train_epochs"),
+        "pairs per step": config.get("pairs_per_step"),
+        "tokens": config.get("max_length"),
+        "commit": environment.get("git_commit"),
+        "device": environment.get("device"),
+        "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
+    }
+
+
+def _data(settings: dict[str, Any]) -> str:
+    name = public_name(settings.get("dataset_name") or "", settings.get("dataset_revision"))
+    return " ".join(filter(None, (name, settings.get("dataset_data_dir"))))
+
+
+def public_name(name: str, revision: str | None = None) -> str:
+    """A model's or data set's name for a page that may be passed on: of a local folder only its own name."""
+    path = Path(name)
+    name = path.name if path.is_absolute() or {"..", "~"} & set(path.parts) else name
+    return name + (f" at {revision}" if revision and revision != "main" else "")
+
+
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
+    """Rows of cells, escaped; the first cell names its row."""
+    kind = "wide" if head else "facts"
+    top = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>\n" if head else ""
+    body = "\n".join(
+        f"<tr><th>{escape(str(first))}</th>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in rest) + "</tr>"
+        for first, *rest in rows
+    )
+    return f'<div class="scroll"><table class="{kind}">\n{top}{body}\n</table></div>\n'
