@@ -18,7 +18,7 @@ from tinydpo.arguments import DataArguments, row_length_for
 from tinydpo.errors import UserError, one_sentence
 from tinydpo.evaluation import device_and_dtype, make_folder
 from tinydpo.frontier import FrontierArguments, Run
-from tinydpo.frontier_points import Measure, points_of, table
+from tinydpo.frontier_points import Measure, check_settings, points_of, table
 from tinydpo.hub import load_model, load_tokenizer
 from tinydpo.pairs import load_split
 from tinydpo.parsing import check_yaml, parse
@@ -39,16 +39,16 @@ def main(argv: list[str] | None = None) -> None:
     held_out = load_split(data, tokenizer, max_length, "test").texts
     texts, prompts = prompts_to_answer(held_out, tokenizer, max_length, args.num_prompts, args.sample_seed)
     rows = row_length_for(max_length, None) if recipe.get("shared_prefix", True) else None
-    ref = load_model(args.model_name_or_path, dtype=dtype, device=device)
+    models = load_model(args.model_name_or_path, dtype=dtype, device=device), tokenizer
     common = texts["prompt"][:], prompts, functions, max_length // 2, rows, args.batch_size, args.sample_seed
-    measure = Measure(ref, tokenizer, *common)
+    measure, runs = Measure(*models, *common), list(frontier.plan(args))
 
-    runs = list(frontier.plan(args))
     print(f"{len(runs)} runs into {folder}, after {args.best_of} answers of the reference to {len(prompts)} prompts.")
+    check_settings(folder / "frontier.json", settings := frontier.settings_of(args, reward, data, recipe))
     sft, best = measure.reference(args.best_of)
     frontier.write_shuffled(data, folder / "shuffled-data")
-    settings = frontier.settings_of(args, reward, data, recipe)
     result = {"settings": settings, "reward": reward.name(), "sft": sft, "best_of_n": best, "points": [], "failed": []}
+    write_json(folder / "frontier.json", result)
 
     def train(run: Run) -> None:
         flags = frontier.dpo_flags(run, args, data, folder)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     for number, run in enumerate(runs, 1):
         start = time.monotonic()
         try:
-            result["points"] += (points := points_of(run, folder / run.name, settings, train, measure))
+            result["points"] += (points := points_of(run, folder / run.name, train, measure))
             told = f"KL {points[-1]['kl']:.2f} nats, reward {points[-1]['reward']:.2f}"
         except (Exception, SystemExit) as error:  # one run's, whatever it is: the others go on
             result["failed"].append({"name": run.name, "error": str(error) or repr(error)})

@@ -60,26 +60,25 @@ class Measure:
         return answers.ids, scores.reshape(samples, -1).T
 
 
-def points_of(
-    run: Run, folder: Path, settings: dict[str, Any], train: Callable[[Run], None], measure: Measure
-) -> list[dict[str, Any]]:
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to add to a `frontier.json` whose points were measured under other settings (UserError)."""
+    before = json.loads(path.read_text())["settings"] if path.exists() else settings
+    for key in sorted({*settings, *before}):
+        if before.get(key) != settings.get(key):
+            raise UserError(f"{path} was measured with another {key}; pass another --output_dir, or delete its folder")
+
+
+def points_of(run: Run, folder: Path, train: Callable[[Run], None], measure: Measure) -> list[dict[str, Any]]:
     """Train a run and measure its checkpoints, or what of it is not done yet; measured checkpoints are deleted.
 
     Args:
         run: which.
         folder: of the run; `points.json` in it holds what was measured.
-        settings: all that a point depends on besides the run.
         train: trains a run into its folder, or goes on where it was cut short.
         measure: see `Measure`.
-
-    Raises:
-        UserError: the folder holds points measured under other settings.
     """
     path = folder / "points.json"
-    saved = json.loads(path.read_text()) if path.exists() else {"settings": settings, "points": [], "done": False}
-    for key in sorted({*settings, *saved["settings"]}):
-        if saved["settings"].get(key) != settings.get(key):
-            raise UserError(f"{folder} was measured with another {key}; pass another --output_dir, or delete it")
+    saved = json.loads(path.read_text()) if path.exists() else {"points": [], "done": False}
     if saved["done"]:
         return saved["points"]
     train(run)
