@@ -22,6 +22,7 @@ from tinydpo.metrics import Z95, wilson_interval
 GREEN, PINK, BLACK = "#009E73", "#CC79A7", "#000000"  # Okabe and Ito's again
 METHODS = {"DPO": BLUE, "IPO": ORANGE, "hinge": GREEN, "conservative DPO": PINK, "shuffled labels": BLACK}
 MARKERS = dict(zip(METHODS, "osD^x", strict=True))  # a second way to tell the methods apart
+FAR = 16  # nats; farther runs have mostly collapsed
 OPPONENTS = {"ref": ("reference's answers", BLUE), "chosen": ("dataset's answers", ORANGE)}
 KINDS = (
     ("raw", "win_rate", "win_rate_ci95"),
@@ -182,6 +183,13 @@ def frontier(result: dict[str, Any]) -> Figure:
         axes.annotate("SFT", (0, sft["reward"]), (4, -11), textcoords="offset points", color=BLACK)
     axes.set(xlabel="KL(policy ‖ reference), nats per answer", ylabel=f"mean reward: {_short(result['reward'], 60)}")
     axes.margins(x=0.03)
+    if (farthest := max((point["kl"] for point in result["points"]), default=0)) > 2 * FAR:
+        axes.set_xscale("symlog", linthresh=FAR, linscale=3)  # one run that collapses would press the others together
+        ticks = [*range(0, FAR, 4), *(FAR * 2**power for power in range(int(np.log2(farthest / FAR)) + 1))]
+        axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlim(-0.5, 1.15 * farthest)
+        axes.set_xlabel(f"{axes.get_xlabel()} (logarithmic beyond {FAR})")
     _name_ends(axes, ends)
     return figure
 
