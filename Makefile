@@ -48,14 +48,14 @@ sft: install ## Fine-tune GPT-2 Medium on HH's preferred answers
 	$(LAUNCH) scripts/sft.py $(TRAIN)
 
 dpo: install ## Preference-tune it with DPO (runs the SFT it starts from first if that is missing)
-	@$(NEEDS_START)
+	+@$(NEEDS_START)
 	$(LAUNCH) scripts/dpo.py $(TRAIN)
 
 evaluate: install ## Hold the policy against its reference: pairs, sampled answers, KL
 	$(PYTHON) scripts/evaluate.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
 frontier: install ## Reward against KL over losses and betas: the paper's Figure 2
-	@$(NEEDS_START)
+	+@$(NEEDS_START)
 	$(PYTHON) scripts/frontier.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
 winrate: .venv/judge ## Win rates by a judge behind an OpenAI-compatible endpoint

@@ -21,8 +21,8 @@ from tinydpo.errors import UserError
 
 
 @dataclass
-class EvaluateArguments:
-    """Which two models to compare, and how."""
+class ComparedModels:
+    """A policy and its reference, and the held-out prompts that both answer."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The policy: folder or Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch, on the Hub."})
@@ -32,9 +32,8 @@ class EvaluateArguments:
     ref_model_revision: str | None = field(
         default=None, metadata={"help": "Commit, tag or branch of a reference on the Hub."}
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for eval_results.json and samples.jsonl."})
-    beta: float | None = field(
-        default=None, metadata={"help": "β of implicit reward and loss; by default the policy run's own, or 0.1."}
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the results; report.html is written beside it."}
     )
     max_length: int | None = field(
         default=None,
@@ -43,10 +42,34 @@ class EvaluateArguments:
         },
     )
     num_prompts: int = field(default=512, metadata={"help": "Held-out prompts that both models answer."})
+    batch_size: int = field(default=32, metadata={"help": "Sequences in one forward pass: memory against speed."})
+    seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "auto: bfloat16 on GPUs that compute in it, else float32."}
+    )
+
+    def __post_init__(self):
+        """Take an open length from the policy's run, and refuse what cannot be compared (ValueError)."""
+        for name in ("model_name_or_path", "ref_model_name_or_path", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing; needed are a policy, its reference and an output folder")
+        if self.max_length is None:
+            self.max_length = int(read_run_config(self.model_name_or_path).get("max_length") or 128)
+        for name, least in (("max_length", 4), ("num_prompts", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass
+class EvaluateArguments(ComparedModels):
+    """How to compare them."""
+
+    beta: float | None = field(
+        default=None, metadata={"help": "β of implicit reward and loss; by default the policy run's own, or 0.1."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits when sampling."})
     top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens only; 0: from all."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this mass; 1: from all."})
-    batch_size: int = field(default=32, metadata={"help": "Sequences in one forward pass: memory against speed."})
     shared_prefix: bool = field(
         default=True,
         metadata={
@@ -58,29 +81,17 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "Most tokens in such a row; by default 512, or twice --max_length if that is more."},
     )
-    seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "auto: bfloat16 on GPUs that compute in it, else float32."}
-    )
 
     def __post_init__(self):
-        """Take what is left open from the policy's run, and refuse what cannot be measured (ValueError)."""
-        for name in ("model_name_or_path", "ref_model_name_or_path", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing; evaluation needs a policy, its reference and an output folder")
-        run = read_run_config(self.model_name_or_path)
+        """Take β too from the policy's run, and refuse what cannot be measured (ValueError)."""
+        super().__post_init__()
         if self.beta is None:
-            self.beta = float(run.get("beta") or 0.1)
-        if self.max_length is None:
-            self.max_length = int(run.get("max_length") or 128)
+            self.beta = float(read_run_config(self.model_name_or_path).get("beta") or 0.1)
         self.row_length = row_length_for(self.max_length, self.row_length) if self.shared_prefix else None
-        for name, least in (("max_length", 4), ("num_prompts", 1), ("batch_size", 1), ("top_k", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not (self.beta > 0 and self.temperature > 0 and 0 < self.top_p <= 1):
+        if not (self.beta > 0 and self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ValueError(
-                "beta and temperature must be above 0 and top_p between 0 and 1, "
-                f"got {self.beta}, {self.temperature} and {self.top_p}"
+                "beta and temperature must be above 0, top_k at least 0 and top_p between 0 and 1, "
+                f"got {self.beta}, {self.temperature}, {self.top_k} and {self.top_p}"
             )
 
 

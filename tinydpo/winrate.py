@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from tinydpo.evaluation import read_run_config
+from tinydpo.evaluation import ComparedModels
 from tinydpo.metrics import Z95, wilson_interval
 
 OPPONENTS = {"chosen": "the dataset's chosen answers", "ref": "the reference's answers"}
@@ -14,44 +14,16 @@ RIDGE = 0.01  # a prior of standard deviation 10 on the logits: felt only where 
 
 
 @dataclass
-class WinrateArguments:
-    """Which answers the judge compares."""
+class WinrateArguments(ComparedModels):
+    """Which answers the judge compares: four questions for each prompt, at each temperature."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The policy: folder or Hub id."})
-    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch, on the Hub."})
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The reference the policy was trained from (the SFT model): folder or Hub id."}
-    )
-    ref_model_revision: str | None = field(
-        default=None, metadata={"help": "Commit, tag or branch of a reference on the Hub."}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for winrate.json and verdicts.jsonl."})
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of prompt + answer; an answer gets half. By default the policy run's, or 128."},
-    )
-    num_prompts: int = field(
-        default=512, metadata={"help": "Held-out prompts; the judge is asked four times for each, at one temperature."}
-    )
     temperatures: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Both models sample at each; the judge is asked for each."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Sequences in one forward pass: memory against speed."})
-    seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "auto: bfloat16 on GPUs that compute in it, else float32."}
-    )
 
     def __post_init__(self):
-        """Take the length from the policy's run, and refuse what cannot be compared (ValueError)."""
-        for name in ("model_name_or_path", "ref_model_name_or_path", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing; a win rate needs a policy, its reference and an output folder")
-        if self.max_length is None:
-            self.max_length = int(read_run_config(self.model_name_or_path).get("max_length") or 128)
-        for name, least in (("max_length", 4), ("num_prompts", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        """Refuse what cannot be sampled, too (ValueError)."""
+        super().__post_init__()
         if not self.temperatures or min(self.temperatures) <= 0:
             raise ValueError(f"temperatures must be above 0, got {self.temperatures}")
         self.temperatures = sorted(set(self.temperatures))
