@@ -383,6 +383,8 @@ def test_evaluate_script_end_to_end(
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
+    (tmp_path / "policy/README.md").write_text("# Card\n\n## Evaluation\n\nof old\n\n## Content notice\n\nkept\n")
+    (tmp_path / "policy/train_results.json").write_text("{}")
     argv = "evaluate.py --model_name_or_path policy --ref_model_name_or_path ref --dataset_name data --output_dir out"
     argv += " --num_prompts 8 --reward_funcs rewards_for_test.length"
     monkeypatch.setattr(sys, "argv", argv.split())
@@ -410,6 +412,9 @@ def test_evaluate_script_end_to_end(
         "samples.jsonl",
     ], "the evaluation leaves partial files behind"
     assert (tmp_path / "report.html").is_file(), "no report is written"
+    card = (tmp_path / "policy/README.md").read_text()
+    assert f"| reward accuracy | {results['reward_accuracy']:.3f} (" in card, "the card lacks the evaluation's figures"
+    assert "of old" not in card and card.endswith("## Content notice\n\nkept\n"), "the card's other parts are changed"
     out = capsys.readouterr().out
     assert table(results) in out and side_by_side(samples[:3]) in out, "what is printed is not what is saved"
     assert "BIASED" in out, "the earlier script's figure is not marked as biased"

@@ -14,11 +14,12 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 
 from tinydpo.arguments import DataArguments
 from tinydpo.errors import UserError
-from tinydpo.frontier import FrontierArguments, loss_flags, plan, write_shuffled
+from tinydpo.frontier import FrontierArguments, loss_flags, plan, write_data
 from tinydpo.frontier_points import best_of_n
 from tinydpo.trainers import FittedDPOTrainer
 
@@ -71,11 +72,11 @@ def test_best_of_n_is_the_mean_over_all_subsets(rewards: list[list[int]]):
 
 
 def test_shuffled_labels_exchange_half_of_the_training_pairs_and_no_others(task: Path, tmp_path: Path):
-    write_shuffled(DataArguments(dataset_name=str(task / "data")), tmp_path)
+    write_data(DataArguments(dataset_name=str(task / "data")), {}, tmp_path)
     for split in ("train", "test"):
         before, after = (
             [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
-            for folder in (task / "data", tmp_path)
+            for folder in (task / "data", tmp_path / "shuffled-data")
         )
         exchanged = sum(
             old["chosen"] == new["rejected"] != new["chosen"] for old, new in zip(before, after, strict=True)
@@ -112,10 +113,11 @@ def main() -> Any:
 def argv(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A frontier of seconds: five steps of eight pairs a run."""
     folder = tmp_path_factory.mktemp("frontier")
+    shutil.copytree(task / "base", folder / "sft")
     recipe = (ROOT / "recipes/quickstart/dpo.yaml").read_text().replace("num_train_epochs: 1", "max_steps: 4")
     (folder / "dpo.yaml").write_text(recipe)
     return [
-        "--dpo_config", str(folder / "dpo.yaml"), "--model_name_or_path", str(task / "base"), "--dataset_name",
+        "--dpo_config", str(folder / "dpo.yaml"), "--model_name_or_path", str(folder / "sft"), "--dataset_name",
         str(task / "data"), "--output_dir", str(folder / "frontier"), "--reward_funcs",
         "tinydpo.embedded_task.gold_reward", "--losses", "sigmoid", "conservative", "--betas", "0.1", "--best_of", "2",
         "--checkpoints", "2", "--num_prompts", "8",
@@ -139,11 +141,19 @@ def test_a_frontier_of_runs_that_are_never_made_twice(main: Any, argv: list[str]
     for run in folder.glob("*seed0"):  # were a run made again, it would begin here, and find nothing
         for path in run.iterdir():
             path.unlink() if path.name != "points.json" else None
-    main(argv)
-    assert json.loads((folder / "frontier.json").read_text()) == first, "a finished point was measured again"
+    main([*argv, "--losses", "sigmoid"])
+    assert "0 runs to make and 3 made before" in capsys.readouterr().out, "a finished run is made again"
+    assert json.loads((folder / "frontier.json").read_text())["points"] == first["points"], "other runs are lost"
 
+    weights = Path(argv[argv.index("--model_name_or_path") + 1]) / "model.safetensors"
+    trained = load_file(weights)
+    save_file({name: 1.01 * tensor for name, tensor in trained.items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="another reference's weights"):  # a reference trained again, in the same place
+        main(argv)
+    save_file(trained, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match="num_prompts"):
         main([*argv, "--num_prompts", "4"])
+    assert json.loads((folder / "frontier.json").read_text())["points"] == first["points"], "a refusal loses points"
 
 
 def test_a_failed_run_is_told_and_the_rest_go_on(main: Any, argv: list[str], tmp_path: Path, capsys: Any):

@@ -1,5 +1,6 @@
 """Rewards: functions are covered by test_evaluation; here reward models, and what only looks like one."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ def save(folder: Path, tokenizer: Any, labels: int) -> Any:
     shape = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
     model = GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=labels, initializer_range=0.3)).eval()
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    saved = copy.deepcopy(tokenizer)
+    saved.padding_side = "left"  # as some are, and GPT-2 counts such padding as positions
+    saved.save_pretrained(folder)
     return model
 
 

@@ -1,10 +1,10 @@
 """The model card: data, revision, beta, length rule, results and, where HH's text was used, its content notice."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from tinydpo.evaluation_table import headline
+from tinydpo.runs import write_whole
 
 CONTENT_NOTICE = (
     "The Anthropic HH-RLHF data hold text that may be offensive or upsetting, violence, abuse and discrimination "
@@ -64,13 +64,16 @@ def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], 
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(folder / "README.md")
 
 
-def add_evaluation(card: Path, results: dict[str, Any]) -> None:
-    """Put an evaluation's headline figures into a model card, in place of an earlier evaluation's.
+def add_evaluation(run: Path, results: dict[str, Any]) -> None:
+    """Put an evaluation's headline figures into a policy's model card, in place of an earlier evaluation's.
 
     Args:
-        card: the policy's `README.md`.
+        run: the policy; where it is no finished run's folder, nothing is written.
         results: `eval_results.json`.
     """
+    card = run / "README.md"
+    if not (card.is_file() and (run / "train_results.json").is_file()):
+        return
     heading, settings = "## Evaluation", results["settings"]
     lines = [heading, "", f"{results['pairs']} held-out pairs, {settings['num_prompts']} held-out prompts, β"]
     lines[-1] += f" {results['beta']:g}, seed {settings['seed']}; in brackets 95 % intervals."
@@ -79,11 +82,8 @@ def add_evaluation(card: Path, results: dict[str, Any]) -> None:
         meaning = row.meaning.replace("\n", " ") + "; no winner can be named" * row.says_nothing()
         lines.append(f"| {row.label} | {row.policy} | {row.ref or ''} | {meaning.replace('|', '/')} |")
     before, _, after = card.read_text(encoding="utf-8").partition(f"{heading}\n")
-    rest = after.partition("\n## ")
-    kept = "".join(rest[1:]) if after else ""
-    half = card.with_name(f".{card.name}.half")
-    half.write_text(before.rstrip("\n") + "\n\n" + "\n".join(lines) + "\n" + kept, encoding="utf-8")
-    os.replace(half, card)
+    kept = "".join(after.partition("\n## ")[1:])
+    write_whole(card, before.rstrip("\n") + "\n\n" + "\n".join(lines) + "\n" + kept)
 
 
 def is_hh(dataset: str) -> bool:

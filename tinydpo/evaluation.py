@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,9 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from tinydpo.arguments import row_length_for
+from tinydpo.card import add_evaluation
 from tinydpo.errors import UserError
+from tinydpo.runs import write_json, write_whole
 
 
 @dataclass
@@ -149,13 +150,9 @@ def by_row(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def save(output_dir: Path, results: dict[str, Any], **tables: Sequence[dict[str, Any]]) -> None:
     """Write each table as `<name>.jsonl`, then `eval_results.json`: where that one stands, the evaluation is complete.
 
-    All replace what an earlier run left, whole or not at all.
+    All replace what an earlier run left, whole or not at all. The headline figures go into the policy's card too.
     """
-    texts = {
-        f"{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for name, rows in tables.items()
-    }
-    for name, text in (texts | {"eval_results.json": json.dumps(results, indent=2) + "\n"}).items():
-        partial = output_dir / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8", errors="replace")  # a tokenizer may hold half a character
-        os.replace(partial, output_dir / name)
+    for name, rows in tables.items():
+        write_whole(output_dir / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json(output_dir / "eval_results.json", results)
+    add_evaluation(Path(results["settings"]["model_name_or_path"]), results)

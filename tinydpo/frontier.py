@@ -7,13 +7,18 @@ controls stand beside: DPO on shuffled labels, which must not rise, and best-of-
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from tinydpo.arguments import DataArguments
 from tinydpo.dialogues import BrokenRow, decode
+from tinydpo.errors import UserError
+from tinydpo.parsing import check_yaml
 from tinydpo.rewards import RewardArguments
+from tinydpo.runs import write_whole
 from tinydpo.sources import load_records
 
 CURVES = {"sigmoid": "DPO", "ipo": "IPO", "hinge": "hinge", "conservative": "conservative DPO"}
@@ -24,7 +29,9 @@ SHUFFLED = "shuffled labels"
 class FrontierArguments:
     """Which runs make the frontier, and how their checkpoints are measured."""
 
-    dpo_config: str | None = field(default=None, metadata={"help": "The DPO recipe that every run starts from."})
+    dpo_config: str | None = field(
+        default=None, metadata={"help": "The DPO recipe of every run, whose data and model give way to these here."}
+    )
     model_name_or_path: str | None = field(default=None, metadata={"help": "The SFT reference: folder or Hub id."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the runs, frontier.json and the PNG."})
     losses: list[str] = field(
@@ -53,6 +60,9 @@ class FrontierArguments:
             raise ValueError(
                 "checkpoints, best_of, num_prompts and batch_size must be at least 1 and every beta above 0"
             )
+        self.losses, self.betas, self.seeds = (
+            list(dict.fromkeys(given)) for given in (self.losses, self.betas, self.seeds)
+        )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
 
@@ -93,31 +103,49 @@ def loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
 
 
 def dpo_flags(run: Run, args: FrontierArguments, data: DataArguments, folder: Path) -> list[str]:
-    """The command line of scripts/dpo.py for a run; those on shuffled labels find them in `folder`/shuffled-data."""
+    """The command line of scripts/dpo.py for a run, by `folder`/dpo.yaml; shuffled labels are in its shuffled-data."""
     if run.curve == SHUFFLED:
-        data = DataArguments(dataset_name=str(folder / "shuffled-data"), max_question_length=data.max_question_length)
+        kept = {"max_question_length": data.max_question_length, "on_bad_row": data.on_bad_row}
+        data = DataArguments(dataset_name=str(folder / "shuffled-data"), **kept)
     flags = {
-        "config": args.dpo_config, "model_name_or_path": args.model_name_or_path, "output_dir": folder / run.name,
+        "config": folder / "dpo.yaml", "model_name_or_path": args.model_name_or_path, "output_dir": folder / run.name,
         **{name: value for name, value in asdict(data).items() if value is not None},
         "beta": run.beta, "seed": run.seed, **run.flags,
-        "eval_strategy": "no", "save_strategy": "steps", "save_steps": min(0.999, 1 / args.checkpoints),
+        "eval_strategy": "no", "save_strategy": "steps", "save_steps": min(0.999999, 1 / args.checkpoints),
         "save_total_limit": args.checkpoints + 1, "disable_tqdm": True,
     }  # fmt: skip
     return [str(p) for k, v in flags.items() for p in (f"--{k}", *(v if isinstance(v, list) else [v]))]
 
 
+def read_recipe(path: str) -> dict[str, Any]:
+    """The keys that all runs share: a DPO recipe's, without its data.
+
+    Raises:
+        UserError: it cannot be read, or leaves the token budget open.
+    """
+    check_yaml(path)
+    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(recipe.get("max_length"), int):
+        raise UserError(f"{path} sets no max_length; a frontier needs the token budget of its runs")
+    return {key: value for key, value in recipe.items() if key not in {each.name for each in fields(DataArguments)}}
+
+
 def settings_of(
     args: FrontierArguments, reward: RewardArguments, data: DataArguments, recipe: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that a point depends on besides its run, as JSON holds it."""
+    """All that was given that a point depends on, besides its run, as JSON holds it."""
     of_runs = ("output_dir", "losses", "betas", "seeds", "best_of")
     kept = {name: value for name, value in asdict(args).items() if name not in of_runs}
     return json.loads(json.dumps(kept | asdict(reward) | asdict(data) | {"recipe": recipe}))
 
 
-def write_shuffled(data: DataArguments, folder: Path) -> None:
-    """Write the data's rows to `folder`, chosen and rejected of each training row exchanged by the toss of a coin."""
-    rng = random.Random(0)
+def write_data(data: DataArguments, recipe: dict[str, Any], folder: Path) -> None:
+    """Write what the runs read: the recipe to `folder`/dpo.yaml, and the rows with shuffled labels.
+
+    In `folder`/shuffled-data chosen and rejected of each training row are exchanged by the toss of a coin.
+    """
+    write_whole(folder / "dpo.yaml", yaml.safe_dump(recipe))
+    rng, folder = random.Random(0), folder / "shuffled-data"
     folder.mkdir(parents=True, exist_ok=True)
     for split, records in load_records(data).items():
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:

@@ -4,23 +4,20 @@
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from tinydpo.card import add_evaluation
 from tinydpo.errors import UserError
 from tinydpo.evaluation import read_run_config
 from tinydpo.evaluation_table import headline
 from tinydpo.report_page import Material, page
+from tinydpo.runs import write_whole
 
 REPORT = "report.html"
 
 
 def write_report(folder: Path) -> Path:
     """Write `report.html` into a recipe's run folder, whole or not at all: the same bytes for the same files.
-
-    The headline figures go into the policy's model card too, where the policy is a run of its own on this machine.
 
     Args:
         folder: `runs/<recipe folder>`, with any of an evaluation, a frontier, win rates and runs in it.
@@ -31,18 +28,12 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: nothing to report lies there, or a file there is damaged.
     """
-    text = page(material := gather(folder))
-    partial = folder / f".{REPORT}.partial"
-    # HTML knows neither control characters nor half surrogates; what models write may hold both.
-    partial.write_bytes(text.translate(_CONTROLS).encode("utf-8", errors="replace"))
-    os.replace(partial, folder / REPORT)
-    policy = material.results.get("settings", {}).get("model_name_or_path")
-    if policy and (card := Path(policy) / "README.md").is_file() and (card.parent / "train_results.json").is_file():
-        add_evaluation(card, material.results)
+    # HTML knows no control characters; what models write may hold them.
+    write_whole(folder / REPORT, page(gather(folder)).translate(_CONTROLS))
     return folder / REPORT
 
 
-_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), 127), "\N{REPLACEMENT CHARACTER}")
+_CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127), "\N{REPLACEMENT CHARACTER}")
 
 
 def gather(folder: Path) -> Material:
@@ -83,9 +74,9 @@ def gather(folder: Path) -> Material:
 
 
 def _stage(folder: Path, name: str, file: str) -> Path:
-    """The subfolder that holds a stage's `file`: the one of the usual name, else the one written last."""
+    """The subfolder that holds a stage's `file`, the one written last: `name`, or where --output_dir sent it."""
     found = sorted(folder.glob(f"*/{file}"), key=lambda path: (path.stat().st_mtime, path))
-    return folder / name if (folder / name / file).exists() or not found else found[-1].parent
+    return found[-1].parent if found else folder / name
 
 
 def _run(folder: Path, model: str | None, name: str) -> dict[str, Any]:

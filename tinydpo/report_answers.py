@@ -69,13 +69,14 @@ def _article(number: int, sample: dict[str, Any], scale: float) -> str:
 
 def _text(text: str, tail: bool = False) -> str:
     """A text, folded where it is long: in sight is its end (`tail`) or its beginning."""
-    text = text.strip()
+    text, told = text.strip(), f"all {len(text.strip()):,} characters"
     if len(text) > LONGEST:
+        told = f"{LONGEST:,} of {len(text):,} characters"
         text = f"… {text[-LONGEST:]}" if tail else f"{text[:LONGEST]} …"
     if len(text) <= FOLDED:
         return _block(escape(text))
     in_sight = f"… {text[-FOLDED // 2 :]}" if tail else f"{text[: FOLDED // 2]} …"
-    whole = f"<details><summary>all {len(text):,} characters</summary>{_block(escape(text))}</details>"
+    whole = f"<details><summary>{told}</summary>{_block(escape(text))}</details>"
     return _block(escape(in_sight)) + whole
 
 

@@ -73,6 +73,7 @@ def load_reward_model(name: str, revision: str | None, device: str, batch_size: 
         raise UserError(f"--reward_model_name_or_path {name} {lacks}; pass a model trained to give one reward")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.truncation_side = "left"  # the answer stands at the end
+    tokenizer.padding_side = "right"  # GPT-2's positions count padding on the left
     model.config.pad_token_id = tokenizer.pad_token_id  # by it the model finds each text's last token
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 4096)
 

@@ -173,7 +173,12 @@ def environment(seed: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON at once or not at all."""
+    """Write JSON whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text whole or not at all; half a character, which a tokenizer may leave, as a question mark."""
     half = path.with_name(f".{path.name}.half")
-    half.write_text(json.dumps(value, indent=2) + "\n")
+    half.write_bytes(text.encode("utf-8", errors="replace"))
     os.replace(half, path)
