@@ -239,7 +239,9 @@ def test_any_text_is_safe(tmp_path_factory: pytest.TempPathFactory, texts: list[
     assert [tag for tag in page.tags if tag not in folds | {"div"}] == [
         t for t in tame.tags if t not in folds | {"div"}
     ], "a model's answer became part of the page"
-    assert not set(map(chr, (*range(9), 11, 12, *range(14, 32)))) & set(page.raw), "control characters stand on the page"
+    assert not set(map(chr, (*range(9), 11, 12, *range(14, 32)))) & set(page.raw), (
+        "control characters stand on the page"
+    )
 
 
 @settings(max_examples=10, deadline=None)
