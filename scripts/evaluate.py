@@ -14,7 +14,7 @@ from tinydpo import evaluation, evaluation_table, metrics
 from tinydpo.arguments import DataArguments
 from tinydpo.errors import one_sentence
 from tinydpo.evaluation import EvaluateArguments
-from tinydpo.hub import load_model, load_tokenizer
+from tinydpo.hub import load_model
 from tinydpo.logps import pair_logps, token_logps
 from tinydpo.pairs import load_split
 from tinydpo.parsing import parse
@@ -28,20 +28,15 @@ def main(argv: list[str] | None = None) -> None:
     args, reward, data = parse(EvaluateArguments, RewardArguments, DataArguments, argv=argv)
     (device, dtype), rows = evaluation.device_and_dtype(args.dtype), args.row_length
     functions = load_rewards(reward, device, args.batch_size)
-    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
-    evaluation.check_same_vocabulary(tokenizer, load_tokenizer(args.ref_model_name_or_path, args.ref_model_revision))
+    tokenizer = args.load_tokenizer()
     output_dir = evaluation.make_folder(args.output_dir)
     held_out = load_split(data, tokenizer, args.max_length, "test")
     texts, prompts = prompts_to_answer(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
 
     # One model in memory at a time. Each samples under a seed of its own: with shared random numbers the two answers
     # to a prompt would be alike, and the win rate would not be that of independent answers.
-    models = {
-        "policy": (args.model_name_or_path, args.model_revision),
-        "ref": (args.ref_model_name_or_path, args.ref_model_revision),
-    }
     logps, answers, answer_logps = {}, {}, {}
-    for index, (role, (name, revision)) in enumerate(models.items()):
+    for index, (role, (name, revision)) in enumerate(args.models.items()):
         model = load_model(name, revision, dtype=dtype, device=device)
         logps[role] = pair_logps(model, held_out.pairs, args.batch_size, f"{role}: pairs", rows)
         answers[role] = cached_answers(
@@ -55,17 +50,18 @@ def main(argv: list[str] | None = None) -> None:
     results = metrics.pair_metrics(logps["policy"], logps["ref"], args.beta)
     results |= metrics.kl_metrics(answer_logps["policy"], answer_logps["ref"])
     results |= metrics.length_metrics(answers["policy"], answers["ref"])
-    written = {role: tokenizer.batch_decode(answers[role].ids, skip_special_tokens=True) for role in models}
+    written = {role: tokenizer.batch_decode(answers[role].ids, skip_special_tokens=True) for role in args.models}
     columns = {"prompt": texts["prompt"][:], "chosen": texts["chosen"][:], **written}
-    columns |= {f"ended_{role}": answers[role].ended for role in models}
+    columns |= {f"ended_{role}": answers[role].ended for role in args.models}
     if functions:
-        scores = {role: rewards(functions, columns["prompt"], written[role]) for role in models}
+        scores = {role: rewards(functions, columns["prompt"], written[role]) for role in args.models}
         results |= metrics.reward_metrics(scores["policy"], scores["ref"])
-        columns |= {f"reward_{role}": scores[role] for role in models}
+        columns |= {f"reward_{role}": scores[role] for role in args.models}
     columns["token_rewards"] = metrics.token_rewards(answer_logps["policy"], answer_logps["ref"], args.beta)
     columns["pieces"] = [pieces(tokenizer, ids) for ids in answers["policy"].ids]
     pairs = metrics.pair_rewards(logps["policy"], logps["ref"], args.beta)
-    pairs |= {name: held_out.pairs[name][:] for name in ("subset",) if name in held_out.pairs.column_names}
+    if "subset" in held_out.pairs.column_names:
+        pairs["subset"] = held_out.pairs["subset"][:]
     used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}
     results["settings"] = asdict(data) | asdict(reward) | asdict(args) | used
 

@@ -13,7 +13,7 @@ from tinydpo import evaluation
 from tinydpo.arguments import DataArguments
 from tinydpo.card import CONTENT_NOTICE, is_hh
 from tinydpo.errors import UserError, one_sentence
-from tinydpo.hub import load_model, load_tokenizer
+from tinydpo.hub import load_model
 from tinydpo.parsing import parse
 from tinydpo.rewards import RewardArguments
 from tinydpo.runs import check_model
@@ -31,14 +31,10 @@ def main(argv: list[str] | None = None) -> None:
 
     kinds = (evaluation.EvaluateArguments, DataArguments, PlaygroundArguments)
     args, data, page = parse(*kinds, argv=argv, ignored=(RewardArguments,))
-    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
-    evaluation.check_same_vocabulary(tokenizer, load_tokenizer(args.ref_model_name_or_path, args.ref_model_revision))
+    tokenizer = args.load_tokenizer()
     device, dtype = evaluation.device_and_dtype(args.dtype)
     models = []
-    for name, revision in (
-        (args.model_name_or_path, args.model_revision),
-        (args.ref_model_name_or_path, args.ref_model_revision),
-    ):
+    for name, revision in args.models.values():
         check_model(name, revision, tokenizer, args.max_length)
         models.append(load_model(name, revision, dtype=dtype, device=device))
     both = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length)

@@ -50,7 +50,7 @@ def main() -> None:
         )  # fmt: skip
     print_table(*(json.loads((folder / "eval_results.json").read_text()) for folder in (of_sft, of_dpo)))
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes. Models, cards and curves: {sft}, {dpo};")
-    print(f"figures and all sampled answers: {of_dpo}.")
+    print(f"figures and all sampled answers: {of_dpo}; everything on one page: {runs / 'report.html'}.")
 
 
 def print_table(of_sft: dict, of_dpo: dict) -> None:

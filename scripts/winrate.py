@@ -13,7 +13,7 @@ from dataclasses import asdict
 from tinydpo import evaluation, winrate
 from tinydpo.arguments import DataArguments
 from tinydpo.errors import UserError, one_sentence
-from tinydpo.hub import load_model, load_tokenizer
+from tinydpo.hub import load_model
 from tinydpo.judge import Judge, JudgeArguments
 from tinydpo.pairs import load_split
 from tinydpo.parsing import parse
@@ -27,20 +27,15 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = evaluation.make_folder(args.output_dir)
     judge = Judge(judging, output_dir / "verdicts.jsonl")
     device, dtype = evaluation.device_and_dtype(args.dtype)
-    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
-    evaluation.check_same_vocabulary(tokenizer, load_tokenizer(args.ref_model_name_or_path, args.ref_model_revision))
+    tokenizer = args.load_tokenizer()
     held_out = load_split(data, tokenizer, args.max_length, "test")
     texts, prompts = prompts_to_answer(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
     room = args.max_length // 2
 
     # One model in memory at a time, each under a seed of its own. The settings are those of scripts/evaluate.py, so
     # that with as many prompts its cached answers are the ones that are judged.
-    models = {
-        "policy": (args.model_name_or_path, args.model_revision),
-        "ref": (args.ref_model_name_or_path, args.ref_model_revision),
-    }
     answers = {}
-    for index, (role, (name, revision)) in enumerate(models.items()):
+    for index, (role, (name, revision)) in enumerate(args.models.items()):
         model = load_model(name, revision, dtype=dtype, device=device)
         for temperature in args.temperatures:
             sampled = cached_answers(

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tinydpo.arguments import row_length_for
 from tinydpo.card import add_evaluation
 from tinydpo.errors import UserError
+from tinydpo.hub import load_tokenizer
 from tinydpo.runs import write_json, write_whole
 
 
@@ -59,6 +60,20 @@ class ComparedModels:
         for name, least in (("max_length", 4), ("num_prompts", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def models(self) -> dict[str, tuple[str, str | None]]:
+        """Name and revision of each role, in the order in which to load them."""
+        return {
+            "policy": (self.model_name_or_path, self.model_revision),
+            "ref": (self.ref_model_name_or_path, self.ref_model_revision),
+        }
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of both models (UserError: it cannot be loaded, or their vocabularies differ)."""
+        policy, ref = (load_tokenizer(*model) for model in self.models.values())
+        check_same_vocabulary(policy, ref)
+        return policy
 
 
 @dataclass

@@ -16,7 +16,7 @@ import yaml
 from tinydpo.arguments import DataArguments
 from tinydpo.dialogues import BrokenRow, decode
 from tinydpo.errors import UserError
-from tinydpo.parsing import check_yaml
+from tinydpo.parsing import read_yaml
 from tinydpo.rewards import RewardArguments
 from tinydpo.runs import write_whole
 from tinydpo.sources import load_records
@@ -68,14 +68,13 @@ class FrontierArguments:
 
 
 class Run(NamedTuple):
-    """One training: `flags` are those of scripts/dpo.py."""
+    """One training; `loss` is a key of `CURVES`."""
 
     name: str
     curve: str
     loss: str
     beta: float
     seed: int
-    flags: dict[str, Any]
 
 
 def plan(args: FrontierArguments) -> Iterator[Run]:
@@ -83,10 +82,9 @@ def plan(args: FrontierArguments) -> Iterator[Run]:
     for seed in args.seeds:
         for loss in args.losses:
             for beta in args.betas:
-                flags = loss_flags(loss, args.label_smoothing)
-                yield Run(f"{loss}-beta{beta:g}-seed{seed}", CURVES[loss], loss, beta, seed, flags)
+                yield Run(f"{loss}-beta{beta:g}-seed{seed}", CURVES[loss], loss, beta, seed)
         lowest = min(args.betas)
-        yield Run(f"shuffled-beta{lowest:g}-seed{seed}", SHUFFLED, "sigmoid", lowest, seed, loss_flags("sigmoid", 0.0))
+        yield Run(f"shuffled-beta{lowest:g}-seed{seed}", SHUFFLED, "sigmoid", lowest, seed)
 
 
 def loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def dpo_flags(run: Run, args: FrontierArguments, data: DataArguments, folder: Pa
     flags = {
         "config": folder / "dpo.yaml", "model_name_or_path": args.model_name_or_path, "output_dir": folder / run.name,
         **{name: value for name, value in asdict(data).items() if value is not None},
-        "beta": run.beta, "seed": run.seed, **run.flags,
+        "beta": run.beta, "seed": run.seed, **loss_flags(run.loss, args.label_smoothing),
         "eval_strategy": "no", "save_strategy": "steps", "save_steps": min(0.999999, 1 / args.checkpoints),
         "save_total_limit": args.checkpoints + 1, "disable_tqdm": True,
     }  # fmt: skip
@@ -123,11 +121,11 @@ def read_recipe(path: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or leaves the token budget open.
     """
-    check_yaml(path)
-    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    recipe = read_yaml(path)
     if not isinstance(recipe.get("max_length"), int):
         raise UserError(f"{path} sets no max_length; a frontier needs the token budget of its runs")
-    return {key: value for key, value in recipe.items() if key not in {each.name for each in fields(DataArguments)}}
+    of_data = {field.name for field in fields(DataArguments)}
+    return {key: value for key, value in recipe.items() if key not in of_data}
 
 
 def settings_of(

@@ -21,7 +21,7 @@ from tinydpo.evaluation import device_and_dtype
 from tinydpo.frontier import CURVES, SHUFFLED, FrontierArguments, Run
 from tinydpo.hub import load_model, load_tokenizer
 from tinydpo.logps import token_logps
-from tinydpo.metrics import kl_metrics, standard_error
+from tinydpo.metrics import Z95, kl_metrics, standard_error
 from tinydpo.pairs import load_split
 from tinydpo.rewards import RewardArguments, RewardFunction, load_rewards, rewards
 from tinydpo.runs import write_json
@@ -172,12 +172,12 @@ def table(points: Sequence[dict[str, Any]], sft: dict[str, Any]) -> str:
     """The last point of each run, beside the reference."""
     lines = [f"{'':<18}{'β':>6}{'steps':>7}{'KL, nats':>16}{'reward':>16}"]
     lines.append(
-        f"{'SFT reference':<18}{'':>6}{'':>7}{0:>9.2f}{'':>7}{sft['reward']:>9.2f} ± {1.96 * sft['reward_se']:.2f}"
+        f"{'SFT reference':<18}{'':>6}{'':>7}{0:>9.2f}{'':>7}{sft['reward']:>9.2f} ± {Z95 * sft['reward_se']:.2f}"
     )
     last = {(point["curve"], point["beta"], point["seed"]): point for point in points}
     for p in last.values():
         lines.append(
-            f"{p['curve']:<18}{p['beta']:>6g}{p['step']:>7}{p['kl']:>9.2f} ± {1.96 * p['kl_se']:.2f}"
-            f"{p['reward']:>9.2f} ± {1.96 * p['reward_se']:.2f}"
+            f"{p['curve']:<18}{p['beta']:>6g}{p['step']:>7}{p['kl']:>9.2f} ± {Z95 * p['kl_se']:.2f}"
+            f"{p['reward']:>9.2f} ± {Z95 * p['reward_se']:.2f}"
         )
     return "\n".join(lines)

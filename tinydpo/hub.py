@@ -147,14 +147,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def load_model(
-    name: str,
-    revision: str | None = None,
-    dtype: Any = None,
-    device: Any = None,
-    architecture: Any = None,
-    output_loading_info: bool = False,
-) -> Any:
+def load_model(name: str, revision: str | None = None, dtype: Any = None, device: Any = None) -> Any:
     """Load a causal language model, or a LoRA adapter on its base, in eval mode.
 
     Args:
@@ -162,23 +155,32 @@ def load_model(
         revision: commit, tag or branch on the Hub.
         dtype: torch dtype of the weights, float32 by default.
         device: torch device, the CPU by default.
-        architecture: another auto class of transformers.
-        output_loading_info: return transformers' report of missing and unexpected weights beside the model.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return load_as(AutoModelForCausalLM, name, revision, dtype, device)[0]
+
+
+def load_as(
+    architecture: Any, name: str, revision: str | None, dtype: Any = None, device: Any = None
+) -> tuple[Any, dict[str, Any]]:
+    """`load_model` for any auto class of transformers; beside the model its report of missing and unexpected weights.
 
     Raises:
         UserError: if it cannot be loaded.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading: it only flashes by
     with told_plainly("model", name, revision):
         model, loading = patiently(
-            lambda: (architecture or AutoModelForCausalLM).from_pretrained(
+            lambda: architecture.from_pretrained(
                 name, revision=revision or "main", dtype=dtype or torch.float32, use_safetensors=True,
                 output_loading_info=True,
             )
         )  # fmt: skip
-    model = model.to(device or "cpu").eval()
-    return (model, loading) if output_loading_info else model
+    return model.to(device or "cpu").eval(), loading

@@ -43,15 +43,15 @@ def pair_metrics(policy: PairLogps, ref: PairLogps, beta: float) -> dict[str, An
         `nll_chosen_*` (nats a token: all chosen tokens together) and `raw_likelihood_accuracy_*`.
     """
     margins = pair_rewards(policy, ref, beta)["margin"]
-    n, right = len(margins), int((margins > 0).sum())
+    n, right, losses = len(margins), int((margins > 0).sum()), np.logaddexp(0, -margins)
     return {
         "pairs": n,
         "reward_accuracy": right / n,
         "reward_accuracy_ci95": list(wilson_interval(right, n)),
         "reward_margin": float(margins.mean()),
         "reward_margin_se": standard_error(margins),
-        "dpo_loss": float(np.logaddexp(0, -margins).mean()),
-        "dpo_loss_se": standard_error(np.logaddexp(0, -margins)),
+        "dpo_loss": float(losses.mean()),
+        "dpo_loss_se": standard_error(losses),
         "beta": beta,
         "nll_chosen_policy": float(-policy.chosen.sum() / policy.chosen_tokens.sum()),
         "nll_chosen_ref": float(-ref.chosen.sum() / ref.chosen_tokens.sum()),

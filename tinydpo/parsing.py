@@ -155,7 +155,7 @@ def parse_resolved(
         if argv.count("--config") > 1:
             raise UserError(f"{COMMAND_LINE} --config is given twice; give one recipe, and flags for what differs")
         parser.config_file = next(iter(argv[argv.index("--config") + 1 :]), "")
-        check_yaml(parser.config_file)
+        read_yaml(parser.config_file)
     try:
         values = parser.parse_args_and_config(argv)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:  # the dataclasses' own checks
@@ -163,8 +163,8 @@ def parse_resolved(
     return tuple(values), parser.resolved
 
 
-def check_yaml(path: str) -> None:
-    """Refuse a recipe that cannot be read, or that PyYAML reads in silence as something else than it seems."""
+def read_yaml(path: str) -> dict[str, Any]:
+    """A recipe's keys; one that cannot be read, or that PyYAML takes for something else than it seems, is refused."""
     if not Path(path).is_file():
         raise UserError(f"--config: there is no file {path!r}; recipes/ holds the recipes")
     try:
@@ -179,6 +179,7 @@ def check_yaml(path: str) -> None:
             raise UserError(f"{path}: {key!r} is not a known key; keys are the names of flags")
     if not isinstance(config.get("env", {}), dict):
         raise UserError(f"{path}: env is {config['env']!r}, expected a mapping of environment variables")
+    return config
 
 
 class _OnceLoader(yaml.SafeLoader):

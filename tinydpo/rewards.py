@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tinydpo.errors import UserError
-from tinydpo.hub import load_model, load_tokenizer
+from tinydpo.hub import load_as, load_tokenizer
 
 RewardFunction = Callable[..., list[float]]
 
@@ -65,9 +65,7 @@ def load_reward_model(name: str, revision: str | None, device: str, batch_size: 
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(name, revision)
-    model, loading = load_model(
-        name, revision, device=device, architecture=AutoModelForSequenceClassification, output_loading_info=True
-    )
+    model, loading = load_as(AutoModelForSequenceClassification, name, revision, device=device)
     if loading["missing_keys"] or model.config.num_labels != 1:
         lacks = "has no trained head" if loading["missing_keys"] else f"has {model.config.num_labels} outputs"
         raise UserError(f"--reward_model_name_or_path {name} {lacks}; pass a model trained to give one reward")
