@@ -1,26 +1,61 @@
 """A mistake of the user's is told in one sentence, without a traceback, and exits with status 1."""
 
 import contextlib
+import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
+
+# What PyTorch's and safetensors' writers, which keep no errno, say of a disk that takes no more.
+DISK_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "] . unexpected pos ")
 
 
 class UserError(Exception):
     """One sentence that names the file, row or key at fault and says what to do."""
 
 
+class Stopped(Exception):
+    """The run was told to stop before its end and has saved what it trained."""
+
+
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """Print a `UserError` as `error: …` on stderr and exit with status 1; any other exception keeps its traceback."""
+    """Print a `UserError` as `error: …` on stderr and exit with status 1; any other exception keeps its traceback.
+
+    A full disk, wherever it is met, is told like a `UserError`. A run that was `Stopped` says so and exits with 143,
+    as if SIGTERM had ended it.
+    """
     try:
         yield
-    except UserError as error:
+    except Stopped as stop:
+        if not int(os.environ.get("RANK", 0)):
+            print(stop, file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except Exception as error:
+        if not (isinstance(error, UserError) or disk_full(error)):
+            raise
         rank = int(os.environ.get("RANK", 0))
         if rank:
             # All ranks meet the same mistake. Rank 0 speaks first and the launcher then ends the others; one that
             # is still alive after this pause met a mistake of its own.
             time.sleep(5)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        told = " ".join(str(error).split())
+        if not isinstance(error, UserError):
+            told = f"the disk takes no more ({told}); free some space and run the same command again: it goes on"
+        from tqdm.auto import tqdm
+
+        tqdm.write(f"error: {told}", file=sys.stderr)  # a bar under way would stand before it in the same line
+        sys.stderr.flush()
         raise SystemExit(1) from None
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, of whatever library, comes of a disk that takes no more."""
+    while error is not None:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(told in str(error) for told in DISK_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinydpo.errors import UserError
+from tinydpo.errors import UserError, disk_full
 
 Loaded = TypeVar("Loaded")
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # 1 + 2 + 4 s of patience: the clients do not retry a 503 on a file by themselves
@@ -80,6 +80,8 @@ def told_plainly(what: str, name: str, revision: str | None, also: tuple = (Valu
     except UserError:
         raise
     except (hub.HfHubHTTPError, hub.HFValidationError, safetensors.SafetensorError, OSError, *also) as error:
+        if disk_full(error):
+            raise
         causes = tuple(_causes(error))
 
         def caused_by(*kinds: type) -> bool:

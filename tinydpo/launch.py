@@ -156,6 +156,8 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
     from transformers.utils import logging
 
     logging.get_logger("transformers.trainer_utils").setLevel(ERROR)  # on checkpoints of the same second: no matter
+    # Of weights that share their values, as LM head and embedding do, a checkpoint holds one.
+    logging.get_logger("transformers.trainer").addFilter(lambda record: "missing keys" not in record.getMessage())
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # TRL's own use of old names
     logging.disable_progress_bar()  # loading and writing shards: bars of a blink between the lines that matter
     line = check(training_args, accelerate_config)

@@ -127,6 +127,10 @@ class RecipeParser(TrlParser):
             if getattr(namespace, new) is None or old_wins:
                 setattr(namespace, new, getattr(namespace, old))
             setattr(namespace, old, getattr(namespace, new))
+        if "logging_nan_inf_filter" not in given | set(self.config):
+            namespace.logging_nan_inf_filter = (
+                False  # it hides NaN losses, and waits for the GPU twice a batch to do so
+            )
         namespace.row_length = row_length_for(namespace.max_length or 0, namespace.row_length)
         launch.fill(namespace)
 

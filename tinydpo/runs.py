@@ -10,19 +10,24 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import yaml
 from datasets import Dataset
+from filelock import FileLock, Timeout
 
-from tinydpo.errors import UserError
+from tinydpo.errors import Stopped, UserError
 from tinydpo.hub import patiently, told_plainly
 from tinydpo.sources import HOLD_OUT_SEED
 
 Trainer = TypeVar("Trainer")
-RUN_CONFIG, FINISHED = "run_config.yaml", "train_results.json"
+RUN_CONFIG, SUMMARY, FINISHED = "run_config.yaml", "data_summary.json", "train_results.json"
+LOCK = ".lock"
 PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tokenizers")
 # Where and how loudly a recipe runs, not what it trains: these may differ between a run and its continuation.
 NOT_THE_RECIPE = {
@@ -44,11 +49,23 @@ def is_finished(output_dir: str, resolved: dict[str, Any]) -> bool:
         resolved: every key of the run with its value.
 
     Raises:
-        UserError: if the folder holds a run of another recipe, naming the first key that differs.
+        UserError: if the folder cannot be written, is being trained into, or holds a run of another recipe (naming
+            the first key that differs).
     """
     folder = Path(output_dir)
-    if not (folder / RUN_CONFIG).exists():
-        return False
+    if (folder / RUN_CONFIG).exists():
+        _check_same_recipe(folder, resolved)
+        if (folder / FINISHED).exists():
+            print(f"{folder} holds this run, finished; delete the folder to train again.")
+            return True
+    _check_writable(folder)
+    if folder.exists():
+        with lock(folder):  # refused now, and not after an hour of reference log-probs
+            pass
+    return False
+
+
+def _check_same_recipe(folder: Path, resolved: dict[str, Any]) -> None:
     before, now = yaml.safe_load((folder / RUN_CONFIG).read_text()) or {}, _plain(resolved)
     follows = FOLLOWS_FROM_PAIRS_PER_STEP if now.get("pairs_per_step") else set()
     for key in sorted({*before, *now} - NOT_THE_RECIPE - follows):
@@ -57,10 +74,33 @@ def is_finished(output_dir: str, resolved: dict[str, Any]) -> bool:
                 f"{folder} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
                 "pass another --output_dir, or delete the folder"
             )
-    if (folder / FINISHED).exists():
-        print(f"{folder} holds this run, finished; delete the folder to train again.")
-        return True
-    return False
+
+
+def _check_writable(folder: Path) -> None:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder}: {nearest} cannot be written to ({error.strerror}); choose another"
+        ) from None
+
+
+def lock(folder: Path) -> AbstractContextManager:
+    """Hold a run's folder while its main process lives; the system lets go of it however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if int(os.environ.get("RANK", 0)):
+        return nullcontext()
+    try:
+        return FileLock(folder / LOCK, timeout=0).acquire()
+    except Timeout:
+        raise UserError(
+            f"another run is training into {folder}; wait until it is done, end it, or pass another --output_dir"
+        ) from None
 
 
 def _plain(resolved: dict[str, Any]) -> dict[str, Any]:
@@ -78,14 +118,19 @@ def build(construct: Callable[[], Trainer], name: str, revision: str | None) -> 
         raise UserError(str(error)) from None
 
 
-def check_model(name: str, revision: str | None, tokenizer: Any, max_length: int) -> None:
-    """Refuse sequences longer than the model has positions, or a tokenizer with more tokens than it has embeddings."""
+def check_model(name: str, revision: str | None, tokenizer: Any, max_length: int, remote_code: bool = False) -> None:
+    """Refuse the model of a run that has not finished, sequences longer than a model has positions, or a tokenizer
+    with more tokens than it has embeddings."""
     from transformers import AutoConfig
 
+    if (Path(name) / RUN_CONFIG).exists() and not (Path(name) / FINISHED).exists():
+        raise UserError(f"{name} holds a run that has not finished; run the command that began it again, it goes on")
     if (Path(name) / "adapter_config.json").exists():
         return
     with told_plainly("model", name, revision):
-        config = patiently(lambda: AutoConfig.from_pretrained(name, revision=revision or "main")).get_text_config()
+        config = patiently(
+            lambda: AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=remote_code)
+        ).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise UserError(f"max_length is {max_length}, but model {name} has {positions} positions; lower --max_length")
@@ -101,45 +146,106 @@ def held_out(pairs: Dataset, most: int) -> Dataset:
 
 
 def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> None:
-    """Train, or go on from the last checkpoint, evaluate, and write everything that a run's folder holds.
+    """Train, or go on from the last whole checkpoint, evaluate, and write everything that a run's folder holds.
 
     Args:
         trainer: a TRL trainer, ready.
         resolved: every key of the run with its value.
         summary: what fitting did to each split.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
 
+    Raises:
+        UserError: the run cannot go on; its last whole checkpoint stays.
+        Stopped: the process was told to stop, and a checkpoint holds what was trained.
+    """
+    from tinydpo.interruptions import StopsWhenDiverged, StopsWhenTold
+
+    folder, told = Path(trainer.args.output_dir), StopsWhenTold()
+    for callback in (told, StopsWhenDiverged()):
+        trainer.add_callback(callback)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        begin(trainer, folder, resolved, summary)
+        checkpoint = checkpoint_to_resume(trainer, folder)
+        try:
+            results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        except UnpicklingError:
+            raise UserError(
+                f"{checkpoint} holds something else than tensors and numbers, which could run code and is not loaded; "
+                "delete it and run the same command again"
+            ) from None
+        stopped = told.reason and trainer.state.global_step < trainer.state.max_steps
+        if not stopped:
+            finish(trainer, folder, resolved, summary, results)
+    # While waiting, gloo's threads let go of the last tensors; at exit they would wait for Python's lock, which waits
+    # for them, for ever.
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    if stopped:
+        step = trainer.state.global_step
+        raise Stopped(
+            f"stopped by {told.reason} after step {step}; the same command goes on from {folder}/checkpoint-{step}"
+        )
+
+
+def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Write what is known before training; refuse to go on with a run on other data than it began with."""
+    if not trainer.is_world_process_zero():
+        return
+    before = folder / SUMMARY
+    if before.exists() and any(folder.glob("checkpoint-*")) and json.loads(before.read_text()) != summary:
+        raise UserError(
+            f"{folder} holds a run on other data ({before} says what they were); pass another --output_dir, or delete "
+            "the folder"
+        )
+    write_whole(folder / RUN_CONFIG, yaml.safe_dump(_plain(resolved)))
+    write_json(before, summary)
+    write_json(folder / "environment.json", environment(trainer.args.seed))
+
+
+def checkpoint_to_resume(trainer: Any, folder: Path) -> str | None:
+    """The checkpoint asked for, else the run's last whole one; the same in all processes, all of which must see it.
+
+    Raises:
+        UserError: it is not whole, or not in this process's file system.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from tinydpo.checkpoints import fault, last_whole
+
+    asked, main = trainer.args.resume_from_checkpoint, trainer.is_world_process_zero()
+    if asked and (wrong := fault(Path(asked))):
+        raise UserError(f"--resume_from_checkpoint {asked}: {wrong}; leave it out to go on from the last whole one")
+    found = broadcast_object_list([(asked or last_whole(folder)) if main else None])[0]
+    if found and not Path(found).is_dir():
+        raise UserError(
+            f"there is no {found} on this machine, from which the run goes on; all machines of a run need one shared "
+            "--output_dir"
+        )
+    if found:
+        trainer.accelerator.print(f"Going on from {found}.")
+    return found
+
+
+def finish(
+    trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any], results: dict[str, Any]
+) -> None:
+    """Evaluate, save the model, draw and describe it; the results come last and mark the run as finished."""
     from tinydpo.card import write_card
     from tinydpo.curves import draw_curves
 
-    args, folder, main = trainer.args, Path(trainer.args.output_dir), trainer.is_world_process_zero()
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN_CONFIG).write_text(yaml.safe_dump(_plain(resolved)))
-        write_json(folder / "data_summary.json", summary)
-        write_json(folder / "environment.json", environment(args.seed))
-    trainer.accelerator.wait_for_everyone()  # the others look for checkpoints in the folder that the first one made
-    checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(str(folder)) if folder.is_dir() else None)
-    if checkpoint:
-        trainer.accelerator.print(f"Going on from {checkpoint}.")
-    results = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if trainer.eval_dataset is not None:
         results |= trainer.evaluate()
     sample_plainly(trainer)
     trainer.save_model()
     trainer.save_state()
-    if main:
+    if trainer.is_world_process_zero():
         draw_curves(trainer.state.log_history, folder / "curves.png")
         write_card(folder, resolved, summary, results)
         write_json(folder / FINISHED, results)
         print(f"Done: {folder} holds the model, its card (README.md) and curves.png.")
-    if args.push_to_hub:
+    if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    # While waiting, gloo's threads let go of the last tensors; at exit they would wait for Python's lock, which waits
-    # for them, for ever.
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
 
 
 def sample_plainly(trainer: Any) -> None:

@@ -1,17 +1,21 @@
 """TRL's trainers on fitted pairs: losses, metrics, PEFT, checkpoints and logging stay TRL's."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from pyarrow import ArrowInvalid
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
+from tinydpo.checkpoints import WholeCheckpoints
 from tinydpo.pairs import LARGE
 from tinydpo.sources import quiet
 
 
-class FittedDPOTrainer(DPOTrainer):
+class FittedDPOTrainer(WholeCheckpoints, DPOTrainer):
     """`DPOTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
 
     TRL tokenizes from text and cuts after the first `max_length` tokens, which takes the signal from a third of HH's
@@ -22,18 +26,32 @@ class FittedDPOTrainer(DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """TRL's own, with all that changes the log-probs in the cache's key, not data and weights alone."""
+        """TRL's own, with all that changes the log-probs in the cache's key, not data and weights alone.
+
+        A damaged cache is made again.
+        """
         weights = self._precompute_model_hash
         args = self.args
         precision = (args.bf16, args.fp16, args.tf32, self.model.config._attn_implementation)
         self._precompute_model_hash = Hasher.hash((weights, self.ld_alpha, precision, type(self).__name__))
+        cached = Path(dataset._get_cache_file_path(Hasher.hash((dataset._fingerprint, self._precompute_model_hash))))
+        if cached.exists() and not _holds(cached, len(dataset)):
+            print(f"warning: reference log-probs in {cached} are damaged and made again", file=sys.stderr)
+            cached.unlink(missing_ok=True)
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
             self._precompute_model_hash = weights
 
 
-class FittedSFTTrainer(SFTTrainer):
+def _holds(arrow: Path, rows: int) -> bool:
+    try:
+        return len(Dataset.from_file(str(arrow))) == rows
+    except (ArrowInvalid, OSError):
+        return False
+
+
+class FittedSFTTrainer(WholeCheckpoints, SFTTrainer):
     """`SFTTrainer` without dropout, for which `SFTConfig`, unlike `DPOConfig`, has no option.
 
     With it 1 and 2 processes, which draw other masks, would not agree.

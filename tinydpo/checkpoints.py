@@ -1,0 +1,97 @@
+"""Checkpoints that are whole or do not count: sealed when every file is written, and checked against the seal.
+
+transformers resumes from the highest-numbered folder, whatever is in it: a truncated file is a traceback, a missing
+optimizer silently changes the result. Here a checkpoint's last file, written when all processes are done, lists every
+other one with its size. A folder that does not match its list is set aside for the one before it.
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+
+from tinydpo.errors import UserError, disk_full
+from tinydpo.runs import write_json
+
+SEAL = "complete.json"
+
+
+class WholeCheckpoints:
+    """For a `Trainer`: seals each checkpoint, deletes older ones only then, and saves no NaN or infinite weights."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Not TRL's, at every checkpoint: `card` writes one when there are results to tell."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+            raise UserError(
+                f"at step {self.state.global_step} the weights hold infinities or NaN and are not saved; lower "
+                "--learning_rate and pass another --output_dir"
+            )
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / SEAL).unlink(missing_ok=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if not disk_full(error):
+                raise
+            if self.args.should_save:
+                shutil.rmtree(folder)  # half a checkpoint is of no use, and the next try needs its space
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error  # not all say where
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process has a file of its own in there
+        if self.args.should_save:
+            write_json(folder / SEAL, files_of(folder))
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+def files_of(checkpoint: Path) -> dict[str, int]:
+    """Every file of a checkpoint but its seal, with its size in bytes."""
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+
+
+def fault(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, or "" if it is whole."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text())
+    except FileNotFoundError:
+        return "its writing was cut short"
+    except (ValueError, OSError):
+        return f"{SEAL} is damaged"
+    there = files_of(checkpoint)
+    for name, size in sealed.items():
+        if there.get(name) != size:
+            return f"{name} is {'damaged' if name in there else 'missing'}"
+    return ""
+
+
+def last_whole(run: Path) -> str | None:
+    """The last checkpoint of a run that is whole, or None. Later ones, with a warning, are renamed out of the way.
+
+    Left where they are, they would count as the newest when older checkpoints are deleted.
+    """
+    for checkpoint in map(Path, reversed(sort_checkpoints(str(run)))):
+        told = fault(checkpoint)
+        if not told:
+            return str(checkpoint)
+        aside = _free_name(checkpoint.with_name(f"broken-{checkpoint.name}"))
+        checkpoint.rename(aside)
+        print(f"warning: {checkpoint} cannot be resumed from ({told}); set aside as {aside.name}", file=sys.stderr)
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    names = (path, *(path.with_name(f"{path.name}.{number}") for number in range(2, 1000)))
+    return next(name for name in names if not name.exists())

@@ -1,0 +1,86 @@
+"""How training may end before its last step: told to stop, or diverged.
+
+transformers' own `enable_jit_checkpoint` waits three seconds in each process by itself, so that several processes stop
+at different steps and wait for each other for ever. Here they agree at the end of each step.
+"""
+
+import math
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tinydpo.errors import UserError
+
+EXPLODED = 100.0  # times the first logged loss, or nats where that was below one: no run comes back from there
+
+
+class StopsWhenTold(TrainerCallback):
+    """Saves and stops after the step in which any process got SIGTERM (preemption) or lost its launcher."""
+
+    def __init__(self):
+        """Nothing is watched before training begins: until then SIGTERM ends the process as always."""
+        self.reason = ""
+        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+        self._launcher = os.getppid() if launched else None
+        self._group, self._before = None, signal.SIG_DFL
+
+    def _told(self, number: int, frame: FrameType | None) -> None:
+        self.reason = "SIGTERM"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch for SIGTERM from here on."""
+        self._before = signal.signal(signal.SIGTERM, self._told)
+        if args.world_size > 1:
+            self._group = dist.new_group(backend="gloo")  # on the CPU: a GPU is not waited for
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop all processes after the same step."""
+        if self._launcher and os.getppid() != self._launcher:
+            self.reason = self.reason or "the launcher's end"
+        stop = torch.tensor(bool(self.reason), dtype=torch.int32)
+        if self._group:
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=self._group)
+        if stop:
+            self.reason = self.reason or "SIGTERM to another process"
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # whoever sent the signal may not wait
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """SIGTERM ends the process again: what follows can be made again from the last checkpoint."""
+        signal.signal(signal.SIGTERM, self._before)
+
+
+class StopsWhenDiverged(TrainerCallback):
+    """Ends a run whose loss is no number any more, or a hundred times that of its start."""
+
+    def __init__(self):
+        """The first loss comes with the first log."""
+        self._bound = math.inf
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Read the logged loss, a mean over processes and steps (UserError: it is not finite, or it exploded)."""
+        if (loss := (logs or {}).get("loss")) is None:
+            return
+        if not abs(loss) <= self._bound or not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss:g} at step {state.global_step}: training has diverged; lower --learning_rate (now "
+                f"{args.learning_rate:g}) and pass another --output_dir"
+            )
+        if self._bound == math.inf:
+            self._bound = EXPLODED * max(1.0, abs(loss))
