@@ -12,8 +12,8 @@ TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE)
 # The model that a DPO recipe starts from, unless ARGS name another.
 START       = $(if $(findstring --model_name_or_path,$(ARGS)),,$(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(RECIPE)/$(STAGE).yaml))
 
-# That model, trained first where it is missing.
-NEEDS_START = case "$(START)" in runs/*) compgen -G "$(START)/*.safetensors" > /dev/null || $(MAKE) --no-print-directory $(if $(filter %/quickstart,$(RECIPE)),quickstart,sft STAGE=$(notdir $(START)) ARGS=) ;; esac
+# That model, trained first where it is missing; a run that was cut short there (run_config.yaml, no results) goes on.
+NEEDS_START = case "$(START)" in runs/*) test -e "$(START)/train_results.json" || { test ! -e "$(START)/run_config.yaml" && compgen -G "$(START)/*.safetensors" > /dev/null; } || $(MAKE) --no-print-directory $(if $(filter %/quickstart,$(RECIPE)),quickstart,sft STAGE=$(notdir $(START)) ARGS=) ;; esac
 
 sft inspect:         STAGE = sft
 dpo:                 STAGE = dpo

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,10 +91,14 @@ def test_dpo_runs_its_sft_only_when_that_is_missing(tmp_path):
     try:
         (runs / "sft-x/model.safetensors").touch()
         there = call(*command).stdout
+        (runs / "sft-x/run_config.yaml").touch()
+        cut_short = call(*command).stdout
+        (runs / "sft-x/train_results.json").touch()
+        finished = call(*command).stdout
     finally:
-        (runs / "sft-x/model.safetensors").unlink()
-        (runs / "sft-x").rmdir()
-        runs.rmdir()
+        shutil.rmtree(runs)
+    assert "scripts/sft.py" in cut_short, "DPO starts from an SFT that was killed before its end"
+    assert "scripts/sft.py" not in finished, "a finished SFT runs again"
     assert "scripts/sft.py" not in there and "scripts/dpo.py" in there, (
         "SFT runs again although its checkpoint is there"
     )
@@ -104,3 +109,34 @@ def test_help_lists_every_target():
     makefile = (ROOT / "Makefile").read_text()
     targets = makefile.split(".PHONY:")[1].splitlines()[0].split()
     assert all(f"{target} " in shown for target in targets), f"make does not tell of {targets}:\n{shown}"
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both_at_one_step(task, tiny_model, tmp_path):
+    """Through accelerate's launcher; the other process did not get the signal and must not wait for ever."""
+    import psutil
+
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--learning_rate", "1e-3",
+             "--max_steps", "300", "--save_strategy", "steps", "--save_steps", "300"]  # fmt: skip
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    command = [BIN / "accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/multi_cpu.yaml"]
+    command = [str(part) for part in (*command, "scripts/sft.py", *TRAIN, *flags, "--output_dir", run)]
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    next(line for line in launcher.stdout if "'loss'" in line)
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    [child for child in children if "scripts/sft.py" in child.cmdline()][-1].terminate()
+    told, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode, "the launcher calls a stopped run a finished one"
+    assert told.count("stopped by SIGTERM") == 1, f"the user is not told once:\n{told}"
+    (checkpoint,) = run.glob("checkpoint-*")
+    saved = json.loads((checkpoint / "complete.json").read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(saved), "one process's state is not in the checkpoint"
+    assert not (run / "train_results.json").exists(), "a stopped run counts as finished"
+    for folder in (run, whole):
+        done = launch("multi_cpu", "sft", *flags, "--output_dir", folder)
+        assert done.returncode == 0, f"the same command does not go on:\n{done.stdout}{done.stderr}"
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run, whole)]
+    assert weights[0] == weights[1], "two processes that went on end with other weights than two never interrupted"
