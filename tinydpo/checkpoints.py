@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from tinydpo.errors import UserError, disk_full
@@ -52,6 +53,26 @@ class WholeCheckpoints:
         if self.args.should_save:
             write_json(folder / SEAL, files_of(folder))
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+def to_resume(trainer: Any) -> str | None:
+    """The checkpoint asked for, else the run's last whole one; the same in all processes, all of which must see it.
+
+    Raises:
+        UserError: it is not whole, or not in this process's file system.
+    """
+    asked, main = trainer.args.resume_from_checkpoint, trainer.is_world_process_zero()
+    if asked and (wrong := fault(Path(asked))):
+        raise UserError(f"--resume_from_checkpoint {asked}: {wrong}; leave it out to go on from the last whole one")
+    found = broadcast_object_list([(asked or last_whole(Path(trainer.args.output_dir))) if main else None])[0]
+    if found and not Path(found).is_dir():
+        raise UserError(
+            f"there is no {found} on this machine, from which the run goes on; all machines of a run need one shared "
+            "--output_dir"
+        )
+    if found:
+        trainer.accelerator.print(f"Going on from {found}.")
+    return found
 
 
 def files_of(checkpoint: Path) -> dict[str, int]:

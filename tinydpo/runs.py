@@ -157,6 +157,7 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
         UserError: the run cannot go on; its last whole checkpoint stays.
         Stopped: the process was told to stop, and a checkpoint holds what was trained.
     """
+    from tinydpo.checkpoints import to_resume
     from tinydpo.interruptions import StopsWhenDiverged, StopsWhenTold
 
     folder, told = Path(trainer.args.output_dir), StopsWhenTold()
@@ -166,7 +167,7 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         begin(trainer, folder, resolved, summary)
-        checkpoint = checkpoint_to_resume(trainer, folder)
+        checkpoint = to_resume(trainer)
         try:
             results = trainer.train(resume_from_checkpoint=checkpoint).metrics
         except UnpicklingError:
@@ -201,30 +202,6 @@ def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[st
     write_whole(folder / RUN_CONFIG, yaml.safe_dump(_plain(resolved)))
     write_json(before, summary)
     write_json(folder / "environment.json", environment(trainer.args.seed))
-
-
-def checkpoint_to_resume(trainer: Any, folder: Path) -> str | None:
-    """The checkpoint asked for, else the run's last whole one; the same in all processes, all of which must see it.
-
-    Raises:
-        UserError: it is not whole, or not in this process's file system.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    from tinydpo.checkpoints import fault, last_whole
-
-    asked, main = trainer.args.resume_from_checkpoint, trainer.is_world_process_zero()
-    if asked and (wrong := fault(Path(asked))):
-        raise UserError(f"--resume_from_checkpoint {asked}: {wrong}; leave it out to go on from the last whole one")
-    found = broadcast_object_list([(asked or last_whole(folder)) if main else None])[0]
-    if found and not Path(found).is_dir():
-        raise UserError(
-            f"there is no {found} on this machine, from which the run goes on; all machines of a run need one shared "
-            "--output_dir"
-        )
-    if found:
-        trainer.accelerator.print(f"Going on from {found}.")
-    return found
 
 
 def finish(
