@@ -83,7 +83,10 @@ def check_model(name: str, revision: str | None, tokenizer: Any, max_length: int
     from transformers import AutoConfig
 
     if (Path(name) / "adapter_config.json").exists():
-        return
+        raise UserError(
+            f"{name} is an adapter, and training starts from a plain checkpoint: put it into its base's weights with "
+            f"`scripts/merge.py --model_name_or_path {name} --output_dir {name}-merged`, and start from that folder"
+        )
     with told_plainly("model", name, revision):
         config = patiently(lambda: AutoConfig.from_pretrained(name, revision=revision or "main")).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -110,23 +113,26 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    from tinydpo.adapters import base_record
     from tinydpo.card import write_card
     from tinydpo.curves import draw_curves
+    from tinydpo.learning_check import LearningCheck
 
     args, folder, main = trainer.args, Path(trainer.args.output_dir), trainer.is_world_process_zero()
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RUN_CONFIG).write_text(yaml.safe_dump(_plain(resolved)))
         write_json(folder / "data_summary.json", summary)
-        write_json(folder / "environment.json", environment(args.seed))
+        write_json(folder / "environment.json", environment(args.seed) | base_record(resolved))
     trainer.accelerator.wait_for_everyone()  # the others look for checkpoints in the folder that the first one made
     checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     if checkpoint:
         trainer.accelerator.print(f"Going on from {checkpoint}.")
+    trainer.add_callback(LearningCheck())
     results = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if trainer.eval_dataset is not None:
         results |= trainer.evaluate()
-    sample_plainly(trainer)
+    sample_plainly(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
     trainer.save_model()
     trainer.save_state()
     if main:
@@ -142,12 +148,11 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
     trainer.end()
 
 
-def sample_plainly(trainer: Any) -> None:
-    """Have the saved model sample from its own distribution: transformers keeps the 50 likeliest tokens by default."""
-    generation = trainer.accelerator.unwrap_model(trainer.model).generation_config
+def sample_plainly(model: Any, tokenizer: Any) -> None:
+    """Have a saved model sample from its own distribution: transformers keeps the 50 likeliest tokens by default."""
+    generation = model.generation_config
     generation.do_sample, generation.temperature, generation.top_k, generation.top_p = True, 1.0, 0, 1.0
-    generation.eos_token_id = trainer.processing_class.eos_token_id
-    generation.pad_token_id = trainer.processing_class.pad_token_id
+    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
 
 
 def environment(seed: int) -> dict[str, Any]:
