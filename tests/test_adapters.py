@@ -20,8 +20,10 @@ from tinydpo.errors import UserError
 from tinydpo.hub import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LORA = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--lora_r", "4", "--learning_rate", "1e-2"]
-QLORA = [*LORA, "--load_in_4bit", "true", "--precompute_ref_log_probs", "true"]
+LORA, QLORA, ADAM8 = (
+    ["--config", f"recipes/gpt2-medium-hh/{name}.yaml", "--dataloader_num_workers", "0", "--warmup_steps", "0"]
+    for name in ("dpo-lora", "dpo-qlora", "dpo-adamw8bit")
+)
 IDS = torch.arange(40).reshape(2, 20)
 
 
@@ -69,7 +71,7 @@ def llama(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def lora(base: Path, task: Path) -> Any:
     """A trained adapter's trainer; its folder is `args.output_dir`."""
-    return dpo(base, task, base.parent / "lora", *LORA)
+    return dpo(base, task, base.parent / "lora", *LORA, "--learning_rate", "1e-2")
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +254,7 @@ def test_qlora_trains_after_a_reference_pass_and_evaluations(
 
 
 def test_a_qlora_policy_is_evaluated_and_merged(base: Path, task: Path, tmp_path: Path, capsys):
-    dpo(base, task, tmp_path / "run", *QLORA)
+    dpo(base, task, tmp_path / "run", *QLORA, "--learning_rate", "1e-2")
     script("evaluate", "--model_name_or_path", tmp_path / "run", "--ref_model_name_or_path", base, "--dataset_name",
            task / "data", "--output_dir", tmp_path / "evaluation", "--num_prompts", "4")  # fmt: skip
     results = json.loads((tmp_path / "evaluation/eval_results.json").read_text())
@@ -264,7 +266,7 @@ def test_a_qlora_policy_is_evaluated_and_merged(base: Path, task: Path, tmp_path
 
 
 def test_8_bit_adam_trains_and_keeps_8_bits(base: Path, task: Path, tmp_path: Path):
-    trainer = dpo(base, task, tmp_path / "run", "--optim", "adamw_8bit", "--learning_rate", "3e-3", "--max_steps", "8")
+    trainer = dpo(base, task, tmp_path / "run", *ADAM8, "--learning_rate", "3e-3", "--max_steps", "8")
     losses = log(tmp_path / "run", "loss")
     assert losses[-1] < losses[0] - 0.01, f"it does not learn: {losses}"
     moments = [state["state1"].dtype for state in trainer.optimizer.state.values()]
