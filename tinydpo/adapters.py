@@ -44,9 +44,18 @@ def configs(model_args: Any) -> dict[str, Any]:
     Loading a quantized model after this is safe on every CPU. On those with AVX512-BF16, bitsandbytes repacks a 4-bit
     layer for inference at its first forward in eval mode without gradients (the reference pass, an evaluation), and
     nothing flows back through it from then on.
+
+    Raises:
+        UserError: the model is itself an adapter, which TRL cannot load.
     """
     from trl import get_peft_config, get_quantization_config
 
+    name = model_args.model_name_or_path
+    if (Path(name) / CONFIG).exists():
+        raise UserError(
+            f"{name} is an adapter, and training starts from a plain checkpoint: put it into its base's weights with "
+            f"`scripts/merge.py --model_name_or_path {name} --output_dir {name}-merged`, and start from that folder"
+        )
     quantization, peft = get_quantization_config(model_args), get_peft_config(model_args)
     if quantization is not None:
         import bitsandbytes.nn.modules
@@ -54,7 +63,7 @@ def configs(model_args: Any) -> dict[str, Any]:
         bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # asked by each layer as it is made
     if peft is not None:
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it for GPT-2 by itself
-        if not Path(model_args.model_name_or_path).exists():
+        if not Path(name).exists():
             peft.revision = model_args.model_revision  # or the adapter would name its base without it
     return {"quantization_config": quantization, "peft_config": peft}
 

@@ -83,10 +83,7 @@ def check_model(name: str, revision: str | None, tokenizer: Any, max_length: int
     from transformers import AutoConfig
 
     if (Path(name) / "adapter_config.json").exists():
-        raise UserError(
-            f"{name} is an adapter, and training starts from a plain checkpoint: put it into its base's weights with "
-            f"`scripts/merge.py --model_name_or_path {name} --output_dir {name}-merged`, and start from that folder"
-        )
+        return
     with told_plainly("model", name, revision):
         config = patiently(lambda: AutoConfig.from_pretrained(name, revision=revision or "main")).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
