@@ -248,6 +248,8 @@ def test_qlora_trains_after_a_reference_pass_and_evaluations(
     assert min(log(tmp_path / "run", "grad_norm")) > 1e-3, "no gradient reaches the adapter"
     assert log(tmp_path / "run", "loss")[0] == pytest.approx(0.6931, abs=1e-3), "policy and reference differ at first"
     assert len(log(tmp_path / "run", "eval_loss")) >= 1
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "beta 0.1; a LoRA adapter of rank 16 on the base in 4 bits" in card, "the card tells of a whole model"
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(w.abs().sum() > 0 for name, w in weights.items() if "lora_B" in name), "an adapter does not train"
     assert not any(m.support_avx512bf16_for_cpu for m in layers), "evaluation may repack layers, then gradients are 0"

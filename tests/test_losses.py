@@ -62,6 +62,9 @@ def test_a_row_of_the_page_trains(flags: str, reference: Path, task: Path, tmp_p
     assert len(losses) == 2 and all(map(math.isfinite, losses)), f"the loss is {losses}"
     if FLAGS[flags]:
         assert losses[0] == pytest.approx(float(FLAGS[flags]), abs=6e-4), "the page tells another first loss"
+    if "1.8" in flags:
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert "loss 1.8 sigmoid + -0.8 robust, label smoothing 0.1, beta 0.1" in card, "the card tells another loss"
     before, after = (load_file(folder / "model.safetensors") for folder in (reference, tmp_path / "run"))
     moved = {name: (after[name] - weight).abs().max() for name, weight in before.items()}
     assert all(map(torch.isfinite, moved.values())), "a weight is not finite any more"
