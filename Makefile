@@ -20,9 +20,10 @@ dpo:                 STAGE = dpo
 evaluate playground: STAGE = evaluate
 frontier:            STAGE = frontier
 winrate:             STAGE = winrate
+merge:               STAGE = dpo-lora
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft dpo evaluate frontier winrate report playground inspect bench speedrun test test-all lint clean
+.PHONY: help install quickstart sft dpo merge evaluate frontier winrate report playground inspect bench speedrun test test-all lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -50,6 +51,9 @@ sft: install ## Fine-tune GPT-2 Medium on HH's preferred answers
 dpo: install ## Preference-tune it with DPO (runs the SFT it starts from first if that is missing)
 	+@$(NEEDS_START)
 	$(LAUNCH) scripts/dpo.py $(TRAIN)
+
+merge: install ## Put a LoRA adapter into its base's weights: a plain checkpoint
+	$(PYTHON) scripts/merge.py --model_name_or_path runs/$(notdir $(RECIPE))/$(STAGE) --output_dir runs/$(notdir $(RECIPE))/$(STAGE)-merged $(ARGS)
 
 evaluate: install ## Hold the policy against its reference: pairs, sampled answers, KL
 	$(PYTHON) scripts/evaluate.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)

@@ -20,9 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, DPOConfig, ModelConfig)
     (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
 
-    from trl import get_peft_config, get_quantization_config
-
-    from tinydpo import runs
+    from tinydpo import adapters, runs
     from tinydpo.hub import load_tokenizer
     from tinydpo.launch import prepare
     from tinydpo.pairs import load_pairs
@@ -44,8 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             train_dataset=splits["train"].pairs,
             eval_dataset=runs.held_out(splits["test"].pairs, run.eval_pairs) if evaluate else None,
             processing_class=tokenizer,
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
+            **adapters.configs(model),
         ),
         model.model_name_or_path,
         model.model_revision,

@@ -19,9 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, SFTConfig, ModelConfig)
     (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
 
-    from trl import get_peft_config, get_quantization_config
-
-    from tinydpo import runs
+    from tinydpo import adapters, runs
     from tinydpo.hub import load_tokenizer
     from tinydpo.launch import prepare
     from tinydpo.pairs import load_pairs
@@ -45,8 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             train_dataset=rows(splits["train"].pairs),
             eval_dataset=rows(runs.held_out(splits["test"].pairs, run.eval_pairs)) if evaluate else None,
             processing_class=tokenizer,
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
+            **adapters.configs(model),
         ),
         model.model_name_or_path,
         model.model_revision,

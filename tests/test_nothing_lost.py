@@ -257,7 +257,26 @@ def test_a_run_is_not_continued_on_other_data(command: list[Any], cut_short: Pat
     config.write_text(config.read_text().replace(str(task / "data"), str(data)))
     rows = (data / "train.jsonl").read_text().splitlines(keepends=True)
     (data / "train.jsonl").write_text("".join(rows[:-1]))
-    assert "on other data" in refused([*command[:at], data, *command[at + 1 :]], tmp_path)
+    told = refused([*command[:at], data, *command[at + 1 :]], tmp_path)
+    assert f"{data} has changed since the run" in told
+
+
+def test_a_run_is_not_continued_from_other_weights(command: list[Any], cut_short: Path, tmp_path: Path):
+    """The SFT it starts from was trained again: policy and reference would no longer be of one model."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
+    at = command.index("--model_name_or_path") + 1
+    model = tmp_path / "model"
+    shutil.copytree(command[at], model)
+    config = tmp_path / "run/run_config.yaml"
+    config.write_text(config.read_text().replace(str(command[at]), str(model)))
+    command = [*command[:at], model, *command[at + 1 :]]
+    weights = load_file(model / WEIGHTS)
+    weights["transformer.ln_f.bias"] += torch.ones(())
+    save_file(weights, model / WEIGHTS, {"format": "pt"})
+    assert f"{model} has changed since the run" in refused(command, tmp_path)
 
 
 def test_dpo_does_not_start_from_a_run_that_has_not_finished(command: list[Any], cut_short: Path, tmp_path: Path):

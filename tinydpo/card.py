@@ -34,9 +34,9 @@ def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], 
     )
     train = summary["train"]
     facts = {
-        "Method": f"DPO (arXiv 2305.18290), loss {' + '.join(resolved['loss_type'])}, beta {resolved['beta']}"
+        "Method": f"DPO (arXiv 2305.18290), loss {_loss(resolved)}, beta {resolved['beta']}{_adapter(resolved)}"
         if dpo
-        else "supervised fine-tuning on the preferred answers, completion tokens only",
+        else f"supervised fine-tuning on the preferred answers, completion tokens only{_adapter(resolved)}",
         "Starts from": _with_revision(base, resolved.get("model_revision"), base in local),
         "Data": _with_revision(dataset, resolved.get("dataset_revision"), dataset in local),
         "Pairs": f"{train['pairs_kept']:,} of {train['pairs_in']:,} kept, dropped: {train['dropped'] or 'none'}",
@@ -89,6 +89,20 @@ def add_evaluation(run: Path, results: dict[str, Any]) -> None:
 def is_hh(dataset: str) -> bool:
     """Whether a data set is Anthropic's HH-RLHF, by its name."""
     return "hh-rlhf" in dataset.lower()
+
+
+def _loss(resolved: dict[str, Any]) -> str:
+    weights = resolved.get("loss_weights")
+    losses = [f"{w} {loss}" for w, loss in zip(weights, resolved["loss_type"], strict=True)] if weights else None
+    smoothed = f", label smoothing {resolved['label_smoothing']}" if resolved.get("label_smoothing") else ""
+    return " + ".join(losses or resolved["loss_type"]) + smoothed
+
+
+def _adapter(resolved: dict[str, Any]) -> str:
+    if not resolved.get("use_peft"):
+        return ""
+    bits = next((f" on the base in {bits} bits" for bits in (4, 8) if resolved.get(f"load_in_{bits}bit")), "")
+    return f"; a LoRA adapter of rank {resolved['lora_r']}{bits}"
 
 
 def _with_revision(name: str, revision: str | None, local: bool) -> str:

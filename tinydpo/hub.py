@@ -150,7 +150,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
 
 def load_model(name: str, revision: str | None = None, dtype: Any = None, device: Any = None) -> Any:
-    """Load a causal language model, or a LoRA adapter on its base, in eval mode.
+    """Load a causal language model, or a LoRA adapter merged into its base, in eval mode.
 
     Args:
         name: Hub id or local folder.
@@ -163,6 +163,10 @@ def load_model(name: str, revision: str | None = None, dtype: Any = None, device
     """
     from transformers import AutoModelForCausalLM
 
+    from tinydpo import adapters
+
+    if adapter := adapters.find(name, revision):
+        return adapters.merged(adapter).to(dtype=dtype, device=device)
     return load_as(AutoModelForCausalLM, name, revision, dtype, device)[0]
 
 

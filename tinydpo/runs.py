@@ -26,7 +26,9 @@ from tinydpo.hub import patiently, told_plainly
 from tinydpo.sources import HOLD_OUT_SEED
 
 Trainer = TypeVar("Trainer")
-RUN_CONFIG, SUMMARY, FINISHED = "run_config.yaml", "data_summary.json", "train_results.json"
+RUN_CONFIG, SUMMARY, ENVIRONMENT, FINISHED = (
+    "run_config.yaml", "data_summary.json", "environment.json", "train_results.json"
+)  # fmt: skip
 LOCK = ".lock"
 PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tokenizers")
 # Where and how loudly a recipe runs, not what it trains: these may differ between a run and its continuation.
@@ -159,9 +161,10 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
     """
     from tinydpo.checkpoints import to_resume
     from tinydpo.interruptions import StopsWhenDiverged, StopsWhenTold
+    from tinydpo.learning_check import LearningCheck
 
     folder, told = Path(trainer.args.output_dir), StopsWhenTold()
-    for callback in (told, StopsWhenDiverged()):
+    for callback in (told, StopsWhenDiverged(), LearningCheck()):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,18 +193,27 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
 
 
 def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any]) -> None:
-    """Write what is known before training; refuse to go on with a run on other data than it began with."""
+    """Write what is known before training; refuse to go on with a run whose data or first weights have changed."""
     if not trainer.is_world_process_zero():
         return
-    before = folder / SUMMARY
-    if before.exists() and any(folder.glob("checkpoint-*")) and json.loads(before.read_text()) != summary:
-        raise UserError(
-            f"{folder} holds a run on other data ({before} says what they were); pass another --output_dir, or delete "
-            "the folder"
-        )
+    from tinydpo.adapters import base_record
+
+    base = base_record(resolved)
+    if any(folder.glob("checkpoint-*")):
+        data, weights = _read_json(folder / SUMMARY), _read_json(folder / ENVIRONMENT).get("base_sha256")
+        other = [resolved["dataset_name"]] if data and data != summary else []
+        other += [resolved["model_name_or_path"]] if weights and weights != base.get("base_sha256") else []
+        if other:
+            raise UserError(
+                f"{other[0]} has changed since the run in {folder} began; pass another --output_dir, or delete the folder"
+            )
     write_whole(folder / RUN_CONFIG, yaml.safe_dump(_plain(resolved)))
-    write_json(before, summary)
-    write_json(folder / "environment.json", environment(trainer.args.seed))
+    write_json(folder / SUMMARY, summary)
+    write_json(folder / ENVIRONMENT, environment(trainer.args.seed) | base)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def finish(
@@ -213,7 +225,7 @@ def finish(
 
     if trainer.eval_dataset is not None:
         results |= trainer.evaluate()
-    sample_plainly(trainer)
+    sample_plainly(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -225,12 +237,11 @@ def finish(
         trainer.push_to_hub()
 
 
-def sample_plainly(trainer: Any) -> None:
-    """Have the saved model sample from its own distribution: transformers keeps the 50 likeliest tokens by default."""
-    generation = trainer.accelerator.unwrap_model(trainer.model).generation_config
+def sample_plainly(model: Any, tokenizer: Any) -> None:
+    """Have a saved model sample from its own distribution: transformers keeps the 50 likeliest tokens by default."""
+    generation = model.generation_config
     generation.do_sample, generation.temperature, generation.top_k, generation.top_p = True, 1.0, 0, 1.0
-    generation.eos_token_id = trainer.processing_class.eos_token_id
-    generation.pad_token_id = trainer.processing_class.pad_token_id
+    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
 
 
 def environment(seed: int) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""Put a LoRA adapter into its base's weights: a plain checkpoint that needs neither peft nor the base's folder.
+
+    python scripts/merge.py --model_name_or_path runs/gpt2-medium-hh/dpo-lora \
+        --output_dir runs/gpt2-medium-hh/dpo-lora-merged
+
+`make merge` runs the same. A base that lies elsewhere by now: add `--base_model_name_or_path FOLDER`. The weights are
+written in float32.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from tinydpo import adapters
+from tinydpo.adapters import MergeArguments
+from tinydpo.errors import UserError, one_sentence
+from tinydpo.hub import load_tokenizer
+from tinydpo.parsing import parse
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = parse(MergeArguments, argv=argv)
+    adapter = adapters.find(args.model_name_or_path, args.model_revision)
+    if adapter is None:
+        raise UserError(f"{args.model_name_or_path} is no adapter: there is no {adapters.CONFIG} in it")
+    model, tokenizer = adapters.merged(adapter, args.base_model_name_or_path), load_tokenizer(str(adapter))
+
+    from tinydpo.evaluation import read_run_config
+    from tinydpo.runs import RUN_CONFIG, sample_plainly
+
+    sample_plainly(model, tokenizer)
+    output, run = Path(args.output_dir), read_run_config(str(adapter))
+    half = output.with_name(f".{output.name}.half")  # whole or not at all
+    try:
+        model.save_pretrained(half)
+        tokenizer.save_pretrained(half)
+        if (adapter / RUN_CONFIG).is_file():
+            shutil.copy(adapter / RUN_CONFIG, half)  # evaluation takes beta and max_length from it
+        os.replace(half, output)
+    except OSError as error:
+        raise UserError(f"--output_dir {output}: {error.strerror or error}; choose another folder") from None
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    print(f"Merged: {output} holds the model in float32, as a plain checkpoint.")
+    if run.get("load_in_4bit") or run.get("load_in_8bit"):
+        print("While it trained, its base was quantized; here it is not, and answers differ by that rounding.")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()
