@@ -205,7 +205,7 @@ def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[st
         other += [resolved["model_name_or_path"]] if weights and weights != base.get("base_sha256") else []
         if other:
             raise UserError(
-                f"{other[0]} has changed since the run in {folder} began; pass another --output_dir, or delete the folder"
+                f"{other[0]} has changed since the run in {folder} began; delete that, or pass another --output_dir"
             )
     write_whole(folder / RUN_CONFIG, yaml.safe_dump(_plain(resolved)))
     write_json(folder / SUMMARY, summary)
