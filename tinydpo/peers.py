@@ -28,9 +28,10 @@ def told_of_lost_peers() -> Iterator[None]:
             time.sleep(5)  # one voice a machine: meanwhile the launcher ends the others
         from tqdm.auto import tqdm
 
+        reason = str(error).splitlines()[0].partition(". ")[0]
         told = (
             "error: another process of this run died or does not answer any more, its own log says why; run the same "
-            f"command on every machine again: it goes on from the last checkpoint ({str(error).splitlines()[0]})"
+            f"command on every machine again: it goes on from the last checkpoint ({reason})"
         )
         tqdm.write(told, file=sys.stderr)  # a bar under way would stand before it in the same line
         sys.stderr.flush()
