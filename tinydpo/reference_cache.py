@@ -18,11 +18,11 @@ from trl.trainer.utils import hash_module
 
 def hash_split(model: torch.nn.Module) -> list[str]:
     """A hash of each parameter of a model that ZeRO-3 splits, gathered one at a time; all processes call it."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     hashes = []
     for parameter in model.parameters():
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             hashes.append(hash_module(torch.nn.ParameterList([parameter])))
     return hashes
 
