@@ -38,8 +38,9 @@ def on_cpus(config: str, folder: Path) -> Path:
     return file
 
 
-def train(config: Path, script: str, *flags: str | Path) -> subprocess.CompletedProcess:
-    command = [*LAUNCH, "--config_file", config, f"scripts/{script}.py", *TRAIN, "--accelerate_config", config, *flags]
+def train(config: Path, script: str, *flags: str | Path, by: tuple = ()) -> subprocess.CompletedProcess:
+    told = ["--use_cpu", "true"] if by else ["--accelerate_config", config]
+    command = [*LAUNCH, "--config_file", config, *by, f"scripts/{script}.py", *TRAIN, *told, *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [str(part) for part in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
@@ -82,12 +83,15 @@ def cpu_runs(task: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def all_stages(config: Path, cpu_runs: Path, task: Path, tiny_model: Path, folder: Path) -> None:
+def all_stages(
+    config: Path, cpu_runs: Path, task: Path, tiny_model: Path, folder: Path, by: tuple = ()
+) -> subprocess.CompletedProcess:
     for script, start in (("sft", tiny_model), ("dpo", cpu_runs / "sft")):
         flags = ["--precompute_ref_log_probs", "true"] if script == "dpo" else []
-        train(config, script, *SIX, *flags, "--dataset_name", task / "data", "--model_name_or_path", start,
-              "--output_dir", folder / script)  # fmt: skip
+        done = train(config, script, *SIX, *flags, "--dataset_name", task / "data", "--model_name_or_path", start,
+                     "--output_dir", folder / script, by=by)  # fmt: skip
         same_run(cpu_runs / script, folder / script, f"{script} under {config.name}")
+    return done
 
 
 @pytest.mark.slow
@@ -127,6 +131,14 @@ def test_fsdp2_trains_like_one_process_and_saves_a_plain_model(cpu_runs, task, t
     file = tmp_path / "fsdp.yaml"
     file.write_text((ROOT / "accelerate_configs/fsdp.yaml").read_text() + "mixed_precision: 'no'\n")
     all_stages(file, cpu_runs, task, tiny_model, tmp_path)
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_like_one_process_on_cpus_too(cpu_runs, task, tiny_model, tmp_path):
+    """The shipped file through accelerate's launcher; tests/fsdp_on_cpus.py says what stands in the way."""
+    by = ("tests/fsdp_on_cpus.py",)
+    done = all_stages(on_cpus("fsdp", tmp_path), cpu_runs, task, tiny_model, tmp_path, by=by)
+    assert "2 processes (FSDP2)" in done.stdout
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
@@ -218,6 +230,10 @@ class Hosts:
         codes = [process.wait(timeout=900) for process in processes]
         assert codes == [0, 0], f"two hosts fail:\n{self.log(0).read_text()}\n{self.log(1).read_text()}"
 
+    @staticmethod
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
     def pids(self, rank: int) -> list[int]:
         told = subprocess.run(["ip", "netns", "pids", self.names[rank]], capture_output=True, text=True, check=False)
         return [int(pid) for pid in told.stdout.split()]
@@ -236,11 +252,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("two hosts are two network namespaces: needs root and the command `ip` (Debian: iproute2)")
     hosts = Hosts(tmp_path)
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-    one, other = hosts.names
+    ip, (one, other) = hosts.ip, hosts.names
     try:
         try:
             ip("netns", "add", one)
@@ -270,19 +282,26 @@ def test_two_hosts_with_nothing_shared_train_like_one_process(hosts, cpu_runs, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [1, 0])
-def test_a_lost_host_stops_the_other_and_the_same_commands_go_on(lost, hosts, task, tiny_model, tmp_path):
+@pytest.mark.parametrize(("lost", "how"), [(1, "killed"), (0, "killed"), (1, "unplugged")])
+def test_a_lost_host_stops_the_other_and_the_same_commands_go_on(lost, how, hosts, task, tiny_model, tmp_path):
+    """Who is unplugged closes no connection: the other one notices when `--ddp_timeout` is over."""
     flags = ["--dataset_name", task / "data", "--model_name_or_path", tiny_model, "--max_steps", "40",
              "--save_steps", "10"]  # fmt: skip
     run, whole = tmp_path / "run", tmp_path / "whole"
-    started = [hosts.start("sft", *flags, "--output_dir", run, rank=rank) for rank in (0, 1)]
+    patience = ["--ddp_timeout", "30"] if how == "unplugged" else []
+    started = [hosts.start("sft", *flags, *patience, "--output_dir", run, rank=rank) for rank in (0, 1)]
     deadline = time.monotonic() + 600
     while not (run / "checkpoint-10/complete.json").exists():
         assert time.monotonic() < deadline and started[0].poll() is None, hosts.log(0).read_text()
         time.sleep(0.05)
-    hosts.kill(lost)
+    if how == "unplugged":
+        hosts.ip("-n", hosts.names[lost], "link", "set", "eth0", "down")
+    else:
+        hosts.kill(lost)
     survivor = 1 - lost
     code = started[survivor].wait(timeout=60)
+    hosts.kill(lost)
+    hosts.ip("-n", hosts.names[lost], "link", "set", "eth0", "up")
     told = hosts.log(survivor).read_text()
     assert code and "error: another process of this run died" in told, f"the survivor does not say why:\n{told}"
     assert not (run / "train_results.json").exists(), "a run that lost a host counts as finished"
