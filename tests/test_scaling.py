@@ -18,6 +18,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tinydpo.peers import lost_peer
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TRAIN = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_batch_size", "4", "--report_to", "none",
@@ -192,6 +194,26 @@ def test_slurm_hands_the_signal_on_and_requeues_what_is_not_finished(code, reque
     assert ("scontrol requeue 7" in told) == requeued
     three = subprocess.run(command, cwd=tmp_path, env=env | {"SLURM_NNODES": "3"}, capture_output=True, text=True)
     assert three.returncode == 1 and "num_machines: 2" in three.stderr, "machines that nobody waits for are launched"
+
+
+@pytest.mark.parametrize(
+    ("told", "gone"),
+    [
+        ("[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.77.0.2]: Connection reset by peer.", True),
+        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 30000ms for recv operation to complete", True),
+        ("[gloo/transport/tcp/device.cc:89] Unable to find interface for: eth7", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_only_a_lost_process_is_told_as_one(told, gone):
+    """However deep in the chain of causes the network's own words are."""
+    try:
+        try:
+            raise RuntimeError(told)
+        except RuntimeError as error:
+            raise ValueError("while saving") from error
+    except ValueError as error:
+        assert lost_peer(error) == gone
 
 
 class Hosts:

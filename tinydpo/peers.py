@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 
 GLOO = "gloo/transport"  # its errors are plain RuntimeErrors that begin with the file in gloo's source
+# What gloo and NCCL say of others, and not of a wrong setting on this machine.
+GONE = ("closed", "reset", "broken pipe", "timed out", "timeout", "remote")
 
 
 @contextlib.contextmanager
@@ -43,7 +45,9 @@ def lost_peer(error: BaseException | None) -> bool:
     from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
     while error is not None:
-        if isinstance(error, (DistBackendError, DistNetworkError, DistStoreError)) or GLOO in str(error):
+        told = str(error)
+        between = isinstance(error, (DistBackendError, DistNetworkError, DistStoreError)) or GLOO in told
+        if between and any(sign in told.lower() for sign in GONE):
             return True
         error = error.__cause__ or error.__context__
     return False
