@@ -2,18 +2,24 @@
 RECIPE     ?= recipes/gpt2-medium-hh
 ACCELERATE ?= accelerate_configs/$(if $(shell command -v nvidia-smi),single_gpu,cpu).yaml
 ARGS       ?=
+# What differs between the machines of one run: "--machine_rank 1 --main_process_ip 10.0.0.1" (docs/scaling.md)
+NODE       ?=
 SEED       ?= 0
 SHELL      := /bin/bash
 PYTHON     := .venv/bin/python
 # Said outright, because accelerate otherwise says at every start on a CPU that it chose the number itself.
-THREADS     = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $$(sed -n 's/^num_processes: *//p' $(ACCELERATE) 2>/dev/null | grep . || echo 1) )); echo $$(( n > 1 ? n : 1 )))
-LAUNCH      = $(if $(wildcard $(ACCELERATE)),,$(error ACCELERATE=$(ACCELERATE): there is no such file, see accelerate_configs/)).venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE)
+ASKED       = $(or $(shell sed -n 's/^$(1): *\([0-9]*\).*/\1/p' $(ACCELERATE) 2>/dev/null),1)
+THREADS     = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) * $(call ASKED,num_machines) / $(call ASKED,num_processes) )); echo $$(( n > 1 ? n : 1 )))
+LAUNCH      = $(if $(wildcard $(ACCELERATE)),,$(error ACCELERATE=$(ACCELERATE): there is no such file, see accelerate_configs/)).venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE) $(NODE)
 TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE) $(ARGS)
 # The model that a DPO recipe starts from, unless ARGS name another.
 START       = $(if $(findstring --model_name_or_path,$(ARGS)),,$(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(RECIPE)/$(STAGE).yaml))
 
 # That model, trained first where it is missing; a run that was cut short there (run_config.yaml, no results) goes on.
 NEEDS_START = case "$(START)" in runs/*) test -e "$(START)/train_results.json" || { test ! -e "$(START)/run_config.yaml" && compgen -G "$(START)/*.safetensors" > /dev/null; } || $(MAKE) --no-print-directory $(if $(filter %/quickstart,$(RECIPE)),quickstart,sft STAGE=$(notdir $(START)) ARGS=) ;; esac
+
+# DeepSpeed is installed for the accelerate files that ask for it.
+LAUNCHER   := $(if $(shell grep -s DEEPSPEED $(ACCELERATE)),.venv/deepspeed,install)
 
 sft inspect:         STAGE = sft
 dpo:                 STAGE = dpo
@@ -38,17 +44,17 @@ install: .venv/installed ## Create .venv and install; again only when pyproject.
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-.venv/judge .venv/playground .venv/browser: .venv/installed
+.venv/judge .venv/playground .venv/browser .venv/deepspeed: .venv/installed
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(@F)]'
 	@touch $@
 
 quickstart: install ## SFT, DPO and evaluation on the embedded task, on a CPU in minutes (SEED=1 for another)
 	$(PYTHON) scripts/quickstart.py --seed $(SEED) --output_dir runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-sft: install ## Fine-tune GPT-2 Medium on HH's preferred answers
+sft: $(LAUNCHER) ## Fine-tune GPT-2 Medium on HH's preferred answers
 	$(LAUNCH) scripts/sft.py $(TRAIN)
 
-dpo: install ## Preference-tune it with DPO (runs the SFT it starts from first if that is missing)
+dpo: $(LAUNCHER) ## Preference-tune it with DPO (runs the SFT it starts from first if that is missing)
 	+@$(NEEDS_START)
 	$(LAUNCH) scripts/dpo.py $(TRAIN)
 
@@ -83,12 +89,13 @@ speedrun: install ## SFT, DPO and evaluation against the clock
 test: install ## Run the tests (minutes)
 	$(PYTHON) -m pytest -m 'not slow' $(ARGS)
 
-test-all: .venv/judge .venv/playground .venv/browser ## Run the slow tests too
+test-all: .venv/judge .venv/playground .venv/browser .venv/deepspeed ## Run the slow tests too
 	$(PYTHON) -m pytest $(ARGS)
 
 lint: install ## Check format and style
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
+	.venv/bin/shellcheck .ci/run accelerate_configs/slurm.sbatch
 
 clean: ## Delete runs/ and .venv
 	rm -rf runs .venv

@@ -11,6 +11,7 @@ from functools import partial
 from tinydpo.arguments import DataArguments, RunArguments
 from tinydpo.errors import one_sentence
 from tinydpo.parsing import parse_resolved
+from tinydpo.peers import told_of_lost_peers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,5 +53,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with one_sentence(), told_of_lost_peers():
         main()

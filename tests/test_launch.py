@@ -14,12 +14,22 @@ from tinydpo import launch
 from tinydpo.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-LAUNCHER = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "ACCELERATE_USE_FSDP")
+LAUNCHER = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")
+SHARDED = {  # what accelerate's launcher sets for the shipped files
+    "FSDP": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    },
+    "DEEPSPEED": {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in (*LAUNCHER, "ACCELERATE_USE_DEEPSPEED"):
+    for name in (*LAUNCHER, *SHARDED["FSDP"], *SHARDED["DEEPSPEED"]):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -202,8 +212,29 @@ def test_sharding_that_does_not_happen_is_refused(accelerate_file, monkeypatch, 
     """Started by plain python, or by a launcher that took one process for none of it."""
     file, args = accelerate_file(distributed_type=kind), running(use_cpu=False)
     assert kind in refusal(args, file)
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    assert launch.check(args, file)
+    for name, value in SHARDED[kind].items():
+        monkeypatch.setenv(name, value)
+    assert {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO-3"}[kind] in launch.check(args, file), (
+        "the line does not say what runs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false"),
+        ("FSDP", "FSDP_VERSION", "1"),
+        ("FSDP", "FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT"),
+        ("FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "true"),
+    ],
+)
+def test_sharding_that_would_lose_the_model_is_refused(accelerate_file, monkeypatch, kind: str, name: str, value: str):
+    """Some of these are accelerate's defaults: a file that leaves the key out must be told too."""
+    for key, fine in {**SHARDED[kind], name: value}.items():
+        monkeypatch.setenv(key, fine)
+    message = refusal(running(use_cpu=False), accelerate_file(distributed_type=kind))
+    key = name.removeprefix("ACCELERATE_DEEPSPEED_").lower()
+    assert key in message and "accelerate_configs/" in message, f"neither the key nor an example is named: {message}"
 
 
 @pytest.mark.parametrize("asked", ["bf16", "fp16", "fp8"])

@@ -38,7 +38,8 @@ class StopsWhenTold(TrainerCallback):
         """Watch for SIGTERM from here on."""
         self._before = signal.signal(signal.SIGTERM, self._told)
         if args.world_size > 1:
-            self._group = dist.new_group(backend="gloo")  # on the CPU: a GPU is not waited for
+            # On the CPU: a GPU is not waited for. The time limit is not handed down by itself.
+            self._group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -125,19 +125,43 @@ def check(training_args: Any, accelerate_config: str | None) -> str:
             )
         if kind in ("FSDP", "DEEPSPEED") and not _flag(f"ACCELERATE_USE_{kind}"):
             raise UserError(f"{where} asks for {kind} and this run is without; start it with `accelerate launch`")
+    _check_sharding(where)
     precision = _precision(asked)
     if precision and DTYPES.get(precision, precision) != dtype:
         raise UserError(
             f"{where} asks for mixed_precision {precision} and this run uses {dtype}; take mixed_precision out of the "
             "accelerate file, or ask for the same with --bf16 true or --fp16 true"
         )
-    kind = getattr(state.distributed_type, "value", state.distributed_type)
+    kind = _sharding() or getattr(state.distributed_type, "value", state.distributed_type)
     plural = "es" if state.num_processes > 1 else ""
     batch, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
     return (
         f"{state.num_processes} process{plural} ({kind}) on {training_args.device.type}, {dtype}, "
         f"{state.num_processes * batch * accumulation} pairs per step ({batch} at a time x {accumulation})"
     )
+
+
+def _sharding() -> str | None:
+    """What splits the model over processes, by the launcher's environment."""
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
+    return f"FSDP{os.environ.get('FSDP_VERSION', 1)}" if _flag("ACCELERATE_USE_FSDP") else None
+
+
+def _check_sharding(where: str) -> None:
+    """Refuse settings, some of them accelerate's defaults, under which a run would end without its model or worse."""
+    kind, lacks = _sharding(), None
+    if kind == "ZeRO-3" and not _flag("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"):
+        lacks = "zero3_save_16bit_model: true, without which no final model is saved"
+    elif kind == "FSDP1":
+        lacks = "fsdp_version: 2"
+    elif kind == "FSDP2" and os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT":
+        lacks = "fsdp_state_dict_type: FULL_STATE_DICT, without which no final model is saved"
+    elif kind == "FSDP2" and _flag("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        lacks = "fsdp_cpu_ram_efficient_loading: false, without which most ranks hold an empty reference model"
+    if lacks:
+        example = "zero3" if kind == "ZeRO-3" else "fsdp"
+        raise UserError(f"{where} needs {lacks}; accelerate_configs/{example}.yaml has it")
 
 
 def _flag(name: str) -> bool:
@@ -158,7 +182,9 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
     logging.get_logger("transformers.trainer_utils").setLevel(ERROR)  # on checkpoints of the same second: no matter
     # Of weights that share their values, as LM head and embedding do, a checkpoint holds one.
     logging.get_logger("transformers.trainer").addFilter(lambda record: "missing keys" not in record.getMessage())
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # TRL's own use of old names
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers|trl|torch.distributed"
+    )  # not the user's
     logging.disable_progress_bar()  # loading and writing shards: bars of a blink between the lines that matter
     line = check(training_args, accelerate_config)
     if training_args.process_index == 0:

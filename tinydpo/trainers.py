@@ -4,14 +4,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from pyarrow import ArrowInvalid
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from tinydpo.checkpoints import WholeCheckpoints
 from tinydpo.pairs import LARGE
+from tinydpo.reference_cache import hash_split, on_every_machine
 from tinydpo.sources import quiet
 
 
@@ -30,16 +33,20 @@ class FittedDPOTrainer(WholeCheckpoints, DPOTrainer):
 
         A damaged cache is made again.
         """
+        if is_deepspeed_zero3_enabled() and self.ref_model is None and isinstance(self._precompute_model_hash, str):
+            self._precompute_model_hash = hash_split(self.model)
         weights = self._precompute_model_hash
         args = self.args
         precision = (args.bf16, args.fp16, args.tf32, self.model.config._attn_implementation)
         self._precompute_model_hash = Hasher.hash((weights, self.ld_alpha, precision, type(self).__name__))
-        cached = Path(dataset._get_cache_file_path(Hasher.hash((dataset._fingerprint, self._precompute_model_hash))))
+        key = broadcast_object_list([Hasher.hash((dataset._fingerprint, self._precompute_model_hash))])[0]
+        cached = Path(dataset._get_cache_file_path(key))
         if cached.exists() and not _holds(cached, len(dataset)):
             print(f"warning: reference log-probs in {cached} are damaged and made again", file=sys.stderr)
             cached.unlink(missing_ok=True)
         try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+            with on_every_machine(self.accelerator, cached):
+                return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
             self._precompute_model_hash = weights
 

@@ -1,0 +1,53 @@
+"""A process of a run that dies ends the others too: at once where the network tells of it, and with a sentence.
+
+Without this, those that wait for it end in a traceback of gloo's, which names an address and no remedy, or never.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+GLOO = "gloo/transport"  # its errors are plain RuntimeErrors that begin with the file in gloo's source
+# What gloo and NCCL say of others, and not of a wrong setting on this machine.
+GONE = ("closed", "reset", "broken pipe", "timed out", "timeout", "remote")
+
+
+@contextlib.contextmanager
+def told_of_lost_peers() -> Iterator[None]:
+    """Around all that processes do together: end this one with a sentence and status 1 when another is gone.
+
+    Gone is who closed its connections, as the system does for a killed process, or did not answer for `--ddp_timeout`
+    seconds.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not lost_peer(error):
+            raise
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(5)  # one voice a machine: meanwhile the launcher ends the others
+        from tqdm.auto import tqdm
+
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        told = (
+            "error: another process of this run died or does not answer any more, its own log says why; run the same "
+            f"command on every machine again: it goes on from the last checkpoint ({reason})"
+        )
+        tqdm.write(told, file=sys.stderr)  # a bar under way would stand before it in the same line
+        sys.stderr.flush()
+        os._exit(1)  # the orderly way out would wait for the lost process
+
+
+def lost_peer(error: BaseException | None) -> bool:
+    """Whether an error comes of another process that is gone."""
+    from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
+
+    while error is not None:
+        told = str(error)
+        between = isinstance(error, (DistBackendError, DistNetworkError, DistStoreError)) or GLOO in told
+        if between and any(sign in told.lower() for sign in GONE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
