@@ -35,13 +35,72 @@ SMALL = [
 
 
 class FailingHandler(Handler):
-    """Answers 503 to the requests that `server.fail` picks, and remembers all."""
+    """Fails in the requests that `server.fail` picks, in the way of `server.way`, and remembers all."""
 
     def route(self):
         self.server.seen.append(f"{self.command} {self.path}")
         if self.server.fail(len(self.server.seen), self.path):
-            raise HubError(503, "failing on purpose")
+            WAYS[self.server.way](self)
         super().route()
+
+    def busy(self, status: int, **headers: str) -> None:
+        raise HubError(status, "failing on purpose", None, headers)
+
+    def cut(self) -> None:
+        raise ConnectionError("closed before any byte")
+
+    def hang(self) -> None:
+        self.server.hung.append(self.path)
+        self.server.released.wait(20)
+        raise ConnectionError("closed at last")
+
+    def page(self) -> None:
+        body = b"<!DOCTYPE html><html>Please log in</html>"
+        self.start(200, {"Content-Type": "text/html"}, len(body), "")
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        raise ConnectionError("a whole answer")
+
+    def loop(self) -> None:
+        self.start(302, {"Location": self.path}, 0, "")
+        raise ConnectionError("a whole answer")
+
+    def in_the_body(self, how: str) -> None:
+        """Let the headers pass, then break off, stop or dawdle."""
+        write, handler, sent = self.wfile.write, self, []
+
+        def body(data: bytes) -> None:
+            sent.append(data)
+            if len(sent) == 1:
+                write(data)
+                return
+            for start in range(0, len(data), step := max(1, len(data) // 8)):
+                if how != "dawdle" and start >= len(data) // 2:
+                    handler.hang() if how == "stall" else handler.cut()
+                write(data[start : start + step])
+                handler.server.released.wait(0.02)
+
+        self.wfile.write = body
+
+
+WAYS = {
+    "429": lambda handler: handler.busy(429),
+    "429, asking for an hour": lambda handler: handler.busy(429, **{"Retry-After": "3600"}),
+    "429, asking for a second": lambda handler: handler.busy(429, **{"Retry-After": "1"}),
+    "429, its limit lasting for an hour": lambda handler: handler.busy(429, RateLimit='"api";r=0;t=3600'),
+    "500": lambda handler: handler.busy(500),
+    "503": lambda handler: handler.busy(503),
+    "503, asking for an hour": lambda handler: handler.busy(503, **{"Retry-After": "3600"}),
+    "cut before any byte": FailingHandler.cut,
+    "cut in the body": lambda handler: handler.in_the_body("cut"),
+    "silent": FailingHandler.hang,
+    "stalled in the body": lambda handler: handler.in_the_body("stall"),
+}
+ALWAYS = {"a login page": FailingHandler.page, "a redirect to itself": FailingHandler.loop}
+SLOW = {"slow": lambda handler: handler.in_the_body("dawdle")}
+PATIENCE = 300  # seconds that a failing Hub may hold a user up, whatever it does
+ALL_WAYS = WAYS | ALWAYS
+WAYS |= ALWAYS | SLOW
 
 
 @pytest.fixture(scope="session")
@@ -73,12 +132,14 @@ def serve(hub_root: Path) -> Iterator[Any]:
         server = Server(argparse.Namespace(**vars(args), fail_every=fail_every, truncate_once=truncate_once))
         server.RequestHandlerClass = FailingHandler
         server.seen, server.fail, server.url = [], lambda number, path: False, f"http://127.0.0.1:{server.server_port}"
+        server.way, server.released, server.hung = "503", threading.Event(), []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.append(server)
         return server
 
     yield start
     for server in running:
+        server.released.set()
         server.shutdown()
         server.server_close()
 
@@ -157,6 +218,62 @@ def test_a_hub_that_keeps_failing_is_one_sentence(serve, use, kind: str, monkeyp
     assert name in str(caught.value) and "503" in str(caught.value) and "make quickstart" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(server.seen) < 100, f"{len(server.seen)} requests to a Hub that fails: patience must end"
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """What the clients sleep for; a silence ends after 0.3 s in place of 10."""
+    from huggingface_hub import constants
+
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    return slept
+
+
+def body_of(kind: str, path: str) -> bool:
+    """Whether a request is for what matters: weights, tokenizer or rows, and the list of the files."""
+    return path.endswith((".safetensors", "tokenizer.json", "test.jsonl.gz")) or (kind != "model" and "/tree/" in path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_one_failure_of_any_kind_is_got_over(serve, use, waits, kind: str, way: str):
+    if way in ALWAYS:
+        pytest.skip("no passing trouble")
+    server = serve()
+    use(server.url)
+    expected = what(LOAD[kind]())
+    use(server.url, "again")
+    server.way, failed = way, set()
+    server.fail = lambda number, path: body_of(kind, path) and not (path in failed or failed.add(path))
+    assert what(LOAD[kind]()) == expected, f"{way}: something else is loaded"
+    assert failed, "nothing failed: nothing is tried here"
+
+
+@pytest.mark.parametrize("way", ALL_WAYS)
+@pytest.mark.parametrize("kind", ["tokenizer", "model", "dataset"])
+def test_a_hub_that_fails_for_good_is_one_sentence_in_bounded_time(
+    serve, use, waits, kind: str, way: str, caplog, monkeypatch
+):
+    server = serve()
+    use(server.url)
+    server.way, server.fail = way, lambda number, path: number > 1 and ("/tree/" in path or "/resolve/" in path)
+    # The time as it would be had this test slept for what the clients ask, and sat through 10 s of each silence.
+    clock = SimpleNamespace(
+        sleep=waits.append, monotonic=lambda: time.monotonic() + sum(waits) + 10 * len(server.hung)
+    )
+    monkeypatch.setattr(tinydpo.hub, "time", clock)
+    start = clock.monotonic()
+    with pytest.raises(UserError, match=r"could not be loaded|not in the cache") as caught:
+        LOAD[kind]()
+    took = clock.monotonic() - start
+    told = str(caught.value)
+    assert (DATA if kind == "dataset" else MODEL) in told and "make quickstart" in told, f"{way}: {told}"
+    assert took < PATIENCE, f"{way}: a user waits for {took:.0f} s"
+    assert len(server.seen) < 150, f"{way}: {len(server.seen)} requests"
+    noise = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not noise, f"{way}: a library complains: {noise}"
 
 
 @pytest.mark.parametrize(("status", "calls"), [(503, 4), (429, 4), (404, 1), (401, 1)])
@@ -315,3 +432,37 @@ def test_without_network_and_cache_it_says_what_to_do(tmp_path: Path):
     )
     assert took < 60, f"{took:.0f} s until a missing network is told"
     assert not out.exists()
+
+
+SECRET = "hf_ThisMustNeverBeSeen"
+
+
+@pytest.mark.parametrize(
+    "way", ["429", "503", "cut before any byte", "cut in the body", "a login page", "a redirect to itself"]
+)
+def test_no_token_or_password_is_told(serve, use, waits, way: str, monkeypatch, capfd, caplog):
+    server = serve()
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    server.way, server.fail = way, lambda number, path: number > 1
+    for kind in LOAD:
+        use(server.url.replace("//", "//someone:open-sesame@"), f"cache-{kind}")
+        with pytest.raises(UserError) as caught:
+            LOAD[kind]()
+        assert server.seen, "nothing was asked of the Hub"
+        everything = str(caught.value) + "".join(capfd.readouterr()) + caplog.text
+        for secret in (SECRET, "open-sesame"):
+            assert secret not in everything, f"{kind}, {way}: {everything}"
+
+
+def test_no_token_or_password_in_a_run(serve, tmp_path: Path):
+    server, out, home = serve(truncate_once=("model.safetensors",)), tmp_path / "out", tmp_path / "home"
+    url = server.url.replace("//", "//someone:open-sesame@")
+    done = run("sft.py", *SMALL, "--output_dir", str(out), url=url, home=home, HF_TOKEN=SECRET)
+    assert done.returncode == 0, f"an address with a password does not work: {done.stderr}"
+    gone = run("sft.py", *SMALL, "--output_dir", str(tmp_path / "no"), home=tmp_path / "other", HF_TOKEN=SECRET,
+               url=closed_port().replace("//", "//someone:open-sesame@"))  # fmt: skip
+    assert gone.returncode == 1
+    for secret in (SECRET, "open-sesame"):
+        assert secret not in done.stdout + done.stderr + gone.stdout + gone.stderr, f"{secret} is printed"
+        for path in (path for path in out.rglob("*") if path.is_file()):
+            assert secret.encode() not in path.read_bytes(), f"{secret} stands in {path.name}"

@@ -92,18 +92,11 @@ def test_parquet_conversations_and_bytes(tmp_path: Path):
     assert record == {"chosen": [turn], "rejected": "é", "score": None}, "Parquet's values are garbled"
 
 
-BAD_FILES = {
-    "cut.jsonl.gz": (gzip.compress(lines(rows(2000)))[:-2000], "cut or damaged"),
+BAD_FILES = {  # tests/test_bad_datasets.py has the others
     "damaged.jsonl.gz": (b"\x1f\x8b\x08\x00" + bytes(range(200)), "cut or damaged"),
     "cut.parquet": (b"PAR1 and then nothing", "cut or damaged"),
     "cut.json": (json.dumps(rows(9), indent=1).encode()[:-100], "cut or damaged"),
     "deep.json": (b"[" * 100_000, "cut or damaged"),
-    "empty.jsonl": (b"", "no rows"),
-    "blank.jsonl": (b"\n\n\n", "no rows"),
-    "empty.json": (b"[]", "no rows"),
-    "empty.jsonl.gz": (gzip.compress(b""), "no rows"),
-    "one.jsonl": (lines(rows(1)), "too few to hold out"),
-    "rows.csv": (b"chosen,rejected\na,b\n", "is not a .jsonl"),
     "rows.parquet.gz": (b"", "is not a .jsonl"),
 }
 

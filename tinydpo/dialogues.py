@@ -4,14 +4,16 @@ The forms: whole HH dialogues (`chosen`/`rejected`), `prompt` with `chosen`/`rej
 `completion` or `response` (SFT only), and conversations (lists of messages), with or without `prompt`.
 """
 
-import json
+import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from datasets import Dataset, Features, Value
 from datasets.fingerprint import Hasher
 
 from tinydpo.errors import UserError
+from tinydpo.sources import parse
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 TURNS = {"system": "\n\n", "user": HUMAN, "assistant": ASSISTANT}
@@ -55,7 +57,7 @@ def to_texts(records: Dataset, tokenizer: Any, need_pairs: bool, on_bad_row: str
                 if on_bad_row == "stop":
                     advice = "mend it or pass --on_bad_row skip"
                     raise UserError(f"{file} row {row}: {error}; {advice}") from None
-                text = {"broken": str(error)}
+                text = {"broken": str(error).encode(errors="replace").decode()}
             text = {"subset": subset, **text}
             for name in TEXTS:
                 texts[name].append(text.get(name))
@@ -73,11 +75,11 @@ def to_texts(records: Dataset, tokenizer: Any, need_pairs: bool, on_bad_row: str
 def decode(record: bytes) -> dict[str, Any]:
     """A row of a JSON-lines file, or what is wrong with it (`BrokenRow`)."""
     try:
-        row = json.loads(record)
+        row = parse(record)
     except UnicodeDecodeError:
         raise BrokenRow("expected UTF-8 text, found other bytes") from None
     except (ValueError, RecursionError) as error:
-        raise BrokenRow(f"expected one JSON object, found something else ({error})") from None
+        raise BrokenRow(f"expected one JSON object, found {_start(record)} ({error})") from None
     if not isinstance(row, dict):
         raise BrokenRow(f"expected a JSON object with keys, found {_kind(row)}")
     return row
@@ -109,12 +111,14 @@ def text_pair(row: dict[str, Any], tokenizer: Any, need_pairs: bool) -> dict[str
                 raise BrokenRow(f"expected {name!r} to be a string, found {_kind(answer)}")
         prompt, completions = (row["prompt"], answers) if "prompt" in row else split_dialogues(answers)
         pair = {"prompt": prompt, "question": max(prompt.rfind(HUMAN), 0), "templated": False, **_named(completions)}
-    for name in ("prompt", "chosen", "rejected"):
+    if isinstance(row.get("subset"), str):
+        pair["subset"] = row["subset"]
+    for name in ("prompt", "chosen", "rejected", "subset"):
         try:
-            (pair[name] or "").encode()
+            (pair.get(name) or "").encode()
         except UnicodeEncodeError:
             raise BrokenRow(f"expected valid text in {name!r}, found half of a character") from None
-    return pair | ({"subset": row["subset"]} if isinstance(row.get("subset"), str) else {})
+    return pair
 
 
 def split_dialogues(dialogues: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -156,6 +160,10 @@ def _from_messages(prompt: Any, answers: dict[str, list], tokenizer: Any) -> dic
         text = "".join(map(_hh_turn, prompt)) + ASSISTANT
         texts = {k: "".join(map(_hh_turn, messages)).removeprefix(ASSISTANT) for k, messages in answers.items()}
         return {"prompt": text, "question": max(text.rfind(HUMAN), 0), "templated": False, **_named(texts)}
+    for message in (message for messages in (prompt, *answers.values()) for message in messages):
+        if found := _special_tokens(tokenizer).search(message["content"]):
+            told = f"expected messages without the model's special token {found.group()!r} in their text"
+            raise BrokenRow(f"{told}: between the template's own it would be read as that token")
     wholes = {name: _render(tokenizer, [*prompt, *messages]) for name, messages in answers.items()}
     text = _shared_start([_render(tokenizer, prompt, add_generation_prompt=True), *wholes.values()])
     # The template ends a turn with the end token; fitting puts it back where the completion stays whole.
@@ -193,6 +201,12 @@ def _hh_turn(message: dict[str, str]) -> str:
     return f"{turn} {content}" if content and turn.endswith(":") else turn + content
 
 
+@cache
+def _special_tokens(tokenizer: Any) -> re.Pattern:
+    tokens = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(tokens) or r"(?!)")
+
+
 def _render(tokenizer: Any, messages: list, **options: Any) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -221,6 +235,12 @@ def _template_question(tokenizer: Any, prompt: list, text: str) -> int:
 def _named(texts: dict[str, str]) -> dict[str, str | None]:
     chosen, *rejected = texts.values()
     return {"chosen": chosen, "rejected": rejected[0] if rejected else None}
+
+
+def _start(record: bytes) -> str:
+    """How a record starts, to tell an HTML page from a table from a cut row."""
+    text = record[:80].decode("utf-8-sig", errors="replace").strip()
+    return repr(text[:30]) + "…" * (len(text) > 30)
 
 
 def _kind(value: Any) -> str:

@@ -1,6 +1,8 @@
 """Models, tokenizers and data sets from the Hub: safetensors only, no remote code, one sentence when it fails."""
 
+import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,18 +15,22 @@ from tinydpo.errors import UserError, disk_full
 Loaded = TypeVar("Loaded")
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # 1 + 2 + 4 s of patience: the clients do not retry a 503 on a file by themselves
 LONG = 15.0  # seconds after which nothing is tried again: what the clients do retry takes them 23 s
+PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # of an address such as http://user:password@host
 INSTEAD = "check the name and the network, give a local path, or run `make quickstart`, which needs neither"
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def patiently(load: Callable[[], Loaded]) -> Loaded:
-    """Call `load`, again after 429 and 5xx answers of the Hub, a bounded number of times."""
+    """Call `load`, again after a cut connection and 429 and 5xx answers of the Hub, a bounded number of times."""
+    import httpx2  # what huggingface_hub speaks through, and lets some errors of come out as they are
+
     start = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
             return load()
         except Exception as error:
-            if attempt == ATTEMPTS - 1 or not _busy(error) or time.monotonic() - start > LONG:
+            passing = _busy(error) or any(isinstance(one, httpx2.TransportError) for one in _causes(error))
+            if attempt == ATTEMPTS - 1 or not passing or time.monotonic() - start > LONG:
                 raise
             time.sleep(FIRST_PAUSE * 2**attempt)
     raise AssertionError("unreachable")
@@ -41,6 +47,37 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+@cache
+def bound_waits() -> None:
+    """Put an end to every wait of the clients: some of their requests have no timeout, one takes 60 s six times, and
+    they sleep for as long as an answer's `Retry-After` says. `HF_HUB_DOWNLOAD_TIMEOUT` holds for all (10 s)."""
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def end_silence(request: Any) -> None:
+        if request.method in ("GET", "HEAD"):  # the answer to a large upload may take its time
+            most, asked = constants.HF_HUB_DOWNLOAD_TIMEOUT, request.extensions.get("timeout", {})
+            waits = {kind: min(asked.get(kind) or most, most) for kind in ("connect", "read", "write", "pool")}
+            request.extensions = {**request.extensions, "timeout": waits}
+
+    def ask_sooner(response: Any) -> None:
+        for name in ("retry-after", "ratelimit"):
+            seconds = re.findall(r"(?:^|t=)(\d+)", response.headers.get(name, ""))
+            if max(map(int, seconds), default=0) > LONG:
+                del response.headers[name]
+
+    def client() -> Any:
+        made = default_client_factory()
+        hooks = made.event_hooks
+        made.event_hooks = {
+            "request": [*hooks["request"], end_silence],
+            "response": [*hooks["response"], ask_sooner],
+        }
+        return made
+
+    set_client_factory(client)
 
 
 @cache
@@ -67,11 +104,14 @@ def unreachable() -> str:
 @contextmanager
 def told_plainly(what: str, name: str, revision: str | None, also: tuple = (ValueError, KeyError)) -> Any:
     """Turn whatever the Hub's clients, and `also`, raise while loading into one sentence."""
+    import httpx2
     import huggingface_hub.errors as hub
     import safetensors
     from huggingface_hub import constants
 
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it tells of every retry
+    for module in ("utils._http", "file_download"):  # they tell of every retry, with the whole address
+        logging.getLogger(f"huggingface_hub.{module}").setLevel(logging.ERROR)
+    bound_waits()
     local = Path(name).exists()
     at = f" at revision {revision}" if revision and revision != "main" and not local else ""
     away = "" if local else unreachable()
@@ -79,7 +119,7 @@ def told_plainly(what: str, name: str, revision: str | None, also: tuple = (Valu
         yield
     except UserError:
         raise
-    except (hub.HfHubHTTPError, hub.HFValidationError, safetensors.SafetensorError, OSError, *also) as error:
+    except (httpx2.HTTPError, hub.HFValidationError, safetensors.SafetensorError, OSError, *also) as error:
         if disk_full(error):
             raise
         causes = tuple(_causes(error))
@@ -102,9 +142,12 @@ def told_plainly(what: str, name: str, revision: str | None, also: tuple = (Valu
             )
         elif status := _busy(error):
             told = f"{what} {name}{at} could not be loaded (the Hub answers {status}); try again later, or {INSTEAD}"
+        elif not local and caused_by(json.JSONDecodeError):
+            told = f"{what} {name}{at} could not be loaded ({constants.ENDPOINT} answers, but not as a Hub does: is "
+            told += f"there a proxy or a login page in between?); {INSTEAD}"
         else:
             told = f"{what} {name}{at} could not be loaded ({reason}); {INSTEAD}"
-        raise UserError(told) from None
+        raise UserError(PASSWORD.sub("", told)) from None
 
 
 def download_dataset(name: str, revision: str | None, data_dir: str | None) -> Path:

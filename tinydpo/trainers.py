@@ -1,13 +1,11 @@
 """TRL's trainers on fitted pairs: losses, metrics, PEFT, checkpoints and logging stay TRL's."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from pyarrow import ArrowInvalid
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
@@ -29,10 +27,7 @@ class FittedDPOTrainer(WholeCheckpoints, DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """TRL's own, with all that changes the log-probs in the cache's key, not data and weights alone.
-
-        A damaged cache is made again.
-        """
+        """TRL's own, with all that changes the log-probs in the cache's key, not data and weights alone."""
         if is_deepspeed_zero3_enabled() and self.ref_model is None and isinstance(self._precompute_model_hash, str):
             self._precompute_model_hash = hash_split(self.model)
         weights = self._precompute_model_hash
@@ -41,21 +36,11 @@ class FittedDPOTrainer(WholeCheckpoints, DPOTrainer):
         self._precompute_model_hash = Hasher.hash((weights, self.ld_alpha, precision, type(self).__name__))
         key = broadcast_object_list([Hasher.hash((dataset._fingerprint, self._precompute_model_hash))])[0]
         cached = Path(dataset._get_cache_file_path(key))
-        if cached.exists() and not _holds(cached, len(dataset)):
-            print(f"warning: reference log-probs in {cached} are damaged and made again", file=sys.stderr)
-            cached.unlink(missing_ok=True)
         try:
             with on_every_machine(self.accelerator, cached):
                 return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
             self._precompute_model_hash = weights
-
-
-def _holds(arrow: Path, rows: int) -> bool:
-    try:
-        return len(Dataset.from_file(str(arrow))) == rows
-    except (ArrowInvalid, OSError):
-        return False
 
 
 class FittedSFTTrainer(WholeCheckpoints, SFTTrainer):
