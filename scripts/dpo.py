@@ -31,8 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     prepare(training, model, run.accelerate_config)
     if runs.is_finished(training.output_dir, resolved):
         return
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
-    runs.check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length)
+    source = model.model_name_or_path, model.model_revision
+    tokenizer = load_tokenizer(*source, training.trust_remote_code)
+    runs.check_model(*source, tokenizer, training)
     splits = load_pairs(data, tokenizer, training.max_length)
     evaluate = training.eval_strategy != "no"
     engine = partial(SharedPrefixDPOTrainer, row_length=run.row_length) if run.shared_prefix else FittedDPOTrainer
@@ -45,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=tokenizer,
             **adapters.configs(model),
         ),
-        model.model_name_or_path,
-        model.model_revision,
+        *source,
     )
     runs.train(trainer, resolved, {name: split.summary for name, split in splits.items()})
 

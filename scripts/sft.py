@@ -32,8 +32,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # rows come with labels
     rows = partial(sft_rows, completion_only=training.completion_only_loss is not False)
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
-    runs.check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length)
+    source = model.model_name_or_path, model.model_revision
+    tokenizer = load_tokenizer(*source, training.trust_remote_code)
+    runs.check_model(*source, tokenizer, training)
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs=False)
     evaluate = training.eval_strategy != "no"
     engine = partial(PackedSFTTrainer, row_length=run.row_length) if run.shared_prefix else FittedSFTTrainer
@@ -46,8 +47,7 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=tokenizer,
             **adapters.configs(model),
         ),
-        model.model_name_or_path,
-        model.model_revision,
+        *source,
     )
     runs.train(trainer, resolved, {name: split.summary for name, split in splits.items()})
 

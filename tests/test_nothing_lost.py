@@ -305,6 +305,34 @@ def test_a_checkpoint_cannot_run_code(command: list[Any], cut_short: Path, tmp_p
         assert "checkpoint-8" in told, "the sentence does not name the checkpoint"
 
 
+def test_a_models_own_code_runs_on_request_alone(command: list[Any], tmp_path: Path):
+    import json
+
+    at = command.index("--model_name_or_path") + 1
+    model, owned = tmp_path / "model", tmp_path / "owned"
+    shutil.copytree(command[at], model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {
+        "model_type": "strange",
+        "auto_map": {"AutoConfig": "code.Strange", "AutoModelForCausalLM": "code.Model"},
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text(
+        f"""open({str(owned)!r}, "w").close()
+from transformers import GPT2Config, GPT2LMHeadModel
+class Strange(GPT2Config):
+    model_type = "strange"
+class Model(GPT2LMHeadModel):
+    config_class = Strange
+"""
+    )
+    command = [*command[:at], model, *command[at + 1 :], "--max_steps", "1"]
+    told = refused(command, tmp_path)
+    assert "--trust_remote_code true" in told and not owned.exists(), "code of a stranger's model was run"
+    again([*command, "--trust_remote_code", "true"], tmp_path)
+    assert owned.exists(), "--trust_remote_code has no effect"
+
+
 def test_a_damaged_reference_cache_is_made_again(command: list[Any], whole: Path, tmp_path: Path):
     shutil.copytree(whole.parent / "cache", tmp_path / "cache")
     import pyarrow as pa

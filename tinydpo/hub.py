@@ -134,6 +134,9 @@ def told_plainly(what: str, name: str, revision: str | None, also: tuple = (Valu
             told = f"there is no {what} {name!r} on the Hub and no such local path; {INSTEAD}"
         elif caused_by(hub.RevisionNotFoundError):
             told = f"{what} {name} has no revision {revision!r}; check --{what}_revision"
+        elif "trust_remote_code" in str(error):
+            told = f"{what} {name}{at} brings code of its own, which is not run; read it first, and pass "
+            told += "--trust_remote_code true to sft.py or dpo.py if you trust it"
         elif caused_by(safetensors.SafetensorError):
             told = f"{what} {name}: a weights file is cut or damaged ({error}); download or save it again"
         elif away and caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
@@ -169,8 +172,8 @@ def _download(name: str, revision: str | None, **which: Any) -> Path:
     return Path(patiently(lambda: snapshot_download(name, revision=revision, **which)))
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """Load the tokenizer of a model.
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model; code that it brings along runs only on request.
 
     Raises:
         UserError: if it cannot be loaded, or has no end token (then no answer could ever end).
@@ -184,8 +187,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
         if not folder.exists():
             # The files first: AutoTokenizer takes a failed request for a file that is not there, and without
             # config.json it may return a tokenizer of another type.
-            folder = _download(name, revision, allow_patterns=TOKENIZER_FILES, ignore_patterns="*/*")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+            patterns = [*TOKENIZER_FILES, *["*.py"] * trust_remote_code]
+            folder = _download(name, revision, allow_patterns=patterns, ignore_patterns="*/*")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     tokenizer.name_or_path = name
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name}: its tokenizer has no end token (eos_token); add one and save it again")
@@ -229,7 +233,7 @@ def load_as(
         model, loading = patiently(
             lambda: architecture.from_pretrained(
                 name, revision=revision or "main", dtype=dtype or torch.float32, use_safetensors=True,
-                output_loading_info=True,
+                trust_remote_code=False, output_loading_info=True,
             )
         )  # fmt: skip
     return model.to(device or "cpu").eval(), loading
