@@ -55,7 +55,7 @@ TURNS = {
     "chosen": [{"role": "assistant", "content": "yes"}],
     "rejected": [{"role": "assistant", "content": "no"}],
 }
-BIG = "word " * 200_000
+BIG = "word " * 20_000
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
 )
@@ -297,7 +297,9 @@ KINDS: dict[str, Kind] = {
         "… row 2: expected messages without the model's special token '<|im_end|>'",
         template=CHATML,
     ),
-    "1 MB in an answer": Kind("a.jsonl", lines([*ROWS, row(pair(4, chosen=BIG))]), [*PAIRS, pair(4, chosen=BIG)]),
+    "20,000 words in an answer": Kind(
+        "a.jsonl", lines([*ROWS, row(pair(4, chosen=BIG))]), [*PAIRS, pair(4, chosen=BIG)]
+    ),
     "10 MB in a key that is not read": Kind(
         "a.jsonl", lines([*ROWS[1:], {**ROWS[0], "html": "x" * 10_000_000}]), PAIRS
     ),

@@ -204,7 +204,9 @@ def drop_cut(fingerprint: str) -> None:
     one batch of rows ends, Arrow would read it as a whole file of fewer rows.
     """
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "generator"
-    for file in sorted(cache.glob(f"default-*{fingerprint}*/**/*.arrow")):
+    for file in sorted(cache.glob(f"default-*{fingerprint}*/*/*.arrow")):
+        if file.parent.suffix == ".incomplete":  # a process is at it, or was killed: `datasets` begins again there
+            continue
         with open(file, "rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - len(STREAM_END)))
