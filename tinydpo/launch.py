@@ -177,6 +177,8 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
     import warnings
     from logging import ERROR
 
+    import torch
+    from torch.distributed.distributed_c10d import _set_pg_timeout
     from transformers.utils import logging
 
     logging.get_logger("transformers.trainer_utils").setLevel(ERROR)  # on checkpoints of the same second: no matter
@@ -189,6 +191,8 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
     line = check(training_args, accelerate_config)
     if training_args.process_index == 0:
         print(line, flush=True)
+    if training_args.use_cpu and torch.distributed.is_initialized():
+        _set_pg_timeout(training_args.ddp_timeout_delta)  # transformers hands it to GPUs' processes only
     if training_args.n_gpu > 1:
         training_args._n_gpu = 1  # else one process takes all GPUs (nn.DataParallel), each with a batch of its own
     training_args.model_init_kwargs = {
