@@ -8,8 +8,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import DPOConfig, ModelConfig, SFTConfig
-
 from tinydpo.arguments import DataArguments, RunArguments
 from tinydpo.errors import UserError, one_sentence
 from tinydpo.parsing import parse
@@ -27,6 +25,8 @@ class InspectArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    from trl import DPOConfig, ModelConfig, SFTConfig
+
     recipe = (SFTConfig, DPOConfig, ModelConfig, RunArguments)
     look, data = parse(InspectArguments, DataArguments, argv=argv, ignored=recipe)
     if look.json and not Path(look.json).absolute().parent.is_dir():
