@@ -51,11 +51,18 @@ def one_sentence() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def disk_full(error: BaseException | None) -> bool:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of, as a traceback would show them, each once (an error can be its own cause)."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def disk_full(error: BaseException) -> bool:
     """Whether an error, of whatever library, comes of a disk that takes no more."""
-    while error is not None:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or any(told in str(error) for told in DISK_FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(told in str(one) for told in DISK_FULL)
+        for one in causes(error)
+    )

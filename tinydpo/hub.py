@@ -4,13 +4,13 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinydpo.errors import UserError, disk_full
+from tinydpo.errors import UserError, causes, disk_full
 
 Loaded = TypeVar("Loaded")
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # 1 + 2 + 4 s of patience: the clients do not retry a 503 on a file by themselves
@@ -29,7 +29,7 @@ def patiently(load: Callable[[], Loaded]) -> Loaded:
         try:
             return load()
         except Exception as error:
-            passing = _busy(error) or any(isinstance(one, httpx2.TransportError) for one in _causes(error))
+            passing = _busy(error) or any(isinstance(one, httpx2.TransportError) for one in causes(error))
             if attempt == ATTEMPTS - 1 or not passing or time.monotonic() - start > LONG:
                 raise
             time.sleep(FIRST_PAUSE * 2**attempt)
@@ -38,15 +38,8 @@ def patiently(load: Callable[[], Loaded]) -> Loaded:
 
 def _busy(error: BaseException) -> int:
     """The Hub's 429 or 5xx behind an error, or 0."""
-    statuses = (getattr(getattr(one, "response", None), "status_code", 0) for one in _causes(error))
+    statuses = (getattr(getattr(one, "response", None), "status_code", 0) for one in causes(error))
     return next((status for status in statuses if status == 429 or status >= 500), 0)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from: transformers wraps the Hub's errors into its own."""
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 @cache
@@ -122,10 +115,10 @@ def told_plainly(what: str, name: str, revision: str | None, also: tuple = (Valu
     except (httpx2.HTTPError, hub.HFValidationError, safetensors.SafetensorError, OSError, *also) as error:
         if disk_full(error):
             raise
-        causes = tuple(_causes(error))
+        came_of = tuple(causes(error))
 
         def caused_by(*kinds: type) -> bool:
-            return any(isinstance(one, kinds) for one in causes)
+            return any(isinstance(one, kinds) for one in came_of)
 
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if caused_by(hub.GatedRepoError):

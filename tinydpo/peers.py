@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from tinydpo.errors import causes
+
 GLOO = "gloo/transport"  # its errors are plain RuntimeErrors that begin with the file in gloo's source
 # What gloo and NCCL say of others, and not of a wrong setting on this machine.
 GONE = ("closed", "reset", "broken pipe", "timed out", "timeout", "remote")
@@ -24,7 +26,7 @@ def told_of_lost_peers() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not lost_peer(error):
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not lost_peer(error):
             raise
         if int(os.environ.get("LOCAL_RANK", 0)):
             time.sleep(5)  # one voice a machine: meanwhile the launcher ends the others
@@ -40,14 +42,12 @@ def told_of_lost_peers() -> Iterator[None]:
         os._exit(1)  # the orderly way out would wait for the lost process
 
 
-def lost_peer(error: BaseException | None) -> bool:
+def lost_peer(error: BaseException) -> bool:
     """Whether an error comes of another process that is gone."""
     from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
-    while error is not None:
-        told = str(error)
-        between = isinstance(error, (DistBackendError, DistNetworkError, DistStoreError)) or GLOO in told
-        if between and any(sign in told.lower() for sign in GONE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        (isinstance(one, (DistBackendError, DistNetworkError, DistStoreError)) or GLOO in str(one))
+        and any(sign in str(one).lower() for sign in GONE)
+        for one in causes(error)
+    )
