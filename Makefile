@@ -87,7 +87,7 @@ speedrun: install ## SFT, DPO and evaluation against the clock
 	$(PYTHON) benchmarks/speedrun.py $(ARGS)
 
 test: install ## Run the tests (minutes)
-	$(PYTHON) -m pytest -m 'not slow' $(ARGS)
+	$(PYTHON) -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-all: .venv/judge .venv/playground .venv/browser .venv/deepspeed ## Run the slow tests too
 	$(PYTHON) -m pytest $(ARGS)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from tinydpo.errors import UserError, disk_full
+from tinydpo.learning_check import local_part
 from tinydpo.runs import write_json
 
 SEAL = "complete.json"
@@ -30,7 +31,8 @@ class WholeCheckpoints:
         """Not TRL's, at every checkpoint: `card` writes one when there are results to tell."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        finite = all(local_part(p).isfinite().all() for p in model.parameters() if p.requires_grad)
+        if not all(gather_object([bool(finite)])):  # told alike to all: each may hold other parts of the model
             raise UserError(
                 f"at step {self.state.global_step} the weights hold infinities or NaN and are not saved; lower "
                 "--learning_rate and pass another --output_dir"

@@ -54,12 +54,15 @@ def is_finished(output_dir: str, resolved: dict[str, Any]) -> bool:
         UserError: if the folder cannot be written, is being trained into, or holds a run of another recipe (naming
             the first key that differs).
     """
+    from accelerate.utils import broadcast_object_list
+
     folder = Path(output_dir)
     if (folder / RUN_CONFIG).exists():
         _check_same_recipe(folder, resolved)
-        if (folder / FINISHED).exists():
+    if broadcast_object_list([(folder / FINISHED).exists()])[0]:  # on other machines the folder may be another
+        if not int(os.environ.get("RANK", 0)):
             print(f"{folder} holds this run, finished; delete the folder to train again.")
-            return True
+        return True
     _check_writable(folder)
     if folder.exists():
         with lock(folder):  # refused now, and not after an hour of reference log-probs
