@@ -16,8 +16,11 @@ class UserError(Exception):
     """One sentence that names the file, row or key at fault and says what to do."""
 
 
-class Stopped(Exception):
-    """The run was told to stop before its end and has saved what it trained."""
+class Stopped(BaseException):
+    """The run was told to stop before its end and has saved what it trained.
+
+    No `Exception`: whoever goes on after one run's mistake, as `frontier.py` does, must not go on after this.
+    """
 
 
 @contextlib.contextmanager
