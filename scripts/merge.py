@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = adapters.merged(adapter, args.base_model_name_or_path), load_tokenizer(str(adapter))
 
     from tinydpo.evaluation import read_run_config
-    from tinydpo.runs import RUN_CONFIG, sample_plainly
+    from tinydpo.runs import FINISHED, RUN_CONFIG, sample_plainly
 
     sample_plainly(model, tokenizer)
     output, run = Path(args.output_dir), read_run_config(str(adapter))
@@ -34,8 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model.save_pretrained(half)
         tokenizer.save_pretrained(half)
-        if (adapter / RUN_CONFIG).is_file():
-            shutil.copy(adapter / RUN_CONFIG, half)  # evaluation takes beta and max_length from it
+        for name in (RUN_CONFIG, FINISHED):  # evaluation takes beta and max_length from it, training that it is done
+            if (adapter / name).is_file():
+                shutil.copy(adapter / name, half)
         os.replace(half, output)
     except OSError as error:
         raise UserError(f"--output_dir {output}: {error.strerror or error}; choose another folder") from None

@@ -114,7 +114,7 @@ def test_merged_is_a_plain_checkpoint_with_the_adapters_outputs(adapter: Path, b
 def test_the_merged_model_trains_on(adapter: Path, task: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"is an adapter.*scripts/merge\.py --model_name_or_path"):
         dpo(adapter, task, tmp_path / "run")
-    script("merge", "--model_name_or_path", adapter / "checkpoint-3", "--output_dir", tmp_path / "merged")
+    script("merge", "--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
     again = dpo(tmp_path / "merged", task, tmp_path / "run", *LORA)
     assert log(tmp_path / "run", "loss")[0] == pytest.approx(0.6931, abs=1e-3), "the reference is not the merged model"
     together = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tmp_path / "run")

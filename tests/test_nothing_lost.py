@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_set_aside(
     assert name == "complete.json" or name in told, "the damaged file is not named"
     assert f"Going on from {tmp_path}/run/checkpoint-8" in told, "the checkpoint before it is not used"
     assert_same(tmp_path, whole)
-    assert (tmp_path / "run/broken-checkpoint-12").is_dir(), "what may be worth a look was deleted"
+    assert (tmp_path / "run/_broken-checkpoint-12").is_dir(), "what may be worth a look was deleted"
     left = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert left == ["checkpoint-12", "checkpoint-8"], "the damaged checkpoint counts among those that are kept"
 
@@ -154,6 +154,36 @@ def test_sigterm_saves_and_exits_with_143(command: list[Any], whole: Path, tmp_p
     assert_same(tmp_path, whole)
 
 
+WORKERS = ("--dataloader_num_workers", "2")
+
+
+@pytest.mark.parametrize("flags", [WORKERS, ("--save_strategy", "epoch")], ids=" ".join)
+def test_sigterm_to_the_whole_group_saves_once(flags: tuple, command: list[Any], whole: Path, tmp_path: Path):
+    """As Slurm and the launcher send it: to the data loader's workers too, which must not take their process along."""
+    import os
+
+    log, command = tmp_path / "log", [*command, *flags, "--output_dir", tmp_path / "run"]
+    child = start("dpo", command, log, slowly_in_a_group)
+    wait_for(log, "'loss'", child)
+    os.killpg(child.pid, signal.SIGTERM)
+    child.join(60)
+    assert child.exitcode == 143, f"it exits with {child.exitcode}:\n{log.read_text()}"
+    assert log.read_text().count("saving now") == 1, "a stop at an epoch's end unseals its checkpoint to save it again"
+    assert run("dpo", command, tmp_path / "log.again") == 0, (tmp_path / "log.again").read_text()
+    assert_same(tmp_path, whole)
+
+
+def slowly_in_a_group() -> None:
+    import os
+
+    from tinydpo.checkpoints import WholeCheckpoints
+
+    os.setpgrp()
+    slowly()
+    save = WholeCheckpoints._save_checkpoint
+    WholeCheckpoints._save_checkpoint = lambda *args: print("saving now", flush=True) or save(*args)
+
+
 def test_sigterm_before_training_ends_it_at_once(command: list[Any], tmp_path: Path):
     log = tmp_path / "log"
     child = start("dpo", [*command, "--output_dir", tmp_path / "run"], log, slow_reference)
@@ -197,6 +227,23 @@ def test_a_script_whose_launcher_died_saves_and_stops(command: list[Any], whole:
     assert "stopped by the launcher's end" in log.read_text()
     again(command, tmp_path)
     assert_same(tmp_path, whole)
+
+
+def test_a_launcher_that_dies_before_the_first_step_is_noticed_too(command: list[Any], tmp_path: Path):
+    log = tmp_path / "log"
+    launcher = start("dpo", [*command, "--output_dir", tmp_path / "run"], log, launched_and_slow_reference)
+    wait_for(log, "Computing reference log probs", launcher)
+    launcher.kill()
+    launcher.join()
+    until = time.monotonic() + 60
+    while "stopped by the launcher's end after step 1;" not in log.read_text():
+        assert time.monotonic() < until, f"the script trains on without its launcher:\n{log.read_text()}"
+        time.sleep(0.05)
+
+
+def launched_and_slow_reference() -> None:
+    launched()
+    slow_reference()
 
 
 def launched() -> None:
@@ -255,10 +302,12 @@ def test_a_run_is_not_continued_on_other_data(command: list[Any], cut_short: Pat
     at = command.index("--dataset_name") + 1
     config = tmp_path / "run/run_config.yaml"
     config.write_text(config.read_text().replace(str(task / "data"), str(data)))
-    rows = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    (data / "train.jsonl").write_text("".join(rows[:-1]))
-    told = refused([*command[:at], data, *command[at + 1 :]], tmp_path)
-    assert f"{data} has changed since the run" in told
+    text = (data / "train.jsonl").read_text()
+    swapped = text.replace('"chosen"', '"-"').replace('"rejected"', '"chosen"').replace('"-"', '"rejected"')
+    for changed in ("".join(text.splitlines(keepends=True)[:-1]), swapped):
+        (data / "train.jsonl").write_text(changed)
+        told = refused([*command[:at], data, *command[at + 1 :]], tmp_path)
+        assert f"{data} has changed since the run" in told
 
 
 def test_a_run_is_not_continued_from_other_weights(command: list[Any], cut_short: Path, tmp_path: Path):

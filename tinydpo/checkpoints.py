@@ -10,14 +10,17 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from tinydpo.errors import UserError, disk_full
+from tinydpo.interruptions import obey_parent_alone
 from tinydpo.learning_check import local_part
 from tinydpo.runs import write_json
 
@@ -25,7 +28,16 @@ SEAL = "complete.json"
 
 
 class WholeCheckpoints:
-    """For a `Trainer`: seals each checkpoint, deletes older ones only then, and saves no NaN or infinite weights."""
+    """For a `Trainer`: seals each checkpoint, deletes older ones only then, and saves no NaN or infinite weights.
+
+    Its loaders' workers outlive a signal that ends the run, so that it can still save.
+    """
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        workers = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper leaves starting them to this one
+        workers.worker_init_fn = partial(obey_parent_alone, workers.worker_init_fn)
+        return loader
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Not TRL's, at every checkpoint: `card` writes one when there are results to tell."""
@@ -47,7 +59,7 @@ class WholeCheckpoints:
             if not disk_full(error):
                 raise
             if self.args.should_save:
-                shutil.rmtree(folder)  # half a checkpoint is of no use, and the next try needs its space
+                shutil.rmtree(folder, ignore_errors=True)  # of no use, and the next try needs its space
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error  # not all say where
         finally:
             self.args.save_total_limit = limit
@@ -64,13 +76,13 @@ def to_resume(trainer: Any) -> str | None:
         UserError: it is not whole, or not in this process's file system.
     """
     asked, main = trainer.args.resume_from_checkpoint, trainer.is_world_process_zero()
-    if asked and (wrong := fault(Path(asked))):
+    wrong = next(filter(None, gather_object([fault(Path(asked)) if asked else ""])), "")
+    if wrong:
         raise UserError(f"--resume_from_checkpoint {asked}: {wrong}; leave it out to go on from the last whole one")
     found = broadcast_object_list([(asked or last_whole(Path(trainer.args.output_dir))) if main else None])[0]
-    if found and not Path(found).is_dir():
+    if found and not all(gather_object([Path(found).is_dir()])):
         raise UserError(
-            f"there is no {found} on this machine, from which the run goes on; all machines of a run need one shared "
-            "--output_dir"
+            f"not every machine of this run has {found}, from which it goes on; they need one shared --output_dir"
         )
     if found:
         trainer.accelerator.print(f"Going on from {found}.")
@@ -79,7 +91,7 @@ def to_resume(trainer: Any) -> str | None:
 
 def files_of(checkpoint: Path) -> dict[str, int]:
     """Every file of a checkpoint but its seal, with its size in bytes."""
-    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL)
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and SEAL not in path.name)
     return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
 
 
@@ -103,18 +115,18 @@ def fault(checkpoint: Path) -> str:
 def last_whole(run: Path) -> str | None:
     """The last checkpoint of a run that is whole, or None. Later ones, with a warning, are renamed out of the way.
 
-    Left where they are, they would count as the newest when older checkpoints are deleted.
+    Left where they are, they would count as the newest when older checkpoints are deleted. Those set aside by an
+    earlier start are deleted then: kill after kill they would fill the disk. (The Hub's clients leave out what starts
+    with an underscore.)
     """
-    for checkpoint in map(Path, reversed(sort_checkpoints(str(run)))):
-        told = fault(checkpoint)
-        if not told:
-            return str(checkpoint)
-        aside = _free_name(checkpoint.with_name(f"broken-{checkpoint.name}"))
+    checkpoints = [Path(checkpoint) for checkpoint in reversed(sort_checkpoints(str(run)))]
+    whole = next((checkpoint for checkpoint in checkpoints if not fault(checkpoint)), None)
+    broken = checkpoints[: checkpoints.index(whole)] if whole else checkpoints
+    if broken:
+        for earlier in run.glob("_broken-*"):
+            shutil.rmtree(earlier)
+    for checkpoint in broken:
+        told, aside = fault(checkpoint), checkpoint.with_name(f"_broken-{checkpoint.name}")
         checkpoint.rename(aside)
         print(f"warning: {checkpoint} cannot be resumed from ({told}); set aside as {aside.name}", file=sys.stderr)
-    return None
-
-
-def _free_name(path: Path) -> Path:
-    names = (path, *(path.with_name(f"{path.name}.{number}") for number in range(2, 1000)))
-    return next(name for name in names if not name.exists())
+    return str(whole) if whole else None

@@ -7,6 +7,8 @@ at different steps and wait for each other for ever. Here they agree at the end 
 import math
 import os
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tinydpo.errors import UserError
+from tinydpo.peers import STARTED_BY
 
 EXPLODED = 100.0  # times the first logged loss, or nats where that was below one: no run comes back from there
 
@@ -26,8 +29,8 @@ class StopsWhenTold(TrainerCallback):
         """Nothing is watched before training begins: until then SIGTERM ends the process as always."""
         self.reason = ""
         launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
-        self._launcher = os.getppid() if launched else None
-        self._group, self._before = None, signal.SIG_DFL
+        self._launcher = STARTED_BY if launched else None
+        self._group, self._before, self._stopping = None, signal.SIG_DFL, False
 
     def _told(self, number: int, frame: FrameType | None) -> None:
         self.reason = "SIGTERM"
@@ -52,8 +55,16 @@ class StopsWhenTold(TrainerCallback):
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=self._group)
         if stop:
             self.reason = self.reason or "SIGTERM to another process"
-            control.should_save = control.should_training_stop = True
+            self._stopping = control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # whoever sent the signal may not wait
+            args.save_total_limit = None  # transformers may delete all but the best at the end
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Comes after a stop too: what an epoch's end asks for has been done, or must wait."""
+        if self._stopping:
+            control.should_save = control.should_evaluate = False
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """SIGTERM ends the process again: what follows can be made again from the last checkpoint."""
@@ -85,3 +96,25 @@ class StopsWhenDiverged(TrainerCallback):
             )
         if self._bound == math.inf:
             self._bound = EXPLODED * max(1.0, abs(loss))
+
+
+def obey_parent_alone(before: Callable[[int], None] | None, worker: int) -> None:
+    """For a data loader's worker: end on SIGTERM from the process it works for, not from whoever ends the run.
+
+    A signal to all processes of a run, as Slurm's and the launcher's are, would otherwise end the workers while their
+    process still wants to save, and that one with them.
+
+    Args:
+        before: the loader's own `worker_init_fn`.
+        worker: the worker's number.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+    if before:
+        before(worker)

@@ -6,6 +6,7 @@ it, and what runs is held against what the accelerate file asked for.
 """
 
 import os
+import signal
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,12 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
         "ignore", category=FutureWarning, module="transformers|trl|torch.distributed"
     )  # not the user's
     logging.disable_progress_bar()  # loading and writing shards: bars of a blink between the lines that matter
+    if training_args.save_only_model:
+        raise UserError("save_only_model leaves out of a checkpoint what a run needs to go on; leave it out")
+    if training_args.hub_token:  # transformers would write it into training_args.bin
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # as inherited from a launcher made deaf to it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     line = check(training_args, accelerate_config)
     if training_args.process_index == 0:
         print(line, flush=True)

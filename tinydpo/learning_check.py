@@ -38,6 +38,7 @@ class LearningCheck(TrainerCallback):
         if self._done or self._before is None or getattr(optimizer, "step_was_skipped", False):
             return
         self._done, changed = True, (_sums(model) != self._before).any().float()
+        changed = changed.to(args.device)  # offloaded shards lie elsewhere
         if torch.distributed.is_initialized():  # each process may hold other shards
             torch.distributed.all_reduce(changed, torch.distributed.ReduceOp.MAX)
         if not changed:

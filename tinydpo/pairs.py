@@ -1,5 +1,6 @@
 """Preference rows to fitted token pairs, in one call: records, texts, tokens, each cached in Arrow on disk."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,8 @@ def summarize(fitted: Dataset, max_length: int) -> dict[str, Any]:
 
     Returns:
         Counts (`pairs_in`, `pairs_kept`, `dropped` by reason), shares from 0 to 1 of what all pairs held before
-        (dropped pairs count as 0, end tokens count), `tokens_per_pair` in token positions, `stock`, and `lengths`.
+        (dropped pairs count as 0, end tokens count), `sha256` of all tokens in order, `tokens_per_pair` in token
+        positions, `stock`, and `lengths`.
     """
     table = fitted.with_format("arrow")[:]  # on disk: 160,000 pairs as Python lists are gigabytes
     reasons, kept = pc.value_counts(table["dropped"].drop_null()).to_pylist(), pc.is_null(table["dropped"]).to_numpy()
@@ -111,8 +113,14 @@ def summarize(fitted: Dataset, max_length: int) -> dict[str, Any]:
     def share(part: np.ndarray, of: np.ndarray) -> float:
         return float(part.sum() / of.sum()) if of.sum() else 0.0
 
+    digest = hashlib.sha256()
+    for part in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        for values in (pc.list_value_length(table[part]), pc.list_flatten(table[part])):
+            digest.update(values.to_numpy())
+
     edges = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
     return {
+        "sha256": digest.hexdigest(),
         "pairs_in": len(fitted),
         "pairs_kept": int(kept.sum()),
         "dropped": {reason["values"]: reason["counts"] for reason in sorted(reasons, key=lambda r: r["values"])},

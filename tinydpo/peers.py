@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from tinydpo.errors import causes
 
+STARTED_BY = os.getppid()  # read at once: who starts a script may be gone before its first step
 GLOO = "gloo/transport"  # its errors are plain RuntimeErrors that begin with the file in gloo's source
 # What gloo and NCCL say of others, and not of a wrong setting on this machine.
 GONE = ("closed", "reset", "broken pipe", "timed out", "timeout", "remote")
@@ -26,13 +27,13 @@ def told_of_lost_peers() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not lost_peer(error):
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not (sign := lost_peer(error)):
             raise
         if int(os.environ.get("LOCAL_RANK", 0)):
             time.sleep(5)  # one voice a machine: meanwhile the launcher ends the others
         from tqdm.auto import tqdm
 
-        reason = str(error).splitlines()[0].partition(". ")[0]
+        reason = sign.splitlines()[0].partition(". ")[0]
         told = (
             "error: another process of this run died or does not answer any more, its own log says why; run the same "
             f"command on every machine again: it goes on from the last checkpoint ({reason})"
@@ -42,12 +43,12 @@ def told_of_lost_peers() -> Iterator[None]:
         os._exit(1)  # the orderly way out would wait for the lost process
 
 
-def lost_peer(error: BaseException) -> bool:
-    """Whether an error comes of another process that is gone."""
+def lost_peer(error: BaseException) -> str:
+    """What the network said of another process that is gone, or "" where an error comes of something else."""
     from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
-    return any(
-        (isinstance(one, (DistBackendError, DistNetworkError, DistStoreError)) or GLOO in str(one))
-        and any(sign in str(one).lower() for sign in GONE)
-        for one in causes(error)
-    )
+    for one in causes(error):
+        between = isinstance(one, (DistBackendError, DistNetworkError, DistStoreError)) or GLOO in str(one)
+        if between and any(sign in str(one).lower() for sign in GONE):
+            return str(one)
+    return ""

@@ -183,6 +183,8 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
                 f"{checkpoint} holds something else than tensors and numbers, which could run code and is not loaded; "
                 "delete it and run the same command again"
             ) from None
+        if checkpoint:  # transformers counts what this process trained, and not what those before it did
+            results = {name: value for name, value in results.items() if not name.startswith("train_")}
         stopped = told.reason and trainer.state.global_step < trainer.state.max_steps
         if not stopped:
             finish(trainer, folder, resolved, summary, results)
@@ -199,19 +201,22 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
 
 def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any]) -> None:
     """Write what is known before training; refuse to go on with a run whose data or first weights have changed."""
-    if not trainer.is_world_process_zero():
-        return
+    from accelerate.utils import broadcast_object_list
+
     from tinydpo.adapters import base_record
 
-    base = base_record(resolved)
-    if any(folder.glob("checkpoint-*")):
+    main, other = trainer.is_world_process_zero(), []
+    base = base_record(resolved) if main else {}
+    if main and any(folder.glob("checkpoint-*")):
         data, weights = _read_json(folder / SUMMARY), _read_json(folder / ENVIRONMENT).get("base_sha256")
         other = [resolved["dataset_name"]] if data and data != summary else []
         other += [resolved["model_name_or_path"]] if weights and weights != base.get("base_sha256") else []
-        if other:
-            raise UserError(
-                f"{other[0]} has changed since the run in {folder} began; delete that, or pass another --output_dir"
-            )
+    if other := broadcast_object_list([other])[0]:
+        raise UserError(
+            f"{other[0]} has changed since the run in {folder} began; delete that, or pass another --output_dir"
+        )
+    if not main:
+        return
     write_whole(folder / RUN_CONFIG, yaml.safe_dump(_plain(resolved)))
     write_json(folder / SUMMARY, summary)
     write_json(folder / ENVIRONMENT, environment(trainer.args.seed) | base)
