@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = partial(sft_rows, completion_only=training.completion_only_loss is not False)
     source = model.model_name_or_path, model.model_revision
     tokenizer = load_tokenizer(*source, training.trust_remote_code)
-    runs.check_model(*source, tokenizer, training)
+    runs.check_model(*source, tokenizer, training.max_length, training.trust_remote_code)
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs=False)
     evaluate = training.eval_strategy != "no"
     engine = partial(PackedSFTTrainer, row_length=run.row_length) if run.shared_prefix else FittedSFTTrainer

@@ -73,6 +73,7 @@ def running(processes: int = 1, kind: str = "NO", **given: object) -> SimpleName
     """Training arguments of a run that started."""
     state = SimpleNamespace(num_processes=processes, distributed_type=SimpleNamespace(value=kind))
     args = {"use_cpu": True, "bf16": False, "fp16": False, "device": torch.device("cpu"), "process_index": 0}
+    args |= {"save_only_model": False, "hub_token": None}
     batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
     return SimpleNamespace(distributed_state=state, **{**args, **batch, **given})
 

@@ -123,7 +123,9 @@ def build(construct: Callable[[], Trainer], name: str, revision: str | None) -> 
         raise UserError(str(error)) from None
 
 
-def check_model(name: str, revision: str | None, tokenizer: Any, training_args: Any) -> None:
+def check_model(
+    name: str, revision: str | None, tokenizer: Any, max_length: int, trust_remote_code: bool = False
+) -> None:
     """Refuse the model of a run that has not finished, sequences longer than a model has positions, or a tokenizer
     with more tokens than it has embeddings."""
     from transformers import AutoConfig
@@ -134,11 +136,9 @@ def check_model(name: str, revision: str | None, tokenizer: Any, training_args: 
         return
     with told_plainly("model", name, revision):
         config = patiently(
-            lambda: AutoConfig.from_pretrained(
-                name, revision=revision or "main", trust_remote_code=training_args.trust_remote_code
-            )
+            lambda: AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
         ).get_text_config()
-    positions, max_length = getattr(config, "max_position_embeddings", None), training_args.max_length
+    positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise UserError(f"max_length is {max_length}, but model {name} has {positions} positions; lower --max_length")
     if len(tokenizer) > config.vocab_size:
