@@ -213,17 +213,21 @@ def test_a_second_run_into_the_same_folder_is_refused(command: list[Any], whole:
     assert_same(tmp_path, whole)
 
 
+def stops_without(launcher: Any, log: Path, told: str, within: float) -> None:
+    launcher.kill()
+    launcher.join()
+    until = time.monotonic() + within
+    while told not in log.read_text():
+        assert time.monotonic() < until, f"the script trains on without its launcher:\n{log.read_text()}"
+        time.sleep(0.05)
+
+
 def test_a_script_whose_launcher_died_saves_and_stops(command: list[Any], whole: Path, tmp_path: Path):
     """The launcher is a process between, as under `accelerate launch`, which leaves its script running on SIGTERM."""
     log = tmp_path / "log"
     launcher = start("dpo", [*command, "--output_dir", tmp_path / "run"], log, launched)
     wait_for(log, "'loss'", launcher)
-    launcher.kill()
-    launcher.join()
-    until = time.monotonic() + 30
-    while "stopped by" not in log.read_text():
-        assert time.monotonic() < until, f"the script trains on without its launcher:\n{log.read_text()}"
-        time.sleep(0.05)
+    stops_without(launcher, log, "stopped by", within=30)
     assert "stopped by the launcher's end" in log.read_text()
     again(command, tmp_path)
     assert_same(tmp_path, whole)
@@ -233,12 +237,7 @@ def test_a_launcher_that_dies_before_the_first_step_is_noticed_too(command: list
     log = tmp_path / "log"
     launcher = start("dpo", [*command, "--output_dir", tmp_path / "run"], log, launched_and_slow_reference)
     wait_for(log, "Computing reference log probs", launcher)
-    launcher.kill()
-    launcher.join()
-    until = time.monotonic() + 60
-    while "stopped by the launcher's end after step 1;" not in log.read_text():
-        assert time.monotonic() < until, f"the script trains on without its launcher:\n{log.read_text()}"
-        time.sleep(0.05)
+    stops_without(launcher, log, "stopped by the launcher's end after step 1;", within=60)
 
 
 def launched_and_slow_reference() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydpo.errors import UserError
-from tinydpo.hub import load_model, load_tokenizer, patiently, told_plainly
+from tinydpo.hub import differing_tokens, load_model, load_tokenizer, patiently, told_plainly
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -159,13 +159,12 @@ def _check_base(folder: Path, base: str, revision: str | None) -> None:
         raise UserError(f"base {base} is quantized; merge adapter {folder} into the same weights in full precision")
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     record = json.loads((run / "environment.json").read_text()) if (run / "environment.json").is_file() else {}
-    if Path(base).is_dir() and record.get("base_sha256", now := weights_sha256(Path(base))) != now:
+    known = record.get("base_sha256")
+    if known and Path(base).is_dir() and known != weights_sha256(Path(base)):
         raise UserError(f"base {base} has other weights than adapter {folder} was trained on: train the adapter again")
-    if (folder / "tokenizer_config.json").is_file():
-        ours, theirs = load_tokenizer(str(folder)).get_vocab(), load_tokenizer(base, revision).get_vocab()
-        if ours != theirs:
-            token = min(token for token, _ in ours.items() ^ theirs.items())
-            raise UserError(
-                f"base {base} has another vocabulary than adapter {folder} (token {token!r} differs); pass the "
-                "base that it was trained on"
-            )
+    with_tokenizer = (folder / "tokenizer_config.json").is_file()
+    if with_tokenizer and (differ := differing_tokens(load_tokenizer(str(folder)), load_tokenizer(base, revision))):
+        raise UserError(
+            f"base {base} has another vocabulary than adapter {folder} (token {differ[0]!r} differs); pass the "
+            "base that it was trained on"
+        )

@@ -119,14 +119,17 @@ def last_whole(run: Path) -> str | None:
     earlier start are deleted then: kill after kill they would fill the disk. (The Hub's clients leave out what starts
     with an underscore.)
     """
-    checkpoints = [Path(checkpoint) for checkpoint in reversed(sort_checkpoints(str(run)))]
-    whole = next((checkpoint for checkpoint in checkpoints if not fault(checkpoint)), None)
-    broken = checkpoints[: checkpoints.index(whole)] if whole else checkpoints
+    whole, broken = None, {}
+    for checkpoint in map(Path, reversed(sort_checkpoints(str(run)))):
+        if not (told := fault(checkpoint)):
+            whole = str(checkpoint)
+            break
+        broken[checkpoint] = told
     if broken:
         for earlier in run.glob("_broken-*"):
             shutil.rmtree(earlier)
-    for checkpoint in broken:
-        told, aside = fault(checkpoint), checkpoint.with_name(f"_broken-{checkpoint.name}")
+    for checkpoint, told in broken.items():
+        aside = checkpoint.with_name(f"_broken-{checkpoint.name}")
         checkpoint.rename(aside)
         print(f"warning: {checkpoint} cannot be resumed from ({told}); set aside as {aside.name}", file=sys.stderr)
-    return str(whole) if whole else None
+    return whole

@@ -33,25 +33,34 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
-        if not int(os.environ.get("RANK", 0)):
-            print(stop, file=sys.stderr, flush=True)
+        if not rank():
+            tell(str(stop))
         raise SystemExit(128 + signal.SIGTERM) from None
     except Exception as error:
         if not (isinstance(error, UserError) or disk_full(error)):
             raise
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
+        if rank():
             # All ranks meet the same mistake. Rank 0 speaks first and the launcher then ends the others; one that
             # is still alive after this pause met a mistake of its own.
             time.sleep(5)
         told = " ".join(str(error).split())
         if not isinstance(error, UserError):
             told = f"the disk takes no more ({told}); free some space and run the same command again: it goes on"
-        from tqdm.auto import tqdm
-
-        tqdm.write(f"error: {told}", file=sys.stderr)  # a bar under way would stand before it in the same line
-        sys.stderr.flush()
+        tell(f"error: {told}")
         raise SystemExit(1) from None
+
+
+def tell(sentence: str) -> None:
+    """Write a line to stderr, where a progress bar under way would otherwise stand before it in the same line."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(sentence, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def rank() -> int:
+    """This process's number among all of the run, by what its launcher said."""
+    return int(os.environ.get("RANK", 0))
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tinydpo.arguments import row_length_for
 from tinydpo.card import add_evaluation
 from tinydpo.errors import UserError
-from tinydpo.hub import load_tokenizer
+from tinydpo.hub import differing_tokens, load_tokenizer
 from tinydpo.runs import write_json, write_whole
 
 
@@ -139,8 +139,7 @@ def check_same_vocabulary(policy: PreTrainedTokenizerBase, ref: PreTrainedTokeni
     Raises:
         UserError: the two vocabularies differ.
     """
-    differ = sorted({token for token, _ in policy.get_vocab().items() ^ ref.get_vocab().items()})
-    if differ:
+    if differ := differing_tokens(policy, ref):
         raise UserError(
             f"policy and reference have different vocabularies ({len(differ)} tokens differ, such as {differ[0]!r}); "
             "pass as --ref_model_name_or_path the model that the policy was trained from"

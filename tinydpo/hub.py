@@ -189,6 +189,11 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
+def differing_tokens(one: Any, other: Any) -> list[str]:
+    """The tokens that two tokenizers do not both have under the same id, sorted."""
+    return sorted({token for token, _ in one.get_vocab().items() ^ other.get_vocab().items()})
+
+
 def load_model(name: str, revision: str | None = None, dtype: Any = None, device: Any = None) -> Any:
     """Load a causal language model, or a LoRA adapter merged into its base, in eval mode.
 

@@ -5,11 +5,10 @@ Without this, those that wait for it end in a traceback of gloo's, which names a
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 
-from tinydpo.errors import causes
+from tinydpo.errors import causes, tell
 
 STARTED_BY = os.getppid()  # read at once: who starts a script may be gone before its first step
 GLOO = "gloo/transport"  # its errors are plain RuntimeErrors that begin with the file in gloo's source
@@ -31,15 +30,11 @@ def told_of_lost_peers() -> Iterator[None]:
             raise
         if int(os.environ.get("LOCAL_RANK", 0)):
             time.sleep(5)  # one voice a machine: meanwhile the launcher ends the others
-        from tqdm.auto import tqdm
-
         reason = sign.splitlines()[0].partition(". ")[0]
-        told = (
+        tell(
             "error: another process of this run died or does not answer any more, its own log says why; run the same "
             f"command on every machine again: it goes on from the last checkpoint ({reason})"
         )
-        tqdm.write(told, file=sys.stderr)  # a bar under way would stand before it in the same line
-        sys.stderr.flush()
         os._exit(1)  # the orderly way out would wait for the lost process
 
 

@@ -21,7 +21,7 @@ import yaml
 from datasets import Dataset
 from filelock import FileLock, Timeout
 
-from tinydpo.errors import Stopped, UserError
+from tinydpo.errors import Stopped, UserError, rank
 from tinydpo.hub import patiently, told_plainly
 from tinydpo.sources import HOLD_OUT_SEED
 
@@ -60,7 +60,7 @@ def is_finished(output_dir: str, resolved: dict[str, Any]) -> bool:
     if (folder / RUN_CONFIG).exists():
         _check_same_recipe(folder, resolved)
     if broadcast_object_list([(folder / FINISHED).exists()])[0]:  # on other machines the folder may be another
-        if not int(os.environ.get("RANK", 0)):
+        if not rank():
             print(f"{folder} holds this run, finished; delete the folder to train again.")
         return True
     _check_writable(folder)
@@ -98,7 +98,7 @@ def lock(folder: Path) -> AbstractContextManager:
     Raises:
         UserError: another process holds it.
     """
-    if int(os.environ.get("RANK", 0)):
+    if rank():
         return nullcontext()
     try:
         return FileLock(folder / LOCK, timeout=0).acquire()
