@@ -154,7 +154,9 @@ def _check_base(folder: Path, base: str, revision: str | None) -> None:
     from transformers import AutoConfig
 
     with told_plainly("model", base, revision):
-        config = patiently(lambda: AutoConfig.from_pretrained(base, revision=revision or "main"))
+        config = patiently(
+            lambda: AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
+        )
     if getattr(config, "quantization_config", None):
         raise UserError(f"base {base} is quantized; merge adapter {folder} into the same weights in full precision")
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
