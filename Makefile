@@ -92,9 +92,10 @@ test: install ## Run the tests (minutes)
 test-all: .venv/judge .venv/playground .venv/browser .venv/deepspeed ## Run the slow tests too
 	$(PYTHON) -m pytest $(ARGS)
 
-lint: install ## Check format and style
+lint: install ## Check format, style and the order of the rooms
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
+	.venv/bin/lint-imports
 	.venv/bin/shellcheck .ci/run accelerate_configs/slurm.sbatch
 
 clean: ## Delete runs/ and .venv

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.utils import logging
 from trl import DPOConfig
 
-from tinydpo.shared_prefix import SharedPrefixDPOTrainer
-from tinydpo.trainers import FittedDPOTrainer
+from tinydpo.engine.shared_prefix import SharedPrefixDPOTrainer
+from tinydpo.engine.trainers import FittedDPOTrainer
 
 NAMES = {
     "a": "the earlier script's settings",

@@ -21,12 +21,12 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from tinydpo.arguments import DataArguments
+from tinydpo.data.pairs import load_split
+from tinydpo.engine.packing import pack
+from tinydpo.engine.shared_prefix import CPU_TILE, pack_forward
 from tinydpo.errors import UserError, one_sentence
-from tinydpo.packing import pack
-from tinydpo.pairs import load_split
-from tinydpo.parsing import parse
-from tinydpo.shared_prefix import CPU_TILE, pack_forward
+from tinydpo.launching.arguments import DataArguments
+from tinydpo.launching.parsing import parse
 
 TRL_TILE = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from tinydpo.arguments import DataArguments
-from tinydpo.embedded_task import build_base_model, write_dialogues
+from tinydpo.data.embedded_task import build_base_model, write_dialogues
 from tinydpo.errors import UserError
-from tinydpo.hub import load_tokenizer, patiently, told_plainly
+from tinydpo.launching.arguments import DataArguments
+from tinydpo.models.hub import patiently, told_plainly
+from tinydpo.models.pretrained import load_tokenizer
 
 SHAPES = {
     "gpt2-tiny": {"n_embd": 128, "n_layer": 2, "n_head": 2},

@@ -21,11 +21,11 @@ import contenders
 import torch
 from models import SHAPES, save_random_model, tokenizer_and_data
 
-from tinydpo.arguments import DataArguments, row_length_for
+from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError, one_sentence
-from tinydpo.pairs import load_split
-from tinydpo.parsing import parse
-from tinydpo.runs import write_json
+from tinydpo.files import write_json
+from tinydpo.launching.arguments import DataArguments, row_length_for
+from tinydpo.launching.parsing import parse
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, FLOP/s, by NVIDIA's data sheets (SXM)
 

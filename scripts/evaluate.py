@@ -10,26 +10,29 @@ Fewer prompts and a reward of your own: add `--num_prompts 64 --reward_funcs my_
 import gc
 from dataclasses import asdict
 
-from tinydpo import evaluation, evaluation_table, metrics
-from tinydpo.arguments import DataArguments
+from tinydpo.data.pairs import load_split
+from tinydpo.engine.logps import pair_logps, token_logps
 from tinydpo.errors import one_sentence
-from tinydpo.evaluation import EvaluateArguments
-from tinydpo.hub import load_model
-from tinydpo.logps import pair_logps, token_logps
-from tinydpo.pairs import load_split
-from tinydpo.parsing import parse
-from tinydpo.report import write_report
-from tinydpo.rewards import RewardArguments, load_rewards, rewards
-from tinydpo.sampling import cached_answers, prompts_to_answer
-from tinydpo.token_colors import pieces
+from tinydpo.evaluation import metrics
+from tinydpo.evaluation.compared import EvaluateArguments
+from tinydpo.evaluation.results import by_row, make_folder, save
+from tinydpo.evaluation.rewards import RewardArguments, load_rewards, rewards
+from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
+from tinydpo.evaluation.table import side_by_side, table
+from tinydpo.launching.arguments import DataArguments
+from tinydpo.launching.machine import device_and_dtype
+from tinydpo.launching.parsing import parse
+from tinydpo.models.loading import load_model
+from tinydpo.report.material import write_report
+from tinydpo.report.token_colors import pieces
 
 
 def main(argv: list[str] | None = None) -> None:
     args, reward, data = parse(EvaluateArguments, RewardArguments, DataArguments, argv=argv)
-    (device, dtype), rows = evaluation.device_and_dtype(args.dtype), args.row_length
+    (device, dtype), rows = device_and_dtype(args.dtype), args.row_length
     functions = load_rewards(reward, device, args.batch_size)
     tokenizer = args.load_tokenizer()
-    output_dir = evaluation.make_folder(args.output_dir)
+    output_dir = make_folder(args.output_dir)
     held_out = load_split(data, tokenizer, args.max_length, "test")
     texts, prompts = prompts_to_answer(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
 
@@ -65,9 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}
     results["settings"] = asdict(data) | asdict(reward) | asdict(args) | used
 
-    samples, pairs = evaluation.by_row(columns), evaluation.by_row(pairs)
-    print(evaluation_table.table(results) + "\n" + evaluation_table.side_by_side(samples[:3]))
-    evaluation.save(output_dir, results, samples=samples, pairs=pairs)
+    samples, pairs = by_row(columns), by_row(pairs)
+    print(table(results) + "\n" + side_by_side(samples[:3]))
+    save(output_dir, results, samples=samples, pairs=pairs)
     print(f"Report: {write_report(output_dir.parent)}")
 
 

@@ -13,16 +13,17 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from tinydpo import figures, frontier
-from tinydpo.arguments import DataArguments
 from tinydpo.errors import UserError, one_sentence
-from tinydpo.evaluation import make_folder
-from tinydpo.frontier import FrontierArguments, Run
-from tinydpo.frontier_points import check_settings, finished, in_order, measure_for, points_of, table
-from tinydpo.parsing import parse
-from tinydpo.report import write_report
-from tinydpo.rewards import RewardArguments
-from tinydpo.runs import write_json
+from tinydpo.evaluation import frontier
+from tinydpo.evaluation.frontier import FrontierArguments, Run
+from tinydpo.evaluation.frontier_points import check_settings, finished, in_order, measure_for, points_of, table
+from tinydpo.evaluation.results import make_folder
+from tinydpo.evaluation.rewards import RewardArguments
+from tinydpo.files import write_json
+from tinydpo.launching.arguments import DataArguments
+from tinydpo.launching.parsing import parse
+from tinydpo.report import figures
+from tinydpo.report.material import write_report
 
 
 def main(argv: list[str] | None = None) -> None:

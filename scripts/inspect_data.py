@@ -8,9 +8,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinydpo.arguments import DataArguments, RunArguments
 from tinydpo.errors import UserError, one_sentence
-from tinydpo.parsing import parse
+from tinydpo.launching.arguments import DataArguments, RunArguments
+from tinydpo.launching.parsing import parse
 
 
 @dataclass
@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     if look.json and not Path(look.json).absolute().parent.is_dir():
         raise UserError(f"--json {look.json}: the folder does not exist; make it first")
 
-    from tinydpo.card import CONTENT_NOTICE, is_hh
-    from tinydpo.hub import load_tokenizer
-    from tinydpo.inspection import describe
-    from tinydpo.pairs import load_pairs
-    from tinydpo.runs import write_json
+    from tinydpo.data.inspection import describe
+    from tinydpo.data.notice import CONTENT_NOTICE, is_hh
+    from tinydpo.data.pairs import load_pairs
+    from tinydpo.files import write_json
+    from tinydpo.models.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(look.model_name_or_path, look.model_revision)
     splits = load_pairs(data, tokenizer, look.max_length, need_pairs=False)

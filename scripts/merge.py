@@ -11,11 +11,11 @@ import os
 import shutil
 from pathlib import Path
 
-from tinydpo import adapters
-from tinydpo.adapters import MergeArguments
 from tinydpo.errors import UserError, one_sentence
-from tinydpo.hub import load_tokenizer
-from tinydpo.parsing import parse
+from tinydpo.launching.parsing import parse
+from tinydpo.models import adapters
+from tinydpo.models.adapters import MergeArguments
+from tinydpo.models.pretrained import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,8 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.model_name_or_path} is no adapter: there is no {adapters.CONFIG} in it")
     model, tokenizer = adapters.merged(adapter, args.base_model_name_or_path), load_tokenizer(str(adapter))
 
-    from tinydpo.evaluation import read_run_config
-    from tinydpo.runs import FINISHED, RUN_CONFIG, sample_plainly
+    from tinydpo.training.runs import FINISHED, RUN_CONFIG, read_run_config, sample_plainly
 
     sample_plainly(model, tokenizer)
     output, run = Path(args.output_dir), read_run_config(str(adapter))

@@ -9,30 +9,31 @@ max_length, and where the sampling settings start; votes go to `votes.jsonl` bes
 import os
 from pathlib import Path
 
-from tinydpo import evaluation
-from tinydpo.arguments import DataArguments
-from tinydpo.card import CONTENT_NOTICE, is_hh
+from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.errors import UserError, one_sentence
-from tinydpo.hub import load_model
-from tinydpo.parsing import parse
-from tinydpo.rewards import RewardArguments
-from tinydpo.runs import check_model
-from tinydpo.side_by_side import SideBySide
+from tinydpo.evaluation.compared import EvaluateArguments
+from tinydpo.evaluation.rewards import RewardArguments
+from tinydpo.launching.arguments import DataArguments
+from tinydpo.launching.machine import device_and_dtype
+from tinydpo.launching.parsing import parse
+from tinydpo.models.loading import load_model
+from tinydpo.playground.side_by_side import SideBySide
+from tinydpo.training.runs import check_model
 
 
 def main(argv: list[str] | None = None) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
-        from tinydpo.playground import PlaygroundArguments, build, serve
+        from tinydpo.playground.page import PlaygroundArguments, build, serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise UserError("the playground needs gradio; run `make playground` or pip install '.[playground]'") from None
 
-    kinds = (evaluation.EvaluateArguments, DataArguments, PlaygroundArguments)
+    kinds = (EvaluateArguments, DataArguments, PlaygroundArguments)
     args, data, page = parse(*kinds, argv=argv, ignored=(RewardArguments,))
     tokenizer = args.load_tokenizer()
-    device, dtype = evaluation.device_and_dtype(args.dtype)
+    device, dtype = device_and_dtype(args.dtype)
     models = []
     for name, revision in args.models.values():
         check_model(name, revision, tokenizer, args.max_length)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import disable_progress_bars
 
-from tinydpo.embedded_task import build_base_model, write_dialogues
+from tinydpo.data.embedded_task import build_base_model, write_dialogues
 from tinydpo.errors import one_sentence
 
 RECIPE = "recipes/quickstart"

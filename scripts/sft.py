@@ -8,10 +8,10 @@
 
 from functools import partial
 
-from tinydpo.arguments import DataArguments, RunArguments
 from tinydpo.errors import one_sentence
-from tinydpo.parsing import parse_resolved
-from tinydpo.peers import told_of_lost_peers
+from tinydpo.launching.arguments import DataArguments, RunArguments
+from tinydpo.launching.parsing import parse_resolved
+from tinydpo.training.peers import told_of_lost_peers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,36 +20,29 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, SFTConfig, ModelConfig)
     (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
 
-    from tinydpo import adapters, runs
-    from tinydpo.hub import load_tokenizer
-    from tinydpo.launch import prepare
-    from tinydpo.pairs import load_pairs
-    from tinydpo.shared_prefix import PackedSFTTrainer
-    from tinydpo.trainers import FittedSFTTrainer, sft_rows
+    from tinydpo.engine.shared_prefix import PackedSFTTrainer
+    from tinydpo.engine.trainers import FittedSFTTrainer, sft_rows
+    from tinydpo.models import adapters
+    from tinydpo.training.runs import train
+    from tinydpo.training.start import build, start
 
-    prepare(training, model, run.accelerate_config)
-    if runs.is_finished(training.output_dir, resolved):
+    if (given := start(data, run, training, model, resolved, need_pairs=False)) is None:
         return
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # rows come with labels
     rows = partial(sft_rows, completion_only=training.completion_only_loss is not False)
-    source = model.model_name_or_path, model.model_revision
-    tokenizer = load_tokenizer(*source, training.trust_remote_code)
-    runs.check_model(*source, tokenizer, training.max_length, training.trust_remote_code)
-    splits = load_pairs(data, tokenizer, training.max_length, need_pairs=False)
-    evaluate = training.eval_strategy != "no"
     engine = partial(PackedSFTTrainer, row_length=run.row_length) if run.shared_prefix else FittedSFTTrainer
-    trainer = runs.build(
+    trainer = build(
         lambda: engine(
             model=model.model_name_or_path,
             args=training,
-            train_dataset=rows(splits["train"].pairs),
-            eval_dataset=rows(runs.held_out(splits["test"].pairs, run.eval_pairs)) if evaluate else None,
-            processing_class=tokenizer,
+            train_dataset=rows(given.train),
+            eval_dataset=given.test and rows(given.test),
+            processing_class=given.tokenizer,
             **adapters.configs(model),
         ),
-        *source,
+        model,
     )
-    runs.train(trainer, resolved, {name: split.summary for name, split in splits.items()})
+    train(trainer, resolved, given.summary)
 
 
 if __name__ == "__main__":

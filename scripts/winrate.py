@@ -10,23 +10,25 @@ Several temperatures, as in the DPO paper's Figure 3: add `--temperatures 0.25 0
 import gc
 from dataclasses import asdict
 
-from tinydpo import evaluation, winrate
-from tinydpo.arguments import DataArguments
+from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError, one_sentence
-from tinydpo.hub import load_model
-from tinydpo.judge import Judge, JudgeArguments
-from tinydpo.pairs import load_split
-from tinydpo.parsing import parse
-from tinydpo.report import write_report
-from tinydpo.runs import write_json
-from tinydpo.sampling import cached_answers, prompts_to_answer
+from tinydpo.evaluation import winrate
+from tinydpo.evaluation.judge import Judge, JudgeArguments
+from tinydpo.evaluation.results import make_folder
+from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
+from tinydpo.files import write_json
+from tinydpo.launching.arguments import DataArguments
+from tinydpo.launching.machine import device_and_dtype
+from tinydpo.launching.parsing import parse
+from tinydpo.models.loading import load_model
+from tinydpo.report.material import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
     args, judging, data = parse(winrate.WinrateArguments, JudgeArguments, DataArguments, argv=argv)
-    output_dir = evaluation.make_folder(args.output_dir)
+    output_dir = make_folder(args.output_dir)
     judge = Judge(judging, output_dir / "verdicts.jsonl")
-    device, dtype = evaluation.device_and_dtype(args.dtype)
+    device, dtype = device_and_dtype(args.dtype)
     tokenizer = args.load_tokenizer()
     held_out = load_split(data, tokenizer, args.max_length, "test")
     texts, prompts = prompts_to_answer(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)

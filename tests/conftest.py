@@ -41,7 +41,7 @@ def gpt2_tokenizer(shared: Path) -> Any:
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded task, small: `data/train.jsonl` (96 pairs), `data/test.jsonl` (32), `base/` (model, tokenizer)."""
-    from tinydpo.embedded_task import build_base_model, write_dialogues
+    from tinydpo.data.embedded_task import build_base_model, write_dialogues
 
     folder = tmp_path_factory.mktemp("task")
     write_dialogues(folder / "data", seed=0, train_pairs=96, test_pairs=32)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_processes import BIN, ROOT, call
+from running import BIN, ROOT, call
 
 
 def test_throughput_holds_tinydpo_against_its_peers(tmp_path: Path):

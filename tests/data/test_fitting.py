@@ -1,0 +1,205 @@
+"""Fitting to the token budget: the rule, stated a second time by hand, and real tokenizers with and without BOS."""
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from tinydpo.data.dialogues import TEXTS
+from tinydpo.data.fitting import bos_of, fit, fit_pair, tokenize_prompts
+from tinydpo.errors import UserError
+
+END, BOS = 1000, 1001
+tokens = st.lists(st.integers(0, 999), max_size=60)
+
+
+@st.composite
+def cases(draw: Any) -> dict[str, Any]:
+    max_length, bos = draw(st.integers(3, 48)), draw(st.sampled_from([[], [BOS]]))
+    prompt = draw(tokens)
+    return {
+        "prompt": prompt,
+        "question": draw(st.integers(0, len(prompt))),
+        "completions": draw(st.lists(tokens, min_size=1, max_size=2)),
+        "bos": bos,
+        "max_length": max_length,
+        "max_question_length": draw(st.integers(1, max_length - 1 - len(bos))),
+    }
+
+
+def rule(prompt, question, completions, bos, max_length, max_question_length):
+    """Token by token, no arithmetic shared with the code: prompt tokens leave from the front until the rule is met."""
+    ended = [[*completion, END] for completion in completions]
+    sure = prompt[-min(question, max_question_length) :] if question else []
+    kept = list(prompt)
+    while len(kept) > len(sure) and any(len(bos + kept + completion) > max_length for completion in ended):
+        kept.pop(0)
+    for completion in ended:
+        while len(bos + kept + completion) > max_length:
+            completion.pop()
+    return bos + kept, ended
+
+
+@given(cases())
+def test_the_rule(case: dict[str, Any]):
+    assert fit_pair(**case, end=END) == rule(**case), "pairs are fitted by another rule than the documented one"
+
+
+@given(cases())
+def test_what_fitting_promises(case: dict[str, Any]):
+    prompt, completions, bos = case["prompt"], case["completions"], case["bos"]
+    fitted_prompt, fitted = fit_pair(**case, end=END)
+    kept = fitted_prompt[len(bos) :]
+    assert fitted_prompt[: len(bos)] == bos, "the BOS token that the model always saw is cut away"
+    assert kept == prompt[len(prompt) - len(kept) :], "the prompt does not keep its end"
+    assert len(kept) >= min(case["question"], case["max_question_length"]), "the question loses its sure room"
+    for completion, part in zip(completions, fitted, strict=True):
+        assert part, "a completion is cut to nothing: the pair has lost its signal"
+        assert len(fitted_prompt) + len(part) <= case["max_length"], "a sequence is longer than max_length"
+        assert (part[-1] == END) == (len(part) == len(completion) + 1), "an end token stands where the answer was cut"
+        assert part == [*completion, END][: len(part)], "a completion does not keep its start"
+    cut = any(len(part) <= len(completion) for completion, part in zip(completions, fitted, strict=True))
+    assert not cut or len(kept) <= case["max_question_length"], (
+        "a completion is cut although the prompt could give room"
+    )
+
+
+def words(bos: bool, end_last: bool = False, one_token: bool = False) -> PreTrainedTokenizerFast:
+    """One token a word, number or mark; `<s>` first and `</s>` last where asked, `one_token` makes them the same."""
+    start = "</s>" if one_token else "<s>"
+    names = ["<s>", "</s>", "Human", "Assistant", ":", "?", "!", "<", ">", "/", "s", *(f"w{i}" for i in range(300))]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    template = " ".join([start] * bos + ["$A"] + ["</s>"] * end_last)
+    ids = [(name, names.index(name)) for name in dict.fromkeys((start, "</s>"))]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=start, eos_token="</s>", pad_token="</s>")
+
+
+def texts(*rows: dict[str, Any]) -> Dataset:
+    return Dataset.from_list([{**dict.fromkeys(TEXTS), "templated": False, **row} for row in rows], features=TEXTS)
+
+
+def numbered(count: int, first: int = 0) -> str:
+    return "".join(f" w{first + i}" for i in range(count))
+
+
+LONG = "\n\nHuman:" + numbered(60) + "\n\nAssistant: w1"
+PAIR = {
+    "prompt": LONG + "\n\nHuman: w7 w8 ?\n\nAssistant:",
+    "question": len(LONG),
+    "chosen": numbered(5, 100),
+    "rejected": numbered(90, 200),
+}
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_fit_with_and_without_a_begin_token(bos: bool):
+    tokenizer = words(bos)
+    pair = fit(texts(PAIR), tokenizer, 32, 16, workers=1)[0]
+    shown = tokenizer.decode(pair["prompt_ids"])
+    question = ["Human", ":", "w7", "w8", "?", "Assistant", ":"]
+    expected = tokenizer.convert_tokens_to_ids([*["<s>"] * bos, *question])
+    assert pair["prompt_ids"] == expected, f"the prompt is not {'BOS and ' * bos}the last human turn, but {shown!r}"
+    assert len(pair["prompt_ids"] + pair["rejected_ids"]) == 32, "the longer answer does not fill the budget"
+    assert tokenizer.decode(pair["chosen_ids"]).endswith("</s>"), "a whole answer has no end token"
+    assert tokenizer.eos_token_id not in pair["rejected_ids"], "a cut answer has an end token"
+    assert tokenizer.bos_token_id not in pair["chosen_ids"], "an answer starts with a BOS token"
+    assert pair["question_whole"] and pair["prompt_tokens"] == 72 + bos, "the prompt's tokens are counted wrong"
+    assert pair["completion_tokens"] == 6 + 91, "answers are not counted with their end tokens"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "begins"),
+    [
+        (words(bos=True), True),
+        (words(bos=True, one_token=True), True),  # OPT's
+        (words(bos=True, end_last=True), True),
+        (words(bos=False, end_last=True, one_token=True), False),
+        (words(bos=False), False),
+    ],
+)
+def test_begin_token_is_recognized(tokenizer: Any, begins: bool):
+    expected = [tokenizer.bos_token_id] if begins else []
+    assert bos_of(tokenizer) == expected, "the BOS token is not what the tokenizer puts before a text"
+
+
+def test_a_template_that_writes_the_begin_token_itself():
+    prompt = "<s> Human : w1 w2 ? Assistant :"
+    row = {"prompt": prompt, "question": 0, "chosen": " w3", "rejected": " w4", "templated": True}
+    pair = fit(texts(row), words(bos=True), 32, 16, workers=1)[0]
+    assert pair["prompt_ids"].count(0) == 1, "the chat template's BOS token is doubled or lost"
+    assert pair["question_whole"], "a question that was kept whole is counted as cut"
+    cut = fit(texts({**row, "chosen": numbered(90)}), words(bos=True), 8, 4, workers=1)[0]
+    assert cut["prompt_ids"][0] == 0 and len(cut["prompt_ids"]) == 5, "the chat template's BOS token is cut away"
+    assert not cut["question_whole"], "a question that was cut is counted as whole"
+
+
+def test_special_tokens_in_a_plain_text_stay_text(gpt2_tokenizer: Any):
+    row = {"prompt": "\n\nHuman: What is <|endoftext|>?\n\nAssistant:", "question": 0}
+    row |= {"chosen": " <|endoftext|> ends a text.", "rejected": " No idea."}
+    pair = fit(texts(row), gpt2_tokenizer, 64, 32, workers=1)[0]
+    end = gpt2_tokenizer.eos_token_id
+    assert end not in pair["prompt_ids"], "a prompt that names <|endoftext|> is read as ended"
+    assert pair["chosen_ids"].count(end) == 1 and pair["chosen_ids"][-1] == end, "an answer ends in its middle"
+    assert gpt2_tokenizer.decode(pair["prompt_ids"]) == row["prompt"], "the prompt is not what the user wrote"
+    templated = fit(texts({**row, "templated": True}), gpt2_tokenizer, 64, 32, workers=1)[0]
+    assert end in templated["prompt_ids"], "special tokens that a chat template writes are read as plain text"
+
+
+def test_pairs_without_signal_are_named():
+    same, long = numbered(40), numbered(40, 50)
+    rows = [
+        {"prompt": "w1", "question": 0, "chosen": " w2", "rejected": " w3"},
+        {"prompt": "w1", "question": 0, "chosen": " w2", "rejected": " w2"},
+        {"prompt": "w1", "question": 0, "chosen": same + " w2", "rejected": same + long},
+        {"prompt": "w1", "question": 0, "chosen": "", "rejected": " w3"},
+        {"prompt": "", "question": 0, "chosen": " w2", "rejected": " w3"},
+        {"broken": "expected something else", "templated": None},
+        {"prompt": "w1", "question": 0, "chosen": " w2"},
+        {"prompt": "w1", "question": 0, "chosen": ""},
+    ]
+    named = {bos: fit(texts(*rows), words(bos), 32, 16, workers=1)["dropped"][:] for bos in (False, True)}
+    identical, empty = "identical completions", "empty completion"
+    expected = [None, identical, identical, empty, "empty prompt", "broken row", None, empty]
+    assert named[False] == expected, "pairs are kept or dropped for another reason than they should"
+    assert named[True][4] is None, "an empty prompt is dropped although BOS stands before the answer"
+
+
+def test_sft_sees_the_prompt_that_its_pair_sees():
+    alone = {**PAIR, "rejected": None, "chosen": PAIR["rejected"]}
+    pair, single = fit(texts(PAIR, alone), words(True), 32, 16, workers=1)
+    assert single["prompt_ids"] == pair["prompt_ids"], "SFT's prompt is not its pair's"
+    assert single["chosen_ids"] == pair["rejected_ids"] and single["rejected_ids"] == [], "a lone answer is misread"
+
+
+def test_questions_are_counted_from_the_last_human_turn(gpt2_tokenizer: Any):
+    for prompt in (LONG + "\n\nHuman: Why?\n\nAssistant:", "No turns at all", "\n\nHuman: 漢字 🙂?\n\nAssistant:", ""):
+        start = max(prompt.rfind("\n\nHuman:"), 0)
+        ids, questions = tokenize_prompts(texts({"prompt": prompt, "question": start}), gpt2_tokenizer)
+        tail = gpt2_tokenizer.decode(ids[0][len(ids[0]) - questions[0] :])
+        assert tail == prompt[start:], "the last human turn is taken to start elsewhere"
+
+
+def test_a_budget_that_is_none_is_refused():
+    for max_length, question, named in ((0, 1, "max_length"), (1, 1, "max_length"), (64, 64, "max_question_length")):
+        with pytest.raises(UserError, match=named):
+            fit(texts(PAIR), words(False), max_length, question, workers=1)
+    with pytest.raises(UserError, match="BOS"):  # the answer would have no room
+        fit(texts(PAIR), words(True), 64, 63, workers=1)
+    assert fit(texts(PAIR), words(False), 64, 63, workers=1)["dropped"][:] == [None], "the largest question is refused"
+
+
+def test_another_budget_or_tokenizer_is_another_cache():
+    rows = texts(PAIR)
+    first = fit(rows, words(False), 32, 16, workers=1)._fingerprint
+    assert fit(rows, words(False), 32, 16, workers=1)._fingerprint == first, "the same pairs are tokenized twice"
+    others = {
+        fit(rows, tokenizer, *budget, workers=1)._fingerprint
+        for tokenizer, *budget in ((words(True), 32, 16), (words(False), 33, 16), (words(False), 32, 17))
+    }
+    assert len(others | {first}) == 4, "a changed budget or tokenizer is given the old tokens"

@@ -1,0 +1,59 @@
+"""docs/your-own-data.md, its commands run as they stand in a fresh copy of the project."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from running import ROOT
+
+PAGE = (ROOT / "docs/your-own-data.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    for name in ("recipes", "scripts", "tinydpo", "accelerate_configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy2(ROOT / name, tmp_path)
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_reader_gets_from_a_file_to_an_evaluated_policy(project: Path):
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("the page's commands need .venv, which `make install` makes")
+    # The sources' times are newer than .venv's in a fresh checkout; make must not install into it from this copy.
+    environment = os.environ | {"PYTHONPATH": str(project), "MAKEFLAGS": "--assume-old=.venv/installed"}
+    out = ""
+    for commands in COMMANDS:
+        done = subprocess.run(
+            ["bash", "-ec", commands], cwd=project, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"the page's commands fail:\n{commands}\n{done.stdout}\n{done.stderr}"
+        out += done.stdout
+    by_talks, by_texts = re.findall(r"^train: .*\n(?:.*\n)*?  token positions.*", out, re.MULTILINE)
+    assert by_talks == by_texts, "the same pairs as conversations and as texts are not the same to the model"
+    results = json.loads((project / "runs/mine/evaluation/eval_results.json").read_text())
+    assert results["pairs"] == 50 and results["reward_accuracy"] > 0.7, f"DPO does not learn the pairs: {results}"
+    assert results["reward_policy"] > results["reward_ref"] + 0.2, f"answers do not get friendlier: {results}"
+    assert results["kl_per_sequence"] < 20, f"the policy has left its reference far behind: {results}"
+    assert (project / "runs/mine/report.html").is_file()
+    assert re.search(r"^sft .*\n(.*\n)*dpo ", out, re.MULTILINE), "neither model answers"
+
+
+def test_the_recipe_of_a_reader_with_a_network_is_whole(project: Path):
+    """What the other block makes: recipes that name the reader's file, model and folders and nothing of HH's."""
+    other = re.search(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)[1]
+    subprocess.run(["bash", "-ec", other], cwd=project, check=True)
+    recipes = {path.name: path.read_text() for path in (project / "recipes/mine").iterdir()}
+    assert {"sft.yaml", "dpo.yaml", "evaluate.yaml"} <= set(recipes)
+    for name, text in recipes.items():
+        keys = dict(re.findall(r"^(\w+): (\S+)", text, re.MULTILINE))
+        assert keys["dataset_name"] == "my_pairs.jsonl" and "dataset_revision" not in keys, f"{name} reads other data"
+        assert keys["model_name_or_path"].startswith("HuggingFaceTB/" if name == "sft.yaml" else "runs/mine/"), name

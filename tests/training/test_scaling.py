@@ -1,0 +1,332 @@
+"""From one process to many machines: the same recipe gives the same losses and a plain model, and a lost host is told.
+
+ZeRO runs on CPUs as it does on GPUs, with gloo for NCCL; two hosts are two network namespaces of this machine.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from running import ROOT, log
+from safetensors.torch import load_file
+
+from tinydpo.training.peers import lost_peer
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+TRAIN = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_batch_size", "4", "--report_to", "none",
+         "--activation_checkpointing", "false", "--logging_steps", "1", "--seed", "0", "--eval_strategy", "no",
+         "--optim", "adamw_torch_fused", "--learning_rate", "1e-3"]  # fmt: skip
+SIX = ["--max_steps", "6", "--save_strategy", "no"]
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install '.[deepspeed]' (make test-all)"
+)
+
+
+def on_cpus(config: str, folder: Path) -> Path:
+    """The accelerate file as it is shipped, on CPUs."""
+    file = folder / f"{config}.yaml"
+    file.write_text(
+        (ROOT / f"accelerate_configs/{config}.yaml").read_text().replace("use_cpu: false", "use_cpu: true")
+    )
+    return file
+
+
+def train(config: Path, script: str, *flags: str | Path, by: tuple = ()) -> subprocess.CompletedProcess:
+    told = ["--use_cpu", "true"] if by else ["--accelerate_config", config]
+    command = [*LAUNCH, "--config_file", config, *by, f"scripts/{script}.py", *TRAIN, *told, *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, f"{script} fails under {config.name}:\n{done.stdout}{done.stderr}"
+    assert "FutureWarning" not in done.stderr, f"{config.name} prints what a user can do nothing about:\n{done.stderr}"
+    return done
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_run(one: Path, other: Path, what: str) -> None:
+    assert log(other, "loss") == pytest.approx(log(one, "loss"), rel=1e-3), f"{what}: the recipe trains differently"
+    saved = load_file(other / "model.safetensors")
+    assert all(tensor.numel() for tensor in saved.values()), f"{what}: the final model has empty weights"
+    expected, loaded = weights(one), weights(other)
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(loaded[name], tensor, atol=1e-4), f"{what}: {name} of the final model is another"
+
+
+@pytest.fixture(scope="module")
+def cpu_runs(task: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`sft` and `dpo` as one process trains them, to hold the others against."""
+    folder = tmp_path_factory.mktemp("one-process")
+    train(ROOT / "accelerate_configs/cpu.yaml", "sft", *SIX, "--dataset_name", task / "data",
+          "--model_name_or_path", tiny_model, "--output_dir", folder / "sft")  # fmt: skip
+    train(ROOT / "accelerate_configs/cpu.yaml", "dpo", *SIX, "--dataset_name", task / "data",
+          "--model_name_or_path", folder / "sft", "--precompute_ref_log_probs", "true",
+          "--output_dir", folder / "dpo")  # fmt: skip
+    return folder
+
+
+def all_stages(
+    config: Path, cpu_runs: Path, task: Path, tiny_model: Path, folder: Path, by: tuple = ()
+) -> subprocess.CompletedProcess:
+    for script, start in (("sft", tiny_model), ("dpo", cpu_runs / "sft")):
+        flags = ["--precompute_ref_log_probs", "true"] if script == "dpo" else []
+        done = train(config, script, *SIX, *flags, "--dataset_name", task / "data", "--model_name_or_path", start,
+                     "--output_dir", folder / script, by=by)  # fmt: skip
+        same_run(cpu_runs / script, folder / script, f"{script} under {config.name}")
+    return done
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_zero_trains_like_one_process_and_saves_a_plain_model(config, cpu_runs, task, tiny_model, tmp_path):
+    all_stages(on_cpus(config, tmp_path), cpu_runs, task, tiny_model, tmp_path)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero3_does_not_take_another_models_reference(cpu_runs, task, tiny_model, tmp_path):
+    """Two models of one shape, one cache: the first loss of DPO is ln 2 only against the policy's own reference."""
+    config = on_cpus("zero3", tmp_path)
+    for name, start in (("first", cpu_runs / "sft"), ("second", tiny_model)):
+        flags = ["--dataset_name", task / "data", "--model_name_or_path", start, "--output_dir", tmp_path / name]
+        train(config, "dpo", "--max_steps", "1", "--save_strategy", "no", "--precompute_ref_log_probs", "true", *flags)
+        assert log(tmp_path / name, "loss")[0] == pytest.approx(0.6931, abs=1e-3), f"{name}: a foreign reference"
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_a_zero3_run_goes_on_from_its_checkpoint(cpu_runs, task, tiny_model, tmp_path):
+    config, flags = on_cpus("zero3", tmp_path), ["--dataset_name", task / "data", "--model_name_or_path", tiny_model]
+    train(config, "sft", "--max_steps", "6", "--save_steps", "3", *flags, "--output_dir", tmp_path / "sft")
+    (tmp_path / "sft/train_results.json").unlink()  # as if it had been killed before its end
+    shutil.rmtree(tmp_path / "sft/checkpoint-6")
+    done = train(config, "sft", "--max_steps", "6", "--save_steps", "3", *flags, "--output_dir", tmp_path / "sft")
+    assert "Going on from" in done.stdout and "checkpoint-3" in done.stdout, f"it starts anew:\n{done.stdout}"
+    same_run(cpu_runs / "sft", tmp_path / "sft", "sft under ZeRO-3, resumed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP2 needs two GPUs; on CPUs it does not shard")
+def test_fsdp2_trains_like_one_process_and_saves_a_plain_model(cpu_runs, task, tiny_model, tmp_path):
+    """In float32, like the run that it is held against."""
+    file = tmp_path / "fsdp.yaml"
+    file.write_text((ROOT / "accelerate_configs/fsdp.yaml").read_text() + "mixed_precision: 'no'\n")
+    all_stages(file, cpu_runs, task, tiny_model, tmp_path)
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_like_one_process_on_cpus_too(cpu_runs, task, tiny_model, tmp_path):
+    """The shipped file through accelerate's launcher; tests/training/fsdp_on_cpus.py says what stands in the way."""
+    by = ("tests/training/fsdp_on_cpus.py",)
+    done = all_stages(on_cpus("fsdp", tmp_path), cpu_runs, task, tiny_model, tmp_path, by=by)
+    assert "2 processes (FSDP2)" in done.stdout
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
+def test_each_accelerate_file_tells_its_use_and_starts_through_make(file):
+    header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"make dpo ACCELERATE=accelerate_configs/{file.name}" in header and "Costs" in header.replace(
+        "costs", "Costs"
+    )
+    command = ["make", "--dry-run", "dpo", f"ACCELERATE={file.relative_to(ROOT)}", "ARGS=--model_name_or_path x"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    told = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    threads = told.stdout.split("--num_cpu_threads_per_process ")[1].split()[0]
+    assert threads.isdigit() and int(threads) >= 1 and not told.stderr, f"make does not start {file.name}: {told}"
+    asked = yaml.safe_load(file.read_text())
+    assert asked["num_processes"] % asked["num_machines"] == 0, "the machines cannot share the processes evenly"
+
+
+SLURM = {
+    "srun": """echo "srun $*" >>calls; for last; do :; done
+while case $1 in --*) ;; *) false;; esac; do shift; done; exec "$@" """,
+    "scontrol": """echo "scontrol $*" >>calls; [ "$1" = requeue ] || printf 'first\\nsecond\\n' """,
+    "scancel": """echo "scancel $*" >>calls; touch told""",
+    "accelerate": """echo "accelerate $*" >>calls; until [ -e told ]; do sleep 0.05; done; exit $CODE""",
+}
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(1, True), (0, False)])
+def test_slurm_hands_the_signal_on_and_requeues_what_is_not_finished(code, requeued, tmp_path):
+    """Slurm's commands, and the launcher, are stand-ins that note how they were called."""
+    for name, script in SLURM.items():
+        file = tmp_path / (".venv/bin" if name == "accelerate" else "bin") / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/bash\n{script}\n")
+        file.chmod(0o755)
+    shutil.copytree(ROOT / "accelerate_configs", tmp_path / "accelerate_configs")
+    env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "CODE": str(code),
+                        "SLURM_JOB_NODELIST": "first,second", "SLURM_NODEID": "0", "SLURM_NNODES": "2"}  # fmt: skip
+    command = ["bash", str(ROOT / "accelerate_configs/slurm.sbatch"), "scripts/dpo.py", "--beta", "0.3"]
+    job = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    calls, deadline = tmp_path / "calls", time.monotonic() + 30
+    while not (calls.exists() and "accelerate" in calls.read_text()):
+        assert time.monotonic() < deadline and job.poll() is None, f"nothing is launched: {job.communicate()[1]}"
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=30) == code, "the job's exit code is not the run's"
+    told = calls.read_text()
+    launched = next(line for line in told.splitlines() if line.startswith("accelerate"))
+    assert "--machine_rank 0 --main_process_ip first --main_process_port 20007" in launched, "machines cannot meet"
+    assert "scripts/dpo.py --beta 0.3 --accelerate_config accelerate_configs/multi_node.yaml" in launched
+    assert "scancel --signal=TERM 7.0" in told, "the scripts on the machines do not get the signal"
+    assert ("scontrol requeue 7" in told) == requeued
+    three = subprocess.run(command, cwd=tmp_path, env=env | {"SLURM_NNODES": "3"}, capture_output=True, text=True)
+    assert three.returncode == 1 and "num_machines: 2" in three.stderr, "machines that nobody waits for are launched"
+
+
+@pytest.mark.parametrize(
+    ("told", "gone"),
+    [
+        ("[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.77.0.2]: Connection reset by peer.", True),
+        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 30000ms for recv operation to complete", True),
+        ("[gloo/transport/tcp/device.cc:89] Unable to find interface for: eth7", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_only_a_lost_process_is_told_as_one(told, gone):
+    """However deep in the chain of causes the network's own words are."""
+    try:
+        try:
+            raise RuntimeError(told)
+        except RuntimeError as error:
+            raise ValueError("while saving") from error
+    except ValueError as error:
+        assert lost_peer(error) == (told if gone else ""), (
+            "another mistake is blamed on a lost process, or the reverse"
+        )
+
+
+class Hosts:
+    """Two network namespaces, each with its own address, cache and working folder, that share a file system."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.names = folder, [f"tinydpo-{os.getpid()}-{rank}" for rank in (0, 1)]
+
+    def start(self, script: str, *flags: str | Path, rank: int) -> subprocess.Popen:
+        """One machine's command, as docs/scaling.md gives it; relative paths are the machine's own."""
+        home = self.folder / f"host{rank}"
+        home.mkdir(exist_ok=True)
+        config = ROOT / "accelerate_configs/multi_cpu.yaml"
+        command = [*LAUNCH, "--config_file", config, "--num_machines", "2", "--machine_rank", rank,
+                   "--main_process_ip", "10.77.0.1", "--main_process_port", "29500",
+                   ROOT / f"scripts/{script}.py", *TRAIN, "--accelerate_config", config, *flags]  # fmt: skip
+        env = os.environ | {
+            "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            "HF_HOME": str(home / "hf"), "HF_DATASETS_CACHE": str(home / "datasets"),
+        }  # fmt: skip
+        with open(self.log(rank), "w") as log:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.names[rank], *map(str, command)],
+                cwd=home,
+                env=env,
+                stdout=log,
+                stderr=log,
+            )
+
+    def log(self, rank: int) -> Path:
+        return self.folder / f"host{rank}.log"
+
+    def run(self, script: str, *flags: str | Path) -> None:
+        """Both machines to their end."""
+        processes = [self.start(script, *flags, rank=rank) for rank in (1, 0)]
+        codes = [process.wait(timeout=900) for process in processes]
+        assert codes == [0, 0], f"two hosts fail:\n{self.log(0).read_text()}\n{self.log(1).read_text()}"
+
+    @staticmethod
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    def pids(self, rank: int) -> list[int]:
+        told = subprocess.run(["ip", "netns", "pids", self.names[rank]], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in told.stdout.split()]
+
+    def kill(self, rank: int) -> None:
+        """Everything that runs on a machine, at once."""
+        for pid in self.pids(rank):
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                pass
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("two hosts are two network namespaces: needs root and the command `ip` (Debian: iproute2)")
+    hosts = Hosts(tmp_path)
+    ip, (one, other) = hosts.ip, hosts.names
+    try:
+        try:
+            ip("netns", "add", one)
+            ip("netns", "add", other)
+            ip("link", "add", "eth0", "netns", one, "type", "veth", "peer", "name", "eth0", "netns", other)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"this machine does not allow network namespaces: {error.stderr.strip()}")
+        for number, name in enumerate(hosts.names, start=1):
+            ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield hosts
+    finally:
+        for rank, name in enumerate(hosts.names):
+            hosts.kill(rank)
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_hosts_with_nothing_shared_train_like_one_process(hosts, cpu_runs, task, tiny_model):
+    """Each has its own cache and run folder; the model lies in the first one's."""
+    for script, start in (("sft", tiny_model), ("dpo", cpu_runs / "sft")):
+        flags = ["--precompute_ref_log_probs", "true"] if script == "dpo" else []
+        hosts.run(script, *SIX, *flags, "--dataset_name", task / "data", "--model_name_or_path", start,
+                  "--output_dir", f"runs/{script}")  # fmt: skip
+        same_run(cpu_runs / script, hosts.folder / f"host0/runs/{script}", f"{script} on two hosts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lost", "how"), [(1, "killed"), (0, "killed"), (1, "unplugged")])
+def test_a_lost_host_stops_the_other_and_the_same_commands_go_on(lost, how, hosts, task, tiny_model, tmp_path):
+    """Who is unplugged closes no connection: the other one notices when `--ddp_timeout` is over."""
+    flags = ["--dataset_name", task / "data", "--model_name_or_path", tiny_model, "--max_steps", "40",
+             "--save_steps", "10"]  # fmt: skip
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    patience = ["--ddp_timeout", "30"] if how == "unplugged" else []
+    started = [hosts.start("sft", *flags, *patience, "--output_dir", run, rank=rank) for rank in (0, 1)]
+    deadline = time.monotonic() + 600
+    while not (run / "checkpoint-10/complete.json").exists():
+        assert time.monotonic() < deadline and started[0].poll() is None, hosts.log(0).read_text()
+        time.sleep(0.05)
+    if how == "unplugged":
+        hosts.ip("-n", hosts.names[lost], "link", "set", "eth0", "down")
+    else:
+        hosts.kill(lost)
+    survivor = 1 - lost
+    code = started[survivor].wait(timeout=60)
+    hosts.kill(lost)
+    hosts.ip("-n", hosts.names[lost], "link", "set", "eth0", "up")
+    told = hosts.log(survivor).read_text()
+    assert code and "error: another process of this run died" in told, f"the survivor does not say why:\n{told}"
+    assert not (run / "train_results.json").exists(), "a run that lost a host counts as finished"
+    for folder in (run, whole):
+        hosts.run("sft", *flags, "--output_dir", folder)
+        if folder == run:
+            assert "Going on from" in hosts.log(0).read_text(), "the same commands start anew"
+    assert log(run, "loss") == log(whole, "loss"), (
+        "a run that lost a host ends with other losses than one that did not"
+    )

@@ -1,0 +1,140 @@
+"""SFT and DPO through their scripts, on a tiny model: what trains, what a run's folder holds, and what is refused."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+from running import log, run
+
+from tinydpo.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def sft(task, tiny_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "sft"
+    run("sft", "--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--output_dir", folder,
+        "--learning_rate", "3e-3", "--max_steps", "12")  # fmt: skip
+    return folder
+
+
+def dpo_args(sft: Path, task: Path, folder: Path) -> list:
+    return ["--model_name_or_path", sft, "--dataset_name", task / "data", "--output_dir", folder,
+            "--learning_rate", "3e-3", "--max_steps", "12", "--precompute_ref_log_probs", "true"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dpo(sft, task) -> Path:
+    run("dpo", *dpo_args(sft, task, sft.parent / "dpo"))
+    return sft.parent / "dpo"
+
+
+def test_loss_falls(sft, dpo):
+    for folder in (sft, dpo):
+        losses = log(folder, "loss")
+        assert sum(losses[-3:]) < sum(losses[:3]), f"{folder.name} does not learn: {losses}"
+    assert log(dpo, "loss")[0] == pytest.approx(0.6931, abs=1e-3), "policy and reference differ before the first step"
+    assert log(dpo, "rewards/margins")[-1] > 0.2, "DPO does not raise the margin between chosen and rejected"
+
+
+def test_folder_holds_what_the_readme_promises(sft, dpo):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for folder in (sft, dpo):
+        for name in ("model.safetensors", "tokenizer.json", "generation_config.json", "run_config.yaml", "README.md",
+                     "data_summary.json", "train_results.json", "trainer_state.json", "environment.json"):  # fmt: skip
+            assert (folder / name).is_file(), f"{folder.name} lacks {name}"
+        assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG", "the curves were not drawn"
+        assert not list(folder.glob("**/pytorch_model*.bin")), "weights were pickled"
+        assert len(list(folder.glob("checkpoint-*"))) == 2, "more or fewer than the last 2 checkpoints were kept"
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert AutoTokenizer.from_pretrained(folder).eos_token_id == model.generation_config.eos_token_id
+        assert model.generation_config.top_k == 0, "sampling from the saved model cuts the distribution at 50 tokens"
+        known = json.loads((folder / "environment.json").read_text())
+        assert known["seed"] == 0 and known["packages"]["trl"], "the run cannot be traced to versions and seed"
+        assert json.loads((folder / "data_summary.json").read_text())["train"]["pairs_kept"] > 0
+        card = (folder / "README.md").read_text()
+        assert "128 tokens" in card and str(folder.parent) not in card, "the card lacks the rule or leaks a path"
+    assert "beta 0.1" in (dpo / "README.md").read_text(), "the card does not state beta"
+
+
+def test_a_finished_run_says_so_and_a_changed_recipe_is_refused(sft, dpo, task, capsys):
+    before = (dpo / "model.safetensors").stat().st_mtime_ns
+    run("dpo", *dpo_args(sft, task, dpo), "--report_to", "none", "--logging_steps", "1")
+    assert "finished" in capsys.readouterr().out, "a finished run does not say that it is"
+    with pytest.raises(UserError, match=r"beta.*0\.1.*0\.3.*--output_dir"):
+        run("dpo", *dpo_args(sft, task, dpo), "--beta", "0.3")
+    assert (dpo / "model.safetensors").stat().st_mtime_ns == before, "a finished run was trained again"
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(sft, dpo, task, capsys):
+    folder = sft.parent / "again"
+    run("dpo", *dpo_args(sft, task, folder))
+    whole = (folder / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "train_results.json"):
+        (folder / name).unlink()
+    import shutil
+
+    shutil.rmtree(folder / "checkpoint-12")
+    capsys.readouterr()
+    run("dpo", *dpo_args(sft, task, folder))
+    assert "checkpoint-8" in capsys.readouterr().out, "the run started again instead of going on"
+    assert (folder / "model.safetensors").read_bytes() == whole, "a resumed run ends with other weights"
+
+
+def test_run_config_runs_again(dpo, capsys):
+    runpy.run_path("scripts/dpo.py")["main"](["--config", str(dpo / "run_config.yaml")])
+    assert "finished" in capsys.readouterr().out, "the folder's own run_config.yaml is not the recipe that made it"
+
+
+def test_reference_cache_knows_ld_alpha(sft, dpo, task):
+    run("dpo", *dpo_args(sft, task, sft.parent / "ld"), "--ld_alpha", "0.5")
+    first = log(sft.parent / "ld", "loss")[0]
+    assert first == pytest.approx(0.6931, abs=1e-3), (
+        "reference log-probs of another ld_alpha were taken from the cache"
+    )
+
+
+def test_sft_takes_prompts_with_responses(task, tiny_model, tmp_path):
+    rows = [json.loads(line) for line in (task / "data/train.jsonl").read_text().splitlines()]
+    split = [row["chosen"].rpartition("\n\nAssistant:") for row in rows]
+    data = tmp_path / "sft.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p + a, "response": c}) + "\n" for p, a, c in split))
+    run(
+        "sft",
+        "--model_name_or_path",
+        tiny_model,
+        "--dataset_name",
+        data,
+        "--output_dir",
+        tmp_path / "run",
+        "--max_steps",
+        "1",
+    )
+    assert (tmp_path / "run/train_results.json").is_file()
+    with pytest.raises(UserError, match=r"sft\.jsonl row \d+: .*'chosen'"):
+        run("dpo", "--model_name_or_path", tiny_model, "--dataset_name", data, "--output_dir", tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--max_length", "4096"], r"max_length is 4096.*positions"),
+        (["--model_name_or_path", "no/such/folder"], "no/such/folder"),
+        (["--dataset_train_split", "tarin"], r"no split 'tarin'"),
+        (["--loss_type", "exo_pair"], r"[Ll]abel smoothing"),
+        (["--pairs_per_step", "0"], "pairs_per_step"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(flags, told, sft, task, tmp_path):
+    with pytest.raises(UserError, match=told):
+        run("dpo", *dpo_args(sft, task, tmp_path / "run"), *flags)
+    assert not (tmp_path / "run").exists(), "a run that never began left a folder behind"
+
+
+def test_resolved_config_has_no_secret(sft):
+    config = yaml.safe_load((sft / "run_config.yaml").read_text())
+    assert "hub_token" not in config and config["learning_rate"] == 3e-3

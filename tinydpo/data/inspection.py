@@ -1,0 +1,45 @@
+"""What a token budget does to preference pairs, as a page of text: before any training."""
+
+from typing import Any
+
+from tinydpo.data.pairs import FittedSplit
+
+WIDTH = 40  # characters of the longest histogram bar
+
+
+def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, examples: int) -> str:
+    """Describe one fitted split.
+
+    Args:
+        name: the split's name.
+        split: pairs and summary, as `pairs.load_pairs` gives them.
+        tokenizer: to show pairs as the model will see them.
+        max_length: the budget in tokens.
+        examples: how many pairs to show.
+    """
+    summary, stock = split.summary, split.summary["stock"]
+    pairs, kept = summary["pairs_in"], summary["pairs_kept"]
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items()) or "none"
+    positions = summary["tokens_per_pair"]
+    rows = [
+        ("", "fitted", f"stock: first {max_length}"),
+        ("pairs kept", *(f"{n:,} ({n / pairs:.1%})" for n in (kept, stock["pairs_kept"]))),
+        ("completion tokens kept", *(f"{s['completion_tokens_kept']:.1%}" for s in (summary, stock))),
+        ("last human turn whole", *(f"{s['questions_whole']:.1%}" for s in (summary, stock))),
+        ("prompt tokens kept", f"{summary['prompt_tokens_kept']:.1%}", ""),
+    ]
+    most = max(summary["lengths"].values())
+    lines = [
+        f"{name}: {pairs:,} pairs in, {kept:,} kept, dropped: {dropped}",
+        *(f"  {what:<24}{ours:>16}{theirs:>20}".rstrip() for what, ours, theirs in rows),
+        f"  token positions a pair: {positions['padded']:.0f} padded to {max_length}, "
+        f"{positions['unpadded']:.1f} unpadded, {positions['shared_prefix']:.1f} with the prompt once",
+        "  tokens of prompt and longer completion, before fitting:",
+        *(f"  {bin_:>10} {'#' * round(WIDTH * n / most):<{WIDTH}} {n:,}" for bin_, n in summary["lengths"].items()),
+    ]
+    for pair in split.pairs.select(range(min(examples, len(split.pairs)))):
+        lines += ["", "  as the model sees it:"]
+        for part in ("prompt", "chosen", "rejected") if pair["rejected_ids"] else ("prompt", "chosen"):
+            text = tokenizer.decode(pair[f"{part}_ids"]).replace("\n", "\\n")
+            lines.append(f"  {part:>8} ({len(pair[f'{part}_ids']):>3}) {text}")
+    return "\n".join(lines)

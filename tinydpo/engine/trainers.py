@@ -1,0 +1,77 @@
+"""TRL's trainers on fitted pairs: losses, metrics, PEFT, checkpoints and logging stay TRL's."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import disable_dropout_in_model
+
+from tinydpo.data.pairs import LARGE
+from tinydpo.data.sources import quiet
+from tinydpo.engine.reference_cache import hash_split, on_every_machine
+from tinydpo.training.checkpoints import WholeCheckpoints
+
+
+class FittedDPOTrainer(WholeCheckpoints, DPOTrainer):
+    """`DPOTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
+
+    TRL tokenizes from text and cuts after the first `max_length` tokens, which takes the signal from a third of HH's
+    pairs; fitted pairs need neither.
+    """
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """TRL's own, with all that changes the log-probs in the cache's key, not data and weights alone."""
+        if is_deepspeed_zero3_enabled() and self.ref_model is None and isinstance(self._precompute_model_hash, str):
+            self._precompute_model_hash = hash_split(self.model)
+        weights = self._precompute_model_hash
+        args = self.args
+        precision = (args.bf16, args.fp16, args.tf32, self.model.config._attn_implementation)
+        self._precompute_model_hash = Hasher.hash((weights, self.ld_alpha, precision, type(self).__name__))
+        key = broadcast_object_list([Hasher.hash((dataset._fingerprint, self._precompute_model_hash))])[0]
+        cached = Path(dataset._get_cache_file_path(key))
+        try:
+            with on_every_machine(self.accelerator, cached):
+                return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = weights
+
+
+class FittedSFTTrainer(WholeCheckpoints, SFTTrainer):
+    """`SFTTrainer` without dropout, for which `SFTConfig`, unlike `DPOConfig`, has no option.
+
+    With it 1 and 2 processes, which draw other masks, would not agree.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """TRL's own arguments."""
+        super().__init__(*args, **kwargs)
+        disable_dropout_in_model(self.model)
+
+
+def sft_rows(pairs: Dataset, completion_only: bool = True) -> Dataset:
+    """The chosen answers of fitted pairs as `SFTTrainer` reads them without preparing them again.
+
+    Args:
+        pairs: rows with `prompt_ids` and `chosen_ids`.
+        completion_only: whether prompts carry no loss.
+
+    Returns:
+        A row for each, with `input_ids` and `labels` (-100 where a token carries no loss).
+    """
+
+    def rows(batch: dict[str, list]) -> dict[str, list]:
+        both = list(zip(batch["prompt_ids"], batch["chosen_ids"], strict=True))
+        return {
+            "input_ids": [prompt + chosen for prompt, chosen in both],
+            "labels": [([-100] * len(prompt) if completion_only else prompt) + chosen for prompt, chosen in both],
+        }
+
+    with quiet(small=len(pairs) < LARGE):
+        return pairs.map(rows, batched=True, remove_columns=pairs.column_names, desc="Joining prompts and answers")

@@ -1,0 +1,117 @@
+"""What a policy has learned against its reference: what to compare, and where it goes.
+
+`logps` and `sampling` ask the models, `metrics` does the arithmetic, `evaluation_table` words it, and
+`scripts/evaluate.py` puts them together.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from tinydpo.errors import UserError
+from tinydpo.launching.arguments import row_length_for
+from tinydpo.models.pretrained import differing_tokens, load_tokenizer
+from tinydpo.training.runs import read_run_config
+
+
+@dataclass
+class ComparedModels:
+    """A policy and its reference, and the held-out prompts that both answer."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The policy: folder or Hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch, on the Hub."})
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The reference the policy was trained from (the SFT model): folder or Hub id."}
+    )
+    ref_model_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of a reference on the Hub."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the results; report.html is written beside it."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of prompt + completion; a sampled answer gets half. By default the policy run's, or 128."
+        },
+    )
+    num_prompts: int = field(default=512, metadata={"help": "Held-out prompts that both models answer."})
+    batch_size: int = field(default=32, metadata={"help": "Sequences in one forward pass: memory against speed."})
+    seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "auto: bfloat16 on GPUs that compute in it, else float32."}
+    )
+
+    def __post_init__(self):
+        """Take an open length from the policy's run, and refuse what cannot be compared (ValueError)."""
+        for name in ("model_name_or_path", "ref_model_name_or_path", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing; needed are a policy, its reference and an output folder")
+        if self.max_length is None:
+            self.max_length = int(read_run_config(self.model_name_or_path).get("max_length") or 128)
+        for name, least in (("max_length", 4), ("num_prompts", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def models(self) -> dict[str, tuple[str, str | None]]:
+        """Name and revision of each role, in the order in which to load them."""
+        return {
+            "policy": (self.model_name_or_path, self.model_revision),
+            "ref": (self.ref_model_name_or_path, self.ref_model_revision),
+        }
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of both models (UserError: it cannot be loaded, or their vocabularies differ)."""
+        policy, ref = (load_tokenizer(*model) for model in self.models.values())
+        check_same_vocabulary(policy, ref)
+        return policy
+
+
+@dataclass
+class EvaluateArguments(ComparedModels):
+    """How to compare them."""
+
+    beta: float | None = field(
+        default=None, metadata={"help": "β of implicit reward and loss; by default the policy run's own, or 0.1."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits when sampling."})
+    top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens only; 0: from all."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this mass; 1: from all."})
+    shared_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Score each pair's prompt once, in rows without padding; same results to rounding. false: padded, "
+            "for models whose attention does not allow it."
+        },
+    )
+    row_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens in such a row; by default 512, or twice --max_length if that is more."},
+    )
+
+    def __post_init__(self):
+        """Take β too from the policy's run, and refuse what cannot be measured (ValueError)."""
+        super().__post_init__()
+        if self.beta is None:
+            self.beta = float(read_run_config(self.model_name_or_path).get("beta") or 0.1)
+        self.row_length = row_length_for(self.max_length, self.row_length) if self.shared_prefix else None
+        if not (self.beta > 0 and self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(
+                "beta and temperature must be above 0, top_k at least 0 and top_p between 0 and 1, "
+                f"got {self.beta}, {self.temperature}, {self.top_k} and {self.top_p}"
+            )
+
+
+def check_same_vocabulary(policy: PreTrainedTokenizerBase, ref: PreTrainedTokenizerBase) -> None:
+    """Log-probs of the same token ids can be compared only where the ids mean the same tokens.
+
+    Raises:
+        UserError: the two vocabularies differ.
+    """
+    if differ := differing_tokens(policy, ref):
+        raise UserError(
+            f"policy and reference have different vocabularies ({len(differ)} tokens differ, such as {differ[0]!r}); "
+            "pass as --ref_model_name_or_path the model that the policy was trained from"
+        )

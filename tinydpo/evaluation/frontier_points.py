@@ -1,0 +1,184 @@
+"""Points of the reward–KL frontier: what a checkpoint earns and how far it has gone, and best of N beside it."""
+
+import gc
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import hash_module
+
+from tinydpo.data.pairs import load_split
+from tinydpo.engine.logps import token_logps
+from tinydpo.errors import UserError
+from tinydpo.evaluation.frontier import CURVES, SHUFFLED, FrontierArguments, Run
+from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
+from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, load_rewards, rewards
+from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
+from tinydpo.files import write_json
+from tinydpo.launching.arguments import DataArguments, row_length_for
+from tinydpo.launching.machine import device_and_dtype
+from tinydpo.models.loading import load_model
+from tinydpo.models.pretrained import load_tokenizer
+
+
+@dataclass
+class Measure:
+    """What all points have in common: the reference, the prompts and the reward."""
+
+    ref: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    texts: Dataset
+    prompts: list[list[int]]
+    functions: list[RewardFunction]
+    max_new_tokens: int
+    row_length: int | None
+    batch_size: int
+    seed: int
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the names in a recipe do not tell: weights, prompts and rewards may change behind them."""
+        scores = rewards(self.functions, self.texts["prompt"][:], self.texts["chosen"][:])
+        known = {
+            "reference's weights": hash_module(self.ref),
+            "dtype or device": (self.ref.dtype, self.ref.device.type),
+        }
+        known |= {"set of prompts": self.prompts, "reward": scores.tolist()}
+        return {name: Hasher.hash(value) for name, value in known.items()}
+
+    def policy(self, name: str) -> dict[str, float]:
+        """KL from the reference (nats an answer) and reward of the policy `name`, each with its standard error."""
+        model = load_model(name, dtype=self.ref.dtype, device=self.ref.device)
+        ids, scores = self._answers(model, 1)
+        logps = [token_logps(m, self.prompts, ids, self.batch_size, "KL", self.row_length) for m in (model, self.ref)]
+        kl = kl_metrics(*logps)
+        del model
+        gc.collect()
+        point = {"kl": kl["kl_per_sequence"], "kl_se": kl["kl_per_sequence_se"]}
+        return point | {"reward": float(scores.mean()), "reward_se": standard_error(scores[:, 0])}
+
+    def reference(self, samples: int) -> dict[str, Any]:
+        """The reference's own point, `sft`, and `best_of_n` for N up to `samples`."""
+        _, scores = self._answers(self.ref, samples)
+        best = best_of_n(scores)
+        return {"sft": {"kl": 0.0, "reward": best[0]["reward"], "reward_se": best[0]["reward_se"]}, "best_of_n": best}
+
+    def _answers(self, model: PreTrainedModel, samples: int) -> tuple[list[list[int]], np.ndarray]:
+        answers = cached_answers(
+            model, self.tokenizer, self.prompts * samples, self.max_new_tokens, "answers",
+            batch_size=self.batch_size, seed=self.seed,
+        )  # fmt: skip
+        written = self.tokenizer.batch_decode(answers.ids, skip_special_tokens=True)
+        scores = rewards(self.functions, self.texts["prompt"][:] * samples, written)
+        return answers.ids, scores.reshape(samples, -1).T
+
+
+def measure_for(
+    args: FrontierArguments, reward: RewardArguments, data: DataArguments, recipe: dict[str, Any]
+) -> Measure:
+    """Load the reference, the reward and the held-out prompts.
+
+    Raises:
+        UserError: one of them cannot be loaded, or there is no reward.
+    """
+    (device, dtype), max_length = device_and_dtype("auto"), recipe["max_length"]
+    functions = load_rewards(reward, device, args.batch_size)
+    if not functions:
+        raise UserError("a frontier needs a reward: pass --reward_funcs or --reward_model_name_or_path")
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    held_out = load_split(data, tokenizer, max_length, "test").texts
+    texts, prompts = prompts_to_answer(held_out, tokenizer, max_length, args.num_prompts, args.sample_seed)
+    rows = row_length_for(max_length, None) if recipe.get("shared_prefix", True) else None
+    ref = load_model(args.model_name_or_path, dtype=dtype, device=device)
+    return Measure(ref, tokenizer, texts, prompts, functions, max_length // 2, rows, args.batch_size, args.sample_seed)
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to add to a `frontier.json` whose points were measured under other settings (UserError)."""
+    before = json.loads(path.read_text())["settings"] if path.exists() else settings
+    for key in sorted({*settings, *before}):
+        if before.get(key) != settings.get(key):
+            raise UserError(f"{path} was measured with another {key}; pass another --output_dir, or delete its folder")
+
+
+def finished(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Points of the runs in `folder` that are done, by the run's name."""
+    runs = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/points.json"))}
+    return {name: run["points"] for name, run in runs.items() if run["done"]}
+
+
+def in_order(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The points of all runs, method by method."""
+    curves = [*CURVES.values(), SHUFFLED]
+    points = (point for run in runs.values() for point in run)
+    return sorted(points, key=lambda p: (curves.index(p["curve"]), p["beta"], p["seed"], p["step"]))
+
+
+def points_of(run: Run, folder: Path, train: Callable[[Run], None], measure: Measure) -> list[dict[str, Any]]:
+    """Train a run and measure its checkpoints, or what of it is not done yet; measured checkpoints are deleted.
+
+    Args:
+        run: which.
+        folder: of the run; `points.json` in it holds what was measured.
+        train: trains a run into its folder, or goes on where it was cut short.
+        measure: see `Measure`.
+    """
+    path = folder / "points.json"
+    saved = json.loads(path.read_text()) if path.exists() else {"points": [], "done": False}
+    train(run)
+    measured = {point["step"] for point in saved["points"]}
+    steps = sorted(int(checkpoint.name.split("-")[1]) for checkpoint in folder.glob("checkpoint-*"))
+    for step in (step for step in steps if step not in measured):
+        point = {"curve": run.curve, "loss": run.loss, "beta": run.beta, "seed": run.seed, "step": step}
+        saved["points"].append(point | measure.policy(str(folder / f"checkpoint-{step}")))
+        write_json(path, saved)
+    if not saved["points"]:
+        raise UserError(f"{folder} holds a finished run and no checkpoints to measure; delete it to train again")
+    write_json(path, saved | {"done": True})
+    for step in steps:
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    return saved["points"]
+
+
+def best_of_n(rewards: np.ndarray) -> list[dict[str, float]]:
+    """Best of N = 1, 2, 4 … of n reference samples to each of m prompts.
+
+    The mean of the best of N takes every subset of the n samples (an unbiased estimate; WebGPT, arXiv 2112.09332,
+    appendix I). The KL is log N − (N − 1)/N, which the true one does not exceed (arXiv 2401.01879).
+
+    Args:
+        rewards: (m, n).
+
+    Returns:
+        A mapping of `n`, `kl` (nats), `reward` and `reward_se` for each N.
+    """
+    ordered, count = np.sort(rewards, axis=1), rewards.shape[1]
+    points = []
+    for n in (2**power for power in range(count.bit_length())):
+        weights = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
+        best = ordered @ np.array(weights)
+        kl = math.log(n) - (n - 1) / n
+        points.append({"n": n, "kl": kl, "reward": float(best.mean()), "reward_se": standard_error(best)})
+    return points
+
+
+def table(points: Sequence[dict[str, Any]], sft: dict[str, Any]) -> str:
+    """The last point of each run, beside the reference."""
+    lines = [f"{'':<18}{'β':>6}{'steps':>7}{'KL, nats':>16}{'reward':>16}"]
+    lines.append(
+        f"{'SFT reference':<18}{'':>6}{'':>7}{0:>9.2f}{'':>7}{sft['reward']:>9.2f} ± {Z95 * sft['reward_se']:.2f}"
+    )
+    last = {(point["curve"], point["beta"], point["seed"]): point for point in points}
+    for p in last.values():
+        lines.append(
+            f"{p['curve']:<18}{p['beta']:>6g}{p['step']:>7}{p['kl']:>9.2f} ± {Z95 * p['kl_se']:.2f}"
+            f"{p['reward']:>9.2f} ± {Z95 * p['reward_se']:.2f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""The rewards that answers are judged by: functions in TRL's form, or a reward model.
+
+--reward_funcs my_rewards.politeness        --reward_model_name_or_path <sequence-classification model>
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from tinydpo.errors import UserError
+from tinydpo.models.pretrained import load_as, load_tokenizer
+
+RewardFunction = Callable[..., list[float]]
+
+
+@dataclass
+class RewardArguments:
+    """Rewards that add up to one."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rewards as module.function, in TRL's form f(prompts, completions, **kwargs); summed."},
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A sequence-classification model of one output that scores prompt + answer: folder or Hub id."
+        },
+    )
+    reward_model_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of a reward model on the Hub."}
+    )
+
+    def name(self) -> str:
+        """The rewards as an axis is labelled with them."""
+        given = [*(self.reward_funcs or []), self.reward_model_name_or_path or ""]
+        return " + ".join(name.rsplit(".", 1)[-1].rsplit("/", 1)[-1] for name in given if name)
+
+
+def load_rewards(args: RewardArguments, device: str, batch_size: int) -> list[RewardFunction]:
+    """Every reward asked for, as a function.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    functions = [load_reward(name) for name in args.reward_funcs or []]
+    if args.reward_model_name_or_path:
+        model = args.reward_model_name_or_path, args.reward_model_revision
+        functions.append(load_reward_model(*model, device, batch_size))
+    return functions
+
+
+def load_reward_model(name: str, revision: str | None, device: str, batch_size: int) -> RewardFunction:
+    """A function that gives prompt + completion, as one text, to a sequence-classification model.
+
+    Raises:
+        UserError: it cannot be loaded, or is no reward model: another number of outputs than one, or no trained head.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = load_tokenizer(name, revision)
+    model, loading = load_as(AutoModelForSequenceClassification, name, revision, device=device)
+    if loading["missing_keys"] or model.config.num_labels != 1:
+        lacks = "has no trained head" if loading["missing_keys"] else f"has {model.config.num_labels} outputs"
+        raise UserError(f"--reward_model_name_or_path {name} {lacks}; pass a model trained to give one reward")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.truncation_side = "left"  # the answer stands at the end
+    tokenizer.padding_side = "right"  # GPT-2's positions count padding on the left
+    model.config.pad_token_id = tokenizer.pad_token_id  # by it the model finds each text's last token
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 4096)
+
+    @torch.no_grad()
+    def reward_model(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        scores: list[float] = []
+        for start in tqdm(range(0, len(texts), batch_size), desc="rewards", leave=False, disable=None):
+            batch = texts[start : start + batch_size]
+            inputs = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            scores += model(**inputs.to(model.device)).logits[:, 0].float().tolist()
+        return scores
+
+    return reward_model
+
+
+def load_reward(name: str) -> RewardFunction:
+    """The function that `module.function` names; the module may lie in the working directory.
+
+    Raises:
+        UserError: no such module or function, or the module fails to import.
+    """
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise UserError(f"--reward_funcs {name!r} is not of the form module.function")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        reward = getattr(importlib.import_module(module), function, None)
+    except Exception as error:
+        raise UserError(f"--reward_funcs {name!r}: cannot import {module!r}: {error!r}") from None
+    if not callable(reward):
+        raise UserError(f"--reward_funcs {name!r}: module {module!r} has no function {function!r}")
+    return reward
+
+
+def rewards(functions: Sequence[RewardFunction], prompts: list[str], completions: list[str]) -> np.ndarray:
+    """Sum of the functions' rewards for each completion, (n,) float64.
+
+    Raises:
+        UserError: a function raises, or gives anything but one finite number a completion.
+    """
+    total = np.zeros(len(completions))
+    for function in functions:
+        name = f"{function.__module__}.{getattr(function, '__name__', function)}"
+        try:
+            values = np.asarray(function(prompts=prompts, completions=completions), dtype=np.float64)
+        except Exception as error:
+            raise UserError(f"reward function {name} failed: {error!r}") from None
+        if values.shape != total.shape or not np.isfinite(values).all():
+            raise UserError(
+                f"reward function {name} must return {len(completions)} finite numbers, one for each completion, "
+                f"but returned shape {values.shape}"
+            )
+        total += values
+    return total

@@ -1,0 +1,66 @@
+"""Files that are written whole or not at all, and read with one sentence where they are damaged all the same."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tinydpo.errors import UserError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text whole or not at all; half a character, which a tokenizer may leave, as a question mark."""
+    half = path.with_name(f".{path.name}.half")
+    half.write_bytes(text.encode("utf-8", errors="replace"))
+    os.replace(half, path)
+
+
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """A JSON object, or {} where there is no such file.
+
+    Raises:
+        UserError: it cannot be read, is no object, or lacks one of the keys `needed`.
+    """
+    return _object(path, _text(path), needed) if path.is_file() else {}
+
+
+def read_jsonl(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """Objects, one a line, or [] where there is no such file.
+
+    Raises:
+        UserError: as `read_json`, naming the line.
+    """
+    if not path.is_file():
+        return []
+    lines = _text(path).split("\n")  # not splitlines, which also cuts at other characters of a text
+    return [_object(f"{path}, line {number}", line, needed) for number, line in enumerate(lines, 1) if line]
+
+
+def damaged(where: Path | str, why: str) -> UserError:
+    """The sentence for a file of the project's own that is not as it was written."""
+    return UserError(f"{where} is damaged ({why}); run again what wrote it, or delete it")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _object(where: Path | str, text: str, needed: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise damaged(where, str(error)) from None
+    if not isinstance(value, dict):
+        raise damaged(where, "it holds no JSON object")
+    for key in needed:
+        if key not in value:
+            raise damaged(where, f"it lacks {key!r}")
+    return value

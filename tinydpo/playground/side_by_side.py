@@ -1,0 +1,188 @@
+"""Policy and reference in memory together: both answer a prompt, and every token has its implicit reward at once.
+
+The two answers grow token by token as two rows of one batch. Both models read both rows, so that what a token's reward
+needs, its log-prob under policy and reference, is there when the token is drawn: nothing is scored afterwards.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tinydpo.data.dialogues import ASSISTANT, HUMAN, TEXTS, BrokenRow, text_pair
+from tinydpo.data.fitting import bos_of, fit, tokenize_prompts
+from tinydpo.data.pairs import quiet
+from tinydpo.engine.logps import token_logps
+from tinydpo.errors import UserError
+from tinydpo.evaluation.sampling import cut_prompt
+
+
+@dataclass
+class Answer:
+    """An answer's n tokens (`ids`), the implicit reward β log π/π_ref of each, and whether its end token is there."""
+
+    ids: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def reward(self) -> float:
+        """The whole answer's implicit reward, without the part that all answers to a prompt share."""
+        return sum(self.rewards)
+
+
+@dataclass
+class SideBySide:
+    """A policy and its reference, causal LMs in eval mode on one device, with the tokenizer of both.
+
+    `beta` scales rewards; prompt and answer together have `max_length` tokens, of which a long prompt's last question
+    is sure of `max_question_length`, as in training.
+    """
+
+    policy: PreTrainedModel
+    ref: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    beta: float
+    max_length: int
+    max_question_length: int
+
+    def text(self, answer: Answer) -> str:
+        """The answer as a data set would hold it, without end token."""
+        return self.tokenizer.decode(answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def fit_prompt(self, prompt: str, max_new_tokens: int) -> tuple[list[int], bool]:
+        """A whole prompt's tokens, cut at its start to what `max_new_tokens` leaves, and whether anything was cut."""
+        (ids,), _ = tokenize_prompts({"prompt": [prompt], "templated": [False], "question": [0]}, self.tokenizer)
+        fitted = cut_prompt(ids, self.max_length - max_new_tokens, next(iter(bos_of(self.tokenizer)), None))
+        return fitted, len(fitted) < len(ids)
+
+    @torch.no_grad()
+    def stream(
+        self, prompt: list[int], max_new_tokens: int, *, temperature: float, top_k: int, top_p: float, seed: int
+    ) -> Iterator[tuple[Answer, Answer]]:
+        """Sample the reference's and the policy's answer, independently of each other.
+
+        Args:
+            prompt: at least one token.
+            max_new_tokens: room for an answer, its end token included.
+            temperature: divides the logits, above 0.
+            top_k: keep the k most likely tokens only; 0 keeps all.
+            top_p: keep the smallest set of tokens with this much probability; 1.0 keeps all.
+            seed: the same seed gives the same answers.
+
+        Yields:
+            Reference's and policy's answer so far (the same two objects), after every token. The rewards are of the
+            models' own distributions, whatever the sampling makes of them.
+        """
+        # A list of its own: `generate` would take what a checkpoint's generation config adds.
+        reshape = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_k:
+            reshape.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            reshape.append(TopPLogitsWarper(top_p))
+        fed = torch.tensor([prompt] * 2, device=self.policy.device)
+        seen = torch.ones_like(fed)
+        drawing = torch.Generator(self.policy.device).manual_seed(seed)
+        answers, caches = (Answer(), Answer()), [None, None]
+        for _ in range(max_new_tokens):
+            logits = []
+            for i, model in enumerate((self.ref, self.policy)):
+                out = model(fed, attention_mask=seen, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
+                caches[i] = out.past_key_values
+                logits.append(out.logits[:, -1].float())
+            own = torch.stack([logits[0][0], logits[1][1]])  # row 0 is the reference's answer, row 1 the policy's
+            fed = torch.multinomial(reshape(None, own).softmax(-1), 1, generator=drawing)
+            ref, policy = (model.log_softmax(-1).gather(1, fed).flatten() for model in logits)
+            for answer, token, reward in zip(answers, fed.flatten().tolist(), policy - ref, strict=True):
+                if not answer.ended:
+                    answer.ids.append(token)
+                    answer.rewards.append(self.beta * reward.item())
+                    answer.ended = token == self.tokenizer.eos_token_id
+            yield answers
+            if all(answer.ended for answer in answers):
+                return
+            seen = torch.cat([seen, torch.ones_like(fed)], dim=1)
+
+    def compare(self, prompt: str, first: str, second: str) -> tuple[Answer, Answer, bool]:
+        """Both models' view of a pair, fitted to the token budget as training does.
+
+        Args:
+            prompt: plain text, or a dialogue in HH's form.
+            first: an answer to it.
+            second: another one.
+
+        Returns:
+            The two answers with their rewards, and whether anything had to be cut.
+
+        Raises:
+            UserError: something is empty, or the answers are the same within the budget.
+        """
+        for name, text in (("prompt", prompt), ("answer A", first), ("answer B", second)):
+            if not text.strip():
+                raise UserError(f"the {name} is empty; a pair is a prompt and two answers")
+        # HH's answers start with the space after "Assistant:".
+        row = {"prompt": as_prompt(prompt), "chosen": f" {first.strip()}", "rejected": f" {second.strip()}"}
+        try:
+            pair = {"subset": None, "broken": None, **text_pair(row, self.tokenizer, need_pairs=True)}
+        except BrokenRow as error:
+            raise UserError(f"this pair cannot be read: {error}") from None
+        with quiet(small=True):
+            texts = Dataset.from_list([pair], features=TEXTS)
+            fitted = fit(texts, self.tokenizer, self.max_length, self.max_question_length, workers=1)[0]
+        if fitted["dropped"]:
+            raise UserError(f"nothing to compare within {self.max_length} tokens: {fitted['dropped']}")
+        prompts, both = [fitted["prompt_ids"]] * 2, [fitted["chosen_ids"], fitted["rejected_ids"]]
+        scored = zip(*(token_logps(model, prompts, both) for model in (self.policy, self.ref)), strict=True)
+        answers = [
+            Answer(ids, (self.beta * (policy - ref)).tolist(), ids[-1] == self.tokenizer.eos_token_id)
+            for ids, (policy, ref) in zip(both, scored, strict=True)
+        ]
+        whole = len(prompts[0]) == fitted["prompt_tokens"] and all(answer.ended for answer in answers)
+        return *answers, not whole
+
+
+def as_prompt(text: str) -> str:
+    """A question in plain text as HH writes dialogues; a text in that form already only gets what it lacks."""
+    text = text.strip().encode(errors="replace").decode()  # half of a character cannot be written to a file
+    dialogue = f"\n\n{text}" if HUMAN in f"\n\n{text}" else f"{HUMAN} {text}"
+    return dialogue if dialogue.endswith(ASSISTANT) else dialogue + ASSISTANT
+
+
+def count_votes(path: Path) -> int:
+    """How many votes the file holds; 0 where there is none."""
+    return sum(bool(line.strip()) for line in path.read_bytes().splitlines()) if path.is_file() else 0
+
+
+def save_vote(path: Path, prompt: str, chosen: str, rejected: str) -> int:
+    """Append a preference that `--dataset_name` reads, and count.
+
+    Raises:
+        UserError: the answers cannot be told apart, or the file cannot be written.
+    """
+    if not (chosen.strip() and rejected.strip()):
+        raise UserError("an empty answer cannot be voted on; generate again")
+    if chosen == rejected:
+        raise UserError("the two answers are the same, so there is nothing to prefer; generate again")
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "voted_at": datetime.now(UTC).isoformat()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", buffering=0) as stream:
+            # A line cut by a full disk, or by an editor that ends files without a newline, stays a line of its own.
+            torn = stream.tell() and stream.seek(-1, os.SEEK_END) >= 0 and stream.read(1) != b"\n"
+            stream.write(b"\n" * bool(torn) + json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"the vote could not be written to {path}: {error.strerror}") from None
+    return count_votes(path)

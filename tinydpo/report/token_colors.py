@@ -1,0 +1,44 @@
+"""A sampled answer as HTML, every token on the colour of its implicit reward: where the policy left its reference."""
+
+from collections.abc import Sequence
+from html import escape
+
+from transformers import PreTrainedTokenizerBase
+
+from tinydpo.training.curves import BLUE, ORANGE
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each of n tokens adds to the text: n strings that, joined, are the decoded text, special tokens included.
+
+    A character of several tokens (byte-level BPE) stands in the last of them; the others are empty.
+    """
+    added, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        if end < len(ids):
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character still without its last byte
+        added.append(text[len(shown) :])
+        shown = text if len(text) > len(shown) else shown
+    return added
+
+
+def colored(pieces: Sequence[str], rewards: Sequence[float], scale: float | None = None) -> str:
+    """One `<span>` a token, blue where the policy finds it likelier than the reference and orange where less.
+
+    Args:
+        pieces: n texts, escaped here.
+        rewards: n implicit rewards, β log π/π_ref (DPO, arXiv 2305.18290, section 4); shown on hover.
+        scale: the reward of the strongest colour; by default the largest of these.
+
+    Returns:
+        HTML for any background: only the spans' own is coloured, translucently.
+    """
+    scale = scale or max(map(abs, rewards), default=0.0) or 1.0
+    spans = []
+    for piece, reward in zip(pieces, rewards, strict=True):
+        colour, alpha = BLUE if reward > 0 else ORANGE, round(150 * min(1.0, abs(reward) / scale))
+        spans.append(
+            f'<span class="token" style="background:{colour}{alpha:02x}" title="{reward:+.3f}">{escape(piece)}</span>'
+        )
+    return "".join(spans)

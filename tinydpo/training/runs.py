@@ -1,0 +1,241 @@
+"""A run's folder: begun once, resumed if cut short, refused if its recipe changed, finished when the results are in.
+
+What a folder holds: `run_config.yaml` (every key as it came to run), `data_summary.json`, `environment.json`, the
+checkpoints while training, then model, tokenizer, generation config, `trainer_state.json`, `curves.png`, a model card,
+and last `train_results.json`, which marks it as finished.
+"""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import tempfile
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from tinydpo.errors import Stopped, UserError, rank
+from tinydpo.files import read_json, write_json, write_whole
+
+RUN_CONFIG, SUMMARY, ENVIRONMENT, FINISHED = (
+    "run_config.yaml", "data_summary.json", "environment.json", "train_results.json"
+)  # fmt: skip
+LOCK = ".lock"
+PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tokenizers")
+# Where and how loudly a recipe runs, not what it trains: these may differ between a run and its continuation.
+NOT_THE_RECIPE = {
+    "accelerate_config", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "ddp_timeout", "disable_tqdm", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
+    "hub_strategy", "local_rank", "log_level", "log_level_replica", "output_dir", "per_device_eval_batch_size",
+    "precompute_ref_batch_size", "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name",
+    "save_total_limit", "trackio_space_id",
+}  # fmt: skip
+FOLLOWS_FROM_PAIRS_PER_STEP = {"gradient_accumulation_steps", "per_device_train_batch_size"}
+SECRETS = {"hub_token"}
+
+
+def is_finished(output_dir: str, resolved: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run, finished (then it says so).
+
+    Args:
+        output_dir: the run's folder.
+        resolved: every key of the run with its value.
+
+    Raises:
+        UserError: if the folder cannot be written, is being trained into, or holds a run of another recipe (naming
+            the first key that differs).
+    """
+    from accelerate.utils import broadcast_object_list
+
+    folder = Path(output_dir)
+    if (folder / RUN_CONFIG).exists():
+        _check_same_recipe(folder, resolved)
+    if broadcast_object_list([(folder / FINISHED).exists()])[0]:  # on other machines the folder may be another
+        if not rank():
+            print(f"{folder} holds this run, finished; delete the folder to train again.")
+        return True
+    _check_writable(folder)
+    if folder.exists():
+        with lock(folder):  # refused now, and not after an hour of reference log-probs
+            pass
+    return False
+
+
+def _check_same_recipe(folder: Path, resolved: dict[str, Any]) -> None:
+    before, now = yaml.safe_load((folder / RUN_CONFIG).read_text()) or {}, _plain(resolved)
+    follows = FOLLOWS_FROM_PAIRS_PER_STEP if now.get("pairs_per_step") else set()
+    for key in sorted({*before, *now} - NOT_THE_RECIPE - follows):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{folder} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
+                "pass another --output_dir, or delete the folder"
+            )
+
+
+def _check_writable(folder: Path) -> None:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder}: {nearest} cannot be written to ({error.strerror}); choose another"
+        ) from None
+
+
+def lock(folder: Path) -> AbstractContextManager:
+    """Hold a run's folder while its main process lives; the system lets go of it however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if rank():
+        return nullcontext()
+    try:
+        return FileLock(folder / LOCK, timeout=0).acquire()
+    except Timeout:
+        raise UserError(
+            f"another run is training into {folder}; wait until it is done, end it, or pass another --output_dir"
+        ) from None
+
+
+def _plain(resolved: dict[str, Any]) -> dict[str, Any]:
+    """As YAML can hold it and without secrets; what is unset is left out."""
+    kept = {key: value for key, value in resolved.items() if value not in (None, []) and key not in SECRETS}
+    return json.loads(json.dumps(kept, default=lambda value: getattr(value, "value", str(value)), sort_keys=True))
+
+
+def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Train, or go on from the last whole checkpoint, evaluate, and write everything that a run's folder holds.
+
+    Args:
+        trainer: a TRL trainer, ready.
+        resolved: every key of the run with its value.
+        summary: what fitting did to each split.
+
+    Raises:
+        UserError: the run cannot go on; its last whole checkpoint stays.
+        Stopped: the process was told to stop, and a checkpoint holds what was trained.
+    """
+    from tinydpo.training.checkpoints import to_resume
+    from tinydpo.training.interruptions import StopsWhenDiverged, StopsWhenTold
+    from tinydpo.training.learning_check import LearningCheck
+
+    folder, told = Path(trainer.args.output_dir), StopsWhenTold()
+    for callback in (told, StopsWhenDiverged(), LearningCheck()):
+        trainer.add_callback(callback)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        begin(trainer, folder, resolved, summary)
+        checkpoint = to_resume(trainer)
+        try:
+            results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        except UnpicklingError:
+            raise UserError(
+                f"{checkpoint} holds something else than tensors and numbers, which could run code and is not loaded; "
+                "delete it and run the same command again"
+            ) from None
+        if checkpoint:  # transformers counts what this process trained, and not what those before it did
+            results = {name: value for name, value in results.items() if not name.startswith("train_")}
+        stopped = told.reason and trainer.state.global_step < trainer.state.max_steps
+        if not stopped:
+            finish(trainer, folder, resolved, summary, results)
+    # While waiting, gloo's threads let go of the last tensors; at exit they would wait for Python's lock, which waits
+    # for them, for ever.
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    if stopped:
+        step = trainer.state.global_step
+        raise Stopped(
+            f"stopped by {told.reason} after step {step}; the same command goes on from {folder}/checkpoint-{step}"
+        )
+
+
+def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Write what is known before training; refuse to go on with a run whose data or first weights have changed."""
+    from accelerate.utils import broadcast_object_list
+
+    from tinydpo.models.adapters import base_record
+
+    main, other = trainer.is_world_process_zero(), []
+    base = base_record(resolved) if main else {}
+    if main and any(folder.glob("checkpoint-*")):
+        data, weights = read_json(folder / SUMMARY), read_json(folder / ENVIRONMENT).get("base_sha256")
+        other = [resolved["dataset_name"]] if data and data != summary else []
+        other += [resolved["model_name_or_path"]] if weights and weights != base.get("base_sha256") else []
+    if other := broadcast_object_list([other])[0]:
+        raise UserError(
+            f"{other[0]} has changed since the run in {folder} began; delete that, or pass another --output_dir"
+        )
+    if not main:
+        return
+    write_whole(folder / RUN_CONFIG, yaml.safe_dump(_plain(resolved)))
+    write_json(folder / SUMMARY, summary)
+    write_json(folder / ENVIRONMENT, environment(trainer.args.seed) | base)
+
+
+def finish(
+    trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any], results: dict[str, Any]
+) -> None:
+    """Evaluate, save the model, draw and describe it; the results come last and mark the run as finished."""
+    from tinydpo.training.card import write_card
+    from tinydpo.training.curves import draw_curves
+
+    if trainer.eval_dataset is not None:
+        results |= trainer.evaluate()
+    sample_plainly(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        draw_curves(trainer.state.log_history, folder / "curves.png")
+        write_card(folder, resolved, summary, results)
+        write_json(folder / FINISHED, results)
+        print(f"Done: {folder} holds the model, its card (README.md) and curves.png.")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def sample_plainly(model: Any, tokenizer: Any) -> None:
+    """Have a saved model sample from its own distribution: transformers keeps the 50 likeliest tokens by default."""
+    generation = model.generation_config
+    generation.do_sample, generation.temperature, generation.top_k, generation.top_p = True, 1.0, 0, 1.0
+    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Versions, commit, device and seed of this process."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "seed": seed,
+        "git_commit": commit,
+        "device": device,
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def read_run_config(model: str) -> dict[str, Any]:
+    """Every key of the run that made `model` (its `run_config.yaml`; a checkpoint's run lies one folder up), or {}."""
+    folder = Path(model)
+    for path in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        if (path / RUN_CONFIG).is_file():
+            try:
+                return yaml.safe_load((path / RUN_CONFIG).read_text()) or {}
+            except yaml.YAMLError as error:
+                raise UserError(f"{path / RUN_CONFIG} is not valid YAML: {error}") from None
+    return {}

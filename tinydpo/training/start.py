@@ -1,0 +1,101 @@
+"""How every training begins: what runs is checked and said, a finished run is told, and model and pairs must fit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from datasets import Dataset
+
+from tinydpo.data.pairs import load_pairs
+from tinydpo.data.sources import HOLD_OUT_SEED
+from tinydpo.errors import UserError
+from tinydpo.launching.arguments import DataArguments, RunArguments
+from tinydpo.launching.machine import prepare
+from tinydpo.models.hub import patiently, told_plainly
+from tinydpo.models.pretrained import load_tokenizer
+from tinydpo.training.runs import FINISHED, RUN_CONFIG, is_finished
+
+Trainer = TypeVar("Trainer")
+
+
+class Started(NamedTuple):
+    """What a trainer is made of, besides its model: `test` is None where training does not evaluate.
+
+    `train` and `test` are fitted pairs; `summary` says, by split, what fitting did to them.
+    """
+
+    tokenizer: Any
+    train: Dataset
+    test: Dataset | None
+    summary: dict[str, Any]
+
+
+def start(
+    data: DataArguments,
+    run: RunArguments,
+    training: Any,
+    model: Any,
+    resolved: dict[str, Any],
+    need_pairs: bool = True,
+) -> Started | None:
+    """Everything before the trainer; None, said in one line, where the folder holds this very run, finished.
+
+    Args:
+        data: which pairs.
+        run: how they run.
+        training: transformers' `TrainingArguments`.
+        model: TRL's `ModelConfig`.
+        resolved: every key of the run with its value.
+        need_pairs: whether every row must have a rejected answer; SFT does without.
+
+    Raises:
+        UserError: the machine, the folder, the model or the data are not what the run needs.
+    """
+    prepare(training, model, run.accelerate_config)
+    if is_finished(training.output_dir, resolved):
+        return None
+    name, revision = model.model_name_or_path, model.model_revision
+    tokenizer = load_tokenizer(name, revision, training.trust_remote_code)
+    check_model(name, revision, tokenizer, training.max_length, training.trust_remote_code)
+    splits = load_pairs(data, tokenizer, training.max_length, need_pairs)
+    test = held_out(splits["test"].pairs, run.eval_pairs) if training.eval_strategy != "no" else None
+    return Started(tokenizer, splits["train"].pairs, test, {name: split.summary for name, split in splits.items()})
+
+
+def build(construct: Callable[[], Trainer], model: Any) -> Trainer:
+    """Construct a trainer, which loads the model of TRL's `ModelConfig`; what cannot be loaded, or does not fit
+    together, is one sentence."""
+    try:
+        with told_plainly("model", model.model_name_or_path, model.model_revision, also=()):
+            return patiently(construct)
+    except (ValueError, NotImplementedError, ImportError, TypeError) as error:
+        raise UserError(str(error)) from None
+
+
+def check_model(
+    name: str, revision: str | None, tokenizer: Any, max_length: int, trust_remote_code: bool = False
+) -> None:
+    """Refuse the model of a run that has not finished, sequences longer than a model has positions, or a tokenizer
+    with more tokens than it has embeddings."""
+    from transformers import AutoConfig
+
+    if (Path(name) / RUN_CONFIG).exists() and not (Path(name) / FINISHED).exists():
+        raise UserError(f"{name} holds a run that has not finished; run the command that began it again, it goes on")
+    if (Path(name) / "adapter_config.json").exists():
+        return
+    with told_plainly("model", name, revision):
+        config = patiently(
+            lambda: AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
+        ).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(f"max_length is {max_length}, but model {name} has {positions} positions; lower --max_length")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"model {name} embeds {config.vocab_size} tokens, its tokenizer has {len(tokenizer)}; they do not match"
+        )
+
+
+def held_out(pairs: Dataset, most: int) -> Dataset:
+    """At most `most` rows for evaluation during training, drawn once for all runs."""
+    return pairs if len(pairs) <= most else pairs.shuffle(seed=HOLD_OUT_SEED).select(range(most))
