@@ -23,7 +23,7 @@ from tinydpo.launching.arguments import DataArguments
 from tinydpo.launching.machine import device_and_dtype
 from tinydpo.launching.parsing import parse
 from tinydpo.models.loading import load_model
-from tinydpo.report.material import write_report
+from tinydpo.report.page import write_report
 from tinydpo.report.token_colors import pieces
 
 

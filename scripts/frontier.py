@@ -23,7 +23,7 @@ from tinydpo.files import write_json
 from tinydpo.launching.arguments import DataArguments
 from tinydpo.launching.parsing import parse
 from tinydpo.report import figures
-from tinydpo.report.material import write_report
+from tinydpo.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from tinydpo.errors import one_sentence
-from tinydpo.report.material import write_report
+from tinydpo.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:

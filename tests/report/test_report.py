@@ -19,8 +19,7 @@ from tinydpo.data.notice import CONTENT_NOTICE
 from tinydpo.errors import UserError
 from tinydpo.evaluation.table import headline
 from tinydpo.report import figures
-from tinydpo.report.material import write_report
-from tinydpo.report.page import by_length, by_subset
+from tinydpo.report.page import by_length, by_subset, write_report
 
 VOID = {"meta", "br", "use"}
 RESULTS = {

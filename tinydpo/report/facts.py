@@ -1,14 +1,12 @@
 """How a report's figures were made: seeds, versions, data and settings, in tables."""
 
-from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 
-def provenance(results: dict[str, Any], frontier: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
-    """A table for each run, the evaluation and the frontier, of what it depends on."""
-    parts, settings = [], results.get("settings", {})
+def provenance(results: dict[str, Any], frontier: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, list]:
+    """For each run, the evaluation and the frontier a table, in (name, value) rows, of what it depends on."""
+    settings = results.get("settings", {})
     columns = {title: _run_facts(run) for title, run in runs.items()}
     if settings:
         columns["Evaluation"] = {
@@ -24,14 +22,10 @@ def provenance(results: dict[str, Any], frontier: dict[str, Any], runs: dict[str
     if common := frontier.get("settings"):
         facts = {"prompts": common.get("num_prompts"), "sampling seed": common.get("sample_seed")}
         columns["Frontier"] = facts | {"data": _data(common)}
-    for title, facts in columns.items():
-        rows = [(name, value) for name, value in facts.items() if value not in (None, "")]
-        parts.append(f"<h3>{title}</h3>" + table(rows))
-    parts.append(
-        '<p>DPO: Rafailov et al. 2023, <a href="https://arxiv.org/abs/2305.18290">arXiv 2305.18290</a>. The run '
-        "folders hold every setting (run_config.yaml, eval_results.json).</p>"
-    )
-    return "\n".join(parts)
+    return {
+        title: [(name, value) for name, value in facts.items() if value not in (None, "")]
+        for title, facts in columns.items()
+    }
 
 
 def _run_facts(run: dict[str, Any]) -> dict[str, Any]:
@@ -64,14 +58,3 @@ def public_name(name: str, revision: str | None = None) -> str:
     path = Path(name)
     name = path.name if path.is_absolute() or {"..", "~"} & set(path.parts) else name
     return name + (f" at {revision}" if revision and revision != "main" else "")
-
-
-def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
-    """Rows of cells, escaped; the first cell names its row."""
-    kind = "wide" if head else "facts"
-    top = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>\n" if head else ""
-    body = "\n".join(
-        f"<tr><th>{escape(str(first))}</th>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in rest) + "</tr>"
-        for first, *rest in rows
-    )
-    return f'<div class="scroll"><table class="{kind}">\n{top}{body}\n</table></div>\n'

@@ -7,12 +7,12 @@ in the page's own colours.
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from html import escape
 from io import StringIO
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -202,7 +202,7 @@ def _columns(points: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]
 _SMALL = {"textcoords": "offset points", "fontsize": 7}
 
 
-def svg(figure: Figure, prefix: str, alt: str) -> str:
+def svg(figure: Figure, prefix: str, alt: str) -> Markup:
     """A figure as inline SVG in the page's colours, the same bytes for the same figure.
 
     Args:
@@ -222,7 +222,8 @@ def svg(figure: Figure, prefix: str, alt: str) -> str:
     text = text.replace("stroke: #000000", "stroke: currentColor")
     head, _, body = text.partition(">")
     size = re.search(r'viewBox="[^"]*"', head)[0]
-    return f'<svg class="chart" role="img" aria-label="{escape(alt)}" {size}>{body}'
+    opened = Markup('<svg class="chart" role="img" aria-label="{}" {}>{}')
+    return opened.format(alt, Markup(size), Markup(body))
 
 
 _METADATA = ("Creator", "Date", "Format", "Type")

@@ -1,10 +1,11 @@
 """A sampled answer as HTML, every token on the colour of its implicit reward: where the policy left its reference."""
 
 from collections.abc import Sequence
-from html import escape
 
+from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
+from tinydpo.report.templating import render
 from tinydpo.training.curves import BLUE, ORANGE
 
 
@@ -23,11 +24,11 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     return added
 
 
-def colored(pieces: Sequence[str], rewards: Sequence[float], scale: float | None = None) -> str:
+def colored(pieces: Sequence[str], rewards: Sequence[float], scale: float | None = None) -> Markup:
     """One `<span>` a token, blue where the policy finds it likelier than the reference and orange where less.
 
     Args:
-        pieces: n texts, escaped here.
+        pieces: n texts.
         rewards: n implicit rewards, β log π/π_ref (DPO, arXiv 2305.18290, section 4); shown on hover.
         scale: the reward of the strongest colour; by default the largest of these.
 
@@ -35,10 +36,8 @@ def colored(pieces: Sequence[str], rewards: Sequence[float], scale: float | None
         HTML for any background: only the spans' own is coloured, translucently.
     """
     scale = scale or max(map(abs, rewards), default=0.0) or 1.0
-    spans = []
+    tokens = []
     for piece, reward in zip(pieces, rewards, strict=True):
         colour, alpha = BLUE if reward > 0 else ORANGE, round(150 * min(1.0, abs(reward) / scale))
-        spans.append(
-            f'<span class="token" style="background:{colour}{alpha:02x}" title="{reward:+.3f}">{escape(piece)}</span>'
-        )
-    return "".join(spans)
+        tokens.append({"background": f"{colour}{alpha:02x}", "reward": f"{reward:+.3f}", "text": piece})
+    return render("tokens.html", tokens=tokens)
