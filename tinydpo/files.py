@@ -41,6 +41,13 @@ def read_jsonl(path: Path, *needed: str) -> list[dict[str, Any]]:
     return [_object(f"{path}, line {number}", line, needed) for number, line in enumerate(lines, 1) if line]
 
 
+def public_name(name: str, revision: str | None = None) -> str:
+    """A model's or data set's name for a page that may be passed on: of a local folder only its own name."""
+    path = Path(name)
+    name = path.name if path.is_absolute() or {"..", "~"} & set(path.parts) else name
+    return name + (f" at {revision}" if revision and revision != "main" else "")
+
+
 def damaged(where: Path | str, why: str) -> UserError:
     """The sentence for a file of the project's own that is not as it was written."""
     return UserError(f"{where} is damaged ({why}); run again what wrote it, or delete it")

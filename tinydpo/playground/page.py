@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import gradio as gr
 from tinydpo.errors import UserError
 from tinydpo.evaluation.compared import EvaluateArguments
 from tinydpo.playground.side_by_side import Answer, SideBySide, as_prompt, count_votes, save_vote
+from tinydpo.report.templating import render
 from tinydpo.report.token_colors import colored, pieces
 
 FRAMES_A_SECOND = 10  # more of the page's redrawing than eyes follow would only slow the models down
@@ -26,14 +26,7 @@ LEGEND = (
     "Blue: likelier under the policy than under its reference; orange: less likely. "
     "Hover over a token for its implicit reward, β log(π/π<sub>ref</sub>)."
 )
-CSS = """
-.answer p { white-space: pre-wrap; overflow-wrap: anywhere; min-height: 5em; line-height: 1.7; margin: 1em 0 0.4em }
-.answer h3 { margin: 0 } .answer small { opacity: 0.75 }
-.answer .token { border-radius: 3px; position: relative } .answer .token:hover { outline: 1px solid currentColor }
-.answer .token:hover::after { content: attr(title); position: absolute; left: 0; bottom: 110%; z-index: 1;
-  padding: 0 0.4em; white-space: nowrap; border-radius: 3px;
-  background: var(--body-text-color); color: var(--body-background-fill) }
-"""
+CSS = Path(__file__).with_name("templates") / "page.css"
 
 
 @dataclass
@@ -60,7 +53,7 @@ def serve(app: gr.Blocks, port: int) -> None:
     try:
         app.launch(
             server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, footer_links=[], quiet=True,
-            prevent_thread_lock=True, theme=theme, css=CSS,
+            prevent_thread_lock=True, theme=theme, css_paths=CSS,
         )  # fmt: skip
     except OSError:
         raise UserError(f"port {port} is taken; pass another --port") from None
@@ -81,13 +74,8 @@ def build(models: SideBySide, args: EvaluateArguments, votes: Path, notice: str 
     def panel(name: str, answer: Answer, scale: float, told: bool = True) -> str:
         """One answer as HTML; untold, without anything that gives away which model wrote it."""
         parts = pieces(models.tokenizer, answer.ids)
-        if not told:
-            return f'<h3>{name}</h3><p dir="auto">{escape("".join(parts))}</p>'
-        length = f"{len(answer.ids)} token{'s' * (len(answer.ids) != 1)}{'' if answer.ended else ', no end token'}"
-        return (
-            f'<h3>{name}</h3><p dir="auto">{colored(parts, answer.rewards, scale)}</p>'
-            f"<small>implicit reward {answer.reward:+.2f} · {length}</small>"
-        )
+        text = colored(parts, answer.rewards, scale) if told else "".join(parts)
+        return str(render("playground/templates/answer.html", name=name, text=text, answer=answer, told=told))
 
     def panels(names: tuple[str, str], answers: tuple[Answer, Answer], told: bool = True) -> list[str]:
         scale = max((abs(reward) for answer in answers for reward in answer.rewards), default=0.0)

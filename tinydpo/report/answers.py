@@ -56,7 +56,9 @@ def _article(number: int, sample: dict[str, Any], scale: float) -> Markup:
         facts = [f"reward {sample[f'reward_{role}']:.2f}"] if f"reward_{role}" in sample else []
         facts += ["cut off"] if sample.get(f"ended_{role}") is False else []
         columns.append({"title": title, "facts": ", ".join(facts), "text": text, "more": more})
-    return render("article.html", number=number, prompt=_text(sample["prompt"], tail=True), answers=columns)
+    return render(
+        "report/templates/article.html", number=number, prompt=_text(sample["prompt"], tail=True), answers=columns
+    )
 
 
 def _text(text: str, tail: bool = False) -> Text:

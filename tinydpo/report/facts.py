@@ -1,7 +1,8 @@
 """How a report's figures were made: seeds, versions, data and settings, in tables."""
 
-from pathlib import Path
 from typing import Any
+
+from tinydpo.files import public_name
 
 
 def provenance(results: dict[str, Any], frontier: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, list]:
@@ -51,10 +52,3 @@ def _run_facts(run: dict[str, Any]) -> dict[str, Any]:
 def _data(settings: dict[str, Any]) -> str:
     name = public_name(settings.get("dataset_name") or "", settings.get("dataset_revision"))
     return " ".join(filter(None, (name, settings.get("dataset_data_dir"))))
-
-
-def public_name(name: str, revision: str | None = None) -> str:
-    """A model's or data set's name for a page that may be passed on: of a local folder only its own name."""
-    path = Path(name)
-    name = path.name if path.is_absolute() or {"..", "~"} & set(path.parts) else name
-    return name + (f" at {revision}" if revision and revision != "main" else "")

@@ -9,10 +9,10 @@ from markupsafe import Markup
 
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.evaluation.table import Estimate, Row, headline
-from tinydpo.files import write_whole
+from tinydpo.files import public_name, write_whole
 from tinydpo.report import figures
 from tinydpo.report.answers import answers
-from tinydpo.report.facts import provenance, public_name
+from tinydpo.report.facts import provenance
 from tinydpo.report.figures import Group, svg
 from tinydpo.report.material import Material, gather
 from tinydpo.report.templating import render
@@ -69,7 +69,7 @@ def page(material: Material) -> str:
         "provenance": provenance(material.results, material.frontier, material.runs),
     }
     return render(
-        "page.html",
+        "report/templates/page.html",
         name=material.name,
         policy=settings and public_name(settings["model_name_or_path"]),
         reference=settings and public_name(settings["ref_model_name_or_path"]),

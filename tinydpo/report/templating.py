@@ -7,11 +7,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 _TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined,
+    loader=FileSystemLoader(Path(__file__).parent.parent), autoescape=True, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A file of `templates/`, filled in; what it returns is HTML and is not escaped again."""
+    """A template, by its path inside `tinydpo/`, filled in; what it returns is HTML and is not escaped again."""
     return Markup(_TEMPLATES.get_template(template).render(values))

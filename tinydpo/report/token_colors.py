@@ -40,4 +40,4 @@ def colored(pieces: Sequence[str], rewards: Sequence[float], scale: float | None
     for piece, reward in zip(pieces, rewards, strict=True):
         colour, alpha = BLUE if reward > 0 else ORANGE, round(150 * min(1.0, abs(reward) / scale))
         tokens.append({"background": f"{colour}{alpha:02x}", "reward": f"{reward:+.3f}", "text": piece})
-    return render("tokens.html", tokens=tokens)
+    return render("report/templates/tokens.html", tokens=tokens)
