@@ -95,7 +95,7 @@ test-all: .venv/judge .venv/playground .venv/browser .venv/deepspeed ## Run the 
 lint: install ## Check format, style and the order of the rooms
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
-	.venv/bin/lint-imports
+	.venv/bin/lint-imports --no-cache
 	.venv/bin/shellcheck .ci/run accelerate_configs/slurm.sbatch
 
 clean: ## Delete runs/ and .venv

@@ -1,12 +1,11 @@
 """What the benchmarks run on: pairs (the quickstart's, where none are given) and models with random weights."""
 
-import json
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from tinydpo.data.embedded_task import build_base_model, write_dialogues
+from tinydpo.data.embedded_task import write_task
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
 from tinydpo.models.hub import patiently, told_plainly
@@ -24,9 +23,7 @@ def tokenizer_and_data(data: DataArguments, name: str | None, model: str, folder
     """The tokenizer `name`, or the model's; without a dataset the quickstart's of both, written to `folder`."""
     logging.disable_progress_bar()  # writing shards: bars of a blink
     if data.dataset_name is None:
-        write_dialogues(folder / "data", seed=0)
-        rows = [json.loads(line) for line in (folder / "data/train.jsonl").read_text().splitlines()]
-        build_base_model(folder / "base", rows, seed=0)
+        write_task(folder / "data", folder / "base", seed=0)
         data.dataset_name, name = str(folder / "data"), str(folder / "base")
     if name is None and model in SHAPES:
         raise UserError(f"--tokenizer_name is missing: {model} is a shape only; pass a tokenizer's folder or Hub id")

@@ -3,7 +3,7 @@
     python scripts/quickstart.py --seed 1 --output_dir runs/quickstart-seed1
 
 `make quickstart` runs the same with seed 0. The stages are the real scripts, their commands are printed, and
-`tinydpo/embedded_task.py` says what the task and its gold reward are.
+`tinydpo/data/embedded_task.py` says what the task and its gold reward are.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import disable_progress_bars
 
-from tinydpo.data.embedded_task import build_base_model, write_dialogues
+from tinydpo.data.embedded_task import write_task
 from tinydpo.errors import one_sentence
 
 RECIPE = "recipes/quickstart"
@@ -36,9 +36,7 @@ def main() -> None:
     data, base, sft, dpo = (runs / name for name in ("data", "base", "sft", "dpo"))
 
     print(f"Writing dialogues to {data} and an untrained GPT-2 to {base} (seed {seed}).")
-    write_dialogues(data, seed)
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    build_base_model(base, rows, seed)
+    write_task(data, base, seed)
 
     stage("sft", "sft", model_name_or_path=base, dataset_name=data, output_dir=sft, seed=seed)
     stage("dpo", "dpo", model_name_or_path=sft, dataset_name=data, output_dir=dpo, seed=seed)

@@ -1,7 +1,6 @@
 """What all tests share. The environment comes first: `datasets` and `huggingface_hub` read theirs when imported."""
 
 import atexit
-import json
 import os
 import shutil
 import tempfile
@@ -41,12 +40,10 @@ def gpt2_tokenizer(shared: Path) -> Any:
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded task, small: `data/train.jsonl` (96 pairs), `data/test.jsonl` (32), `base/` (model, tokenizer)."""
-    from tinydpo.data.embedded_task import build_base_model, write_dialogues
+    from tinydpo.data.embedded_task import write_task
 
     folder = tmp_path_factory.mktemp("task")
-    write_dialogues(folder / "data", seed=0, train_pairs=96, test_pairs=32)
-    rows = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    build_base_model(folder / "base", rows, seed=0)
+    write_task(folder / "data", folder / "base", seed=0, train_pairs=96, test_pairs=32)
     return folder
 
 

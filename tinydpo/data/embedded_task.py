@@ -246,3 +246,10 @@ def build_base_model(folder: Path, rows: Iterable[dict[str, str]], seed: int) ->
     ends = {f"{role}_token_id": tokenizer.eos_token_id for role in ("bos", "eos", "pad")}
     config = GPT2Config(**shape, **ends, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def write_task(data: Path, base: Path, seed: int, **sizes: int) -> None:
+    """Dialogues in `data` (`sizes` as of `write_dialogues`), and the model built of their training rows in `base`."""
+    write_dialogues(data, seed, **sizes)
+    rows = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    build_base_model(base, map(json.loads, rows), seed)

@@ -10,7 +10,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import row_length_for
+from tinydpo.launching.arguments import RowArguments, row_length_for
 from tinydpo.models.pretrained import differing_tokens, load_tokenizer
 from tinydpo.training.runs import read_run_config
 
@@ -70,7 +70,7 @@ class ComparedModels:
 
 
 @dataclass
-class EvaluateArguments(ComparedModels):
+class EvaluateArguments(ComparedModels, RowArguments):
     """How to compare them."""
 
     beta: float | None = field(
@@ -79,17 +79,6 @@ class EvaluateArguments(ComparedModels):
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits when sampling."})
     top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens only; 0: from all."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this mass; 1: from all."})
-    shared_prefix: bool = field(
-        default=True,
-        metadata={
-            "help": "Score each pair's prompt once, in rows without padding; same results to rounding. false: padded, "
-            "for models whose attention does not allow it."
-        },
-    )
-    row_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens in such a row; by default 512, or twice --max_length if that is more."},
-    )
 
     def __post_init__(self):
         """Take β too from the policy's run, and refuse what cannot be measured (ValueError)."""

@@ -1,7 +1,6 @@
 """Points of the reward–KL frontier: what a checkpoint earns and how far it has gone, and best of N beside it."""
 
 import gc
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from tinydpo.evaluation.frontier import CURVES, SHUFFLED, FrontierArguments, Run
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
 from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, load_rewards, rewards
 from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
-from tinydpo.files import write_json
+from tinydpo.files import read_json, write_json
 from tinydpo.launching.arguments import DataArguments, row_length_for
 from tinydpo.launching.machine import device_and_dtype
 from tinydpo.models.loading import load_model
@@ -102,7 +101,7 @@ def measure_for(
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Refuse to add to a `frontier.json` whose points were measured under other settings (UserError)."""
-    before = json.loads(path.read_text())["settings"] if path.exists() else settings
+    before = read_json(path, "settings").get("settings", settings)
     for key in sorted({*settings, *before}):
         if before.get(key) != settings.get(key):
             raise UserError(f"{path} was measured with another {key}; pass another --output_dir, or delete its folder")
@@ -110,7 +109,7 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def finished(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Points of the runs in `folder` that are done, by the run's name."""
-    runs = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/points.json"))}
+    runs = {path.parent.name: read_json(path, "points", "done") for path in sorted(folder.glob("*/points.json"))}
     return {name: run["points"] for name, run in runs.items() if run["done"]}
 
 
@@ -131,7 +130,7 @@ def points_of(run: Run, folder: Path, train: Callable[[Run], None], measure: Mea
         measure: see `Measure`.
     """
     path = folder / "points.json"
-    saved = json.loads(path.read_text()) if path.exists() else {"points": [], "done": False}
+    saved = read_json(path, "points", "done") or {"points": [], "done": False}
     train(run)
     measured = {point["step"] for point in saved["points"]}
     steps = sorted(int(checkpoint.name.split("-")[1]) for checkpoint in folder.glob("checkpoint-*"))

@@ -62,7 +62,27 @@ class DataArguments:
 
 
 @dataclass
-class RunArguments:
+class RowArguments:
+    """How pairs lie in the rows that a model computes."""
+
+    shared_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute each pair's prompt once, in rows without padding; same results to rounding. false: the "
+            "plain padded forward, for models whose attention does not allow it."
+        },
+    )
+    row_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens in such a row. Longer: less padding, but attention over more that the mask hides. By "
+            "default 512, or twice --max_length if that is more."
+        },
+    )
+
+
+@dataclass
+class RunArguments(RowArguments):
     """How the same recipe runs on any number of devices."""
 
     pairs_per_step: int | None = field(
@@ -74,20 +94,6 @@ class RunArguments:
     )
     eval_pairs: int = field(
         default=512, metadata={"help": "Held-out pairs, drawn once at random, that evaluation during training uses."}
-    )
-    shared_prefix: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute each pair's prompt once, in rows without padding; same results to rounding. false: TRL's "
-            "own padded forward, for models whose attention does not allow it."
-        },
-    )
-    row_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most tokens in such a row. Longer: less padding, but attention over more that the mask hides. By "
-            "default 512, or twice --max_length if that is more."
-        },
     )
     accelerate_config: str | None = field(
         default=None,
