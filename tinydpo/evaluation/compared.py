@@ -70,7 +70,7 @@ class ComparedModels:
 
 
 @dataclass
-class EvaluateArguments(ComparedModels, RowArguments):
+class EvaluateArguments(RowArguments, ComparedModels):
     """How to compare them."""
 
     beta: float | None = field(
