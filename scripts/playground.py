@@ -18,7 +18,7 @@ from tinydpo.launching.machine import device_and_dtype
 from tinydpo.launching.parsing import parse
 from tinydpo.models.loading import load_model
 from tinydpo.playground.side_by_side import SideBySide
-from tinydpo.training.runs import check_model
+from tinydpo.training.start import check_model
 
 
 def main(argv: list[str] | None = None) -> None:
