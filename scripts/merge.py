@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.model_name_or_path} is no adapter: there is no {adapters.CONFIG} in it")
     model, tokenizer = adapters.merged(adapter, args.base_model_name_or_path), load_tokenizer(str(adapter))
 
-    from tinydpo.training.runs import FINISHED, RUN_CONFIG, read_run_config, sample_plainly
+    from tinydpo.files import RUN_CONFIG, read_run_config
+    from tinydpo.training.runs import FINISHED, sample_plainly
 
     sample_plainly(model, tokenizer)
     output, run = Path(args.output_dir), read_run_config(str(adapter))

@@ -5,7 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tinydpo.errors import UserError
+
+RUN_CONFIG = "run_config.yaml"  # in a run's folder: every key of it as it came to run
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -39,6 +43,18 @@ def read_jsonl(path: Path, *needed: str) -> list[dict[str, Any]]:
         return []
     lines = _text(path).split("\n")  # not splitlines, which also cuts at other characters of a text
     return [_object(f"{path}, line {number}", line, needed) for number, line in enumerate(lines, 1) if line]
+
+
+def read_run_config(model: str) -> dict[str, Any]:
+    """Every key of the run that made `model` (its `run_config.yaml`; a checkpoint's run lies one folder up), or {}."""
+    folder = Path(model)
+    for path in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        if (path / RUN_CONFIG).is_file():
+            try:
+                return yaml.safe_load((path / RUN_CONFIG).read_text()) or {}
+            except yaml.YAMLError as error:
+                raise UserError(f"{path / RUN_CONFIG} is not valid YAML: {error}") from None
+    return {}
 
 
 def public_name(name: str, revision: str | None = None) -> str:

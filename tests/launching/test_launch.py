@@ -37,6 +37,7 @@ def no_launcher(monkeypatch):
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def running(processes: int = 1, kind: str = "NO", **given: object) -> SimpleName
     """Training arguments of a run that started."""
     state = SimpleNamespace(num_processes=processes, distributed_type=SimpleNamespace(value=kind))
     args = {"use_cpu": True, "bf16": False, "fp16": False, "device": torch.device("cpu"), "process_index": 0}
-    args |= {"save_only_model": False, "hub_token": None}
+    args |= {"save_only_model": False, "hub_token": None, "tf32": None}
     batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
     return SimpleNamespace(distributed_state=state, **{**args, **batch, **given})
 
@@ -97,6 +98,28 @@ def test_a_gpu_computes_in_bf16_from_capability_8_on(gpu, capability: int, bf16:
     gpu(capability)
     got = filled()
     assert (got.use_cpu, got.bf16, got.fp16) == (False, bf16, False)
+
+
+def test_a_cpu_computes_in_bf16_where_it_has_amx(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert filled().bf16 is True, "a CPU with AMX computes 7 times slower than it could"
+    assert filled(bf16=False).bf16 is False, "--bf16 false does not give float32"
+    assert machine.device_and_dtype("auto") == ("cpu", torch.bfloat16), "evaluation computes otherwise than training"
+    assert "bfloat16," in machine.check(running(bf16=True), None), "the line calls a fast precision slow"
+
+
+def test_bf16_asked_for_on_a_cpu_without_it_is_told_to_be_slow():
+    assert "bfloat16 (slow on this CPU; --bf16 false is faster)" in machine.check(running(bf16=True), None)
+
+
+def test_a_run_goes_on_in_the_precision_it_began_in(tmp_path: Path, monkeypatch):
+    """Begun where bf16 is fast, and taken up where it is not; and the other way round."""
+    (tmp_path / "run_config.yaml").write_text("bf16: true\nfp16: false\n")
+    assert filled(output_dir=str(tmp_path)).bf16 is True, "a run goes on in another precision, and by itself"
+    assert filled(output_dir=str(tmp_path), bf16=False).bf16 is False, "what the user sets is not what is compared"
+    (tmp_path / "run_config.yaml").write_text("bf16: false\nfp16: false\n")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert filled(output_dir=str(tmp_path)).bf16 is False, "a run goes on in another precision, and by itself"
 
 
 def test_what_the_user_set_stays(gpu):

@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tinydpo.engine.check import check_model, check_same, full_row, or_refuse
+from tinydpo.engine.check import check_model, check_same, full_row, short_dtype
 from tinydpo.engine.packing import Tree, additive_mask, pack
+from tinydpo.models.precision import exactly
 
 # Positions whose softmax is taken at once: 64 rows of GPT-2's vocabulary stay in a CPU's cache (2,048 rows take 0.17 s
 # on one core, against 0.48 s by 1,024 at once), and the float32 copy of bfloat16 logits stays small.
@@ -55,8 +56,8 @@ def token_logps(
         row_length: the most tokens in a packed row; None: padded sequences, for models that cannot take such rows.
 
     Returns:
-        n float64 arrays, the i-th of shape (len(completions[i]),), in the order given. The softmax is taken
-        in float32 whatever the model's dtype.
+        n float64 arrays, the i-th of shape (len(completions[i]),), in the order given. Head and softmax are computed
+        in float32, whatever the blocks compute in (`models.precision`).
 
     Raises:
         ValueError: an empty prompt or completion.
@@ -105,8 +106,13 @@ def _tree_logps(
         check_model(model, row_length)
         probe = full_row([trees[i] for i in order[:64]], row_length)
         one_row = [list(range(len(probe)))]
-        together = or_refuse(lambda: _batch_logps(model, probe, row_length, one_row), model)
-        check_same(torch.cat(together), torch.cat(_batch_logps(model, probe, None)), model, model.dtype)
+        with exactly(model):
+            check_same(
+                model,
+                lambda: torch.cat(_batch_logps(model, probe, row_length, one_row)),
+                lambda: torch.cat(_batch_logps(model, probe, None)),
+                short_dtype(model) or torch.float32,
+            )
     result: list[list[np.ndarray]] = [[] for _ in trees]
     step = max(1, batch_size // len(trees[0][1])) if trees else 1
     for start in tqdm(range(0, len(order), step), desc=desc, leave=False, disable=None):
@@ -129,7 +135,7 @@ def _batch_logps(
     if row_length is None:
         inputs = {"attention_mask": (packed["segment_ids"] >= 0).long()}
     else:
-        mask = additive_mask(packed["segment_ids"], packed["prefix_ids"], model.dtype)
+        mask = additive_mask(packed["segment_ids"], packed["prefix_ids"], getattr(model, "compute_dtype", model.dtype))
         inputs = {"attention_mask": mask, "position_ids": packed["position_ids"]}
     keep = torch.zeros_like(packed["input_ids"], dtype=torch.bool).flatten()
     keep[packed["predicts"]] = True  # a prompt's last token predicts the first of each completion

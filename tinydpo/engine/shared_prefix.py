@@ -16,15 +16,16 @@ from typing import Any
 import torch
 import trl.trainer.utils
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.activations import GELUTanh, NewGELUActivation
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from tinydpo.engine.check import INSTEAD, check_model, check_same, full_row, or_refuse
+from tinydpo.engine.check import INSTEAD, check_model, check_same, full_row, short_dtype
 from tinydpo.engine.packing import Tree, additive_mask, pack
 from tinydpo.engine.trainers import FittedDPOTrainer, FittedSFTTrainer
 from tinydpo.errors import UserError
+from tinydpo.models.precision import exactly
 
 # Vocabulary columns that TRL's LM head projects at once on a CPU: its own 32,768 do not stay in the cache (forward and
 # backward of 664 positions over GPT-2's vocabulary took 3.5 s, with 1,024 1.6 s, on two cores).
@@ -109,11 +110,15 @@ class PackedTrainer:
         labels = batch["labels"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
         plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
         plain |= {"labels": labels, "fused_lm_head": True, "use_cache": False}
-        with self.accelerator.autocast():
-            alone = model(**plain).log_probs
-            together = or_refuse(lambda: model(**plain, packed=batch["packed"]).log_probs, lm)
-            dtype = _compute_dtype(lm)
-        check_same(together[labels[:, 1:] != -100], alone[labels[:, 1:] != -100], lm, dtype)
+        split = self.is_fsdp_enabled or self.is_deepspeed_enabled  # in their own precision, whatever is asked here
+        dtype = short_dtype(lm) or (_compute_dtype(self.args) if split else torch.float32)
+        with exactly(lm) if dtype == torch.float32 else self.accelerator.autocast():
+            check_same(
+                lm,
+                lambda: model(**plain, packed=batch["packed"]).log_probs[labels[:, 1:] != -100],
+                lambda: model(**plain).log_probs[labels[:, 1:] != -100],
+                dtype,
+            )
 
 
 class SharedPrefixDPOTrainer(PackedTrainer, FittedDPOTrainer):
@@ -204,7 +209,7 @@ def _packed_forward(
         output = fused_forward(
             input_ids=packed["input_ids"],
             position_ids=packed["position_ids"],
-            attention_mask=additive_mask(packed["segment_ids"], packed["prefix_ids"], _compute_dtype(model)),
+            attention_mask=additive_mask(packed["segment_ids"], packed["prefix_ids"], _mask_dtype(model)),
             shift_labels=packed["targets"][None],  # as labels[:, 1:][answers], without waiting for a GPU
             fused_lm_head=True,
             **kwargs,
@@ -227,7 +232,11 @@ def _tile(columns: int | None) -> Iterator[None]:
         trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
 
 
-def _compute_dtype(model: PreTrainedModel) -> torch.dtype:
+def _compute_dtype(args: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def _mask_dtype(model: PreTrainedModel) -> torch.dtype:
     device = model.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 

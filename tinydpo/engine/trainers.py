@@ -1,22 +1,43 @@
 """TRL's trainers on fitted pairs: losses, metrics, PEFT, checkpoints and logging stay TRL's."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer, SFTTrainer
-from trl.trainer.utils import disable_dropout_in_model
+from trl.trainer import dpo_trainer, sft_trainer
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from tinydpo.data.pairs import LARGE
 from tinydpo.data.sources import quiet
 from tinydpo.engine.reference_cache import hash_split, on_every_machine
 from tinydpo.training.checkpoints import WholeCheckpoints
 
+HEAD = "float32"  # part of the name of cached reference log-probs: earlier ones were rounded to the blocks' dtype
 
-class FittedDPOTrainer(WholeCheckpoints, DPOTrainer):
+
+class Float32Head:
+    """For a TRL trainer: its fused LM head computes in float32, outside autocast, for policy and reference alike.
+
+    TRL has it round logits to the blocks' dtype; `models.precision` says what that does to pretrained models.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """TRL's own arguments."""
+        fuse = partial(add_fused_lm_head, cast_lm_head_to_fp32=True)
+        with (
+            patch.object(dpo_trainer, "add_fused_lm_head", fuse),
+            patch.object(sft_trainer, "add_fused_lm_head", fuse),
+        ):
+            super().__init__(*args, **kwargs)
+
+
+class FittedDPOTrainer(WholeCheckpoints, Float32Head, DPOTrainer):
     """`DPOTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
 
     TRL tokenizes from text and cuts after the first `max_length` tokens, which takes the signal from a third of HH's
@@ -33,7 +54,7 @@ class FittedDPOTrainer(WholeCheckpoints, DPOTrainer):
         weights = self._precompute_model_hash
         args = self.args
         precision = (args.bf16, args.fp16, args.tf32, self.model.config._attn_implementation)
-        self._precompute_model_hash = Hasher.hash((weights, self.ld_alpha, precision, type(self).__name__))
+        self._precompute_model_hash = Hasher.hash((weights, self.ld_alpha, precision, type(self).__name__, HEAD))
         key = broadcast_object_list([Hasher.hash((dataset._fingerprint, self._precompute_model_hash))])[0]
         cached = Path(dataset._get_cache_file_path(key))
         try:
@@ -43,7 +64,7 @@ class FittedDPOTrainer(WholeCheckpoints, DPOTrainer):
             self._precompute_model_hash = weights
 
 
-class FittedSFTTrainer(WholeCheckpoints, SFTTrainer):
+class FittedSFTTrainer(WholeCheckpoints, Float32Head, SFTTrainer):
     """`SFTTrainer` without dropout, for which `SFTConfig`, unlike `DPOConfig`, has no option.
 
     With it 1 and 2 processes, which draw other masks, would not agree.

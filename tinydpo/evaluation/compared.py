@@ -10,9 +10,9 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from tinydpo.errors import UserError
+from tinydpo.files import read_run_config
 from tinydpo.launching.arguments import RowArguments, row_length_for
 from tinydpo.models.pretrained import differing_tokens, load_tokenizer
-from tinydpo.training.runs import read_run_config
 
 
 @dataclass
@@ -40,7 +40,8 @@ class ComparedModels:
     batch_size: int = field(default=32, metadata={"help": "Sequences in one forward pass: memory against speed."})
     seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "auto: bfloat16 on GPUs that compute in it, else float32."}
+        default="auto",
+        metadata={"help": "What blocks compute in; auto: bfloat16 where GPU or CPU (AMX) has it, else float32."},
     )
 
     def __post_init__(self):

@@ -47,14 +47,14 @@ class Measure:
         scores = rewards(self.functions, self.texts["prompt"][:], self.texts["chosen"][:])
         known = {
             "reference's weights": hash_module(self.ref),
-            "dtype or device": (self.ref.dtype, self.ref.device.type),
+            "dtype or device": (self.ref.compute_dtype, self.ref.device.type),
         }
         known |= {"set of prompts": self.prompts, "reward": scores.tolist()}
         return {name: Hasher.hash(value) for name, value in known.items()}
 
     def policy(self, name: str) -> dict[str, float]:
         """KL from the reference (nats an answer) and reward of the policy `name`, each with its standard error."""
-        model = load_model(name, dtype=self.ref.dtype, device=self.ref.device)
+        model = load_model(name, dtype=self.ref.compute_dtype, device=self.ref.device)
         ids, scores = self._answers(model, 1)
         logps = [token_logps(m, self.prompts, ids, self.batch_size, "KL", self.row_length) for m in (model, self.ref)]
         kl = kl_metrics(*logps)

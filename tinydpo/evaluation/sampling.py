@@ -102,7 +102,7 @@ def cached_answers(
 
     The answers lie in the cache folder of `datasets`, beside the reference's log-probs.
     """
-    kind = (hash_module(model), str(model.dtype), model.device.type, tokenizer.eos_token_id)
+    kind = (hash_module(model), str(model.compute_dtype), model.device.type, tokenizer.eos_token_id)
     key = Hasher.hash((kind, prompts, max_new_tokens, sorted(settings.items())))
     path = Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers" / f"{key}.json"
     try:

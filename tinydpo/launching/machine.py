@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tinydpo.errors import UserError
+from tinydpo.files import read_run_config
+from tinydpo.models.precision import fast_bf16
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by accelerate's names
 
@@ -29,12 +31,13 @@ def fill(namespace: Namespace) -> None:
     gpu = torch.accelerator.is_available() and not cpu
     namespace.use_cpu = not gpu
     if namespace.bf16 is None:
-        precision = _precision(asked)
+        precision, begun = _precision(asked), read_run_config(getattr(namespace, "output_dir", None) or "")
         if precision in DTYPES and gpu and not namespace.fp16:
             namespace.bf16, namespace.fp16 = precision == "bf16", precision == "fp16"
+        elif "bf16" in begun and not namespace.fp16:  # a run goes on as it began, on whatever machine
+            namespace.bf16, namespace.fp16 = begun["bf16"], begun.get("fp16", False)
         else:
-            capable = gpu and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-            namespace.bf16 = bool(capable and not namespace.fp16)
+            namespace.bf16 = not namespace.fp16 and fast_bf16("cuda" if gpu else "cpu")
     if namespace.pairs_per_step is not None:
         _split_batch(namespace, int(os.environ.get("WORLD_SIZE", 1)))
 
@@ -134,10 +137,13 @@ def check(training_args: Any, accelerate_config: str | None) -> str:
             "accelerate file, or ask for the same with --bf16 true or --fp16 true"
         )
     kind = _sharding() or getattr(state.distributed_type, "value", state.distributed_type)
+    slow = ""
+    if training_args.use_cpu and dtype != "float32" and not fast_bf16("cpu"):
+        slow = " (slow on this CPU; --bf16 false is faster)"
     plural = "es" if state.num_processes > 1 else ""
     batch, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
     return (
-        f"{state.num_processes} process{plural} ({kind}) on {training_args.device.type}, {dtype}, "
+        f"{state.num_processes} process{plural} ({kind}) on {training_args.device.type}, {dtype}{slow}, "
         f"{state.num_processes * batch * accumulation} pairs per step ({batch} at a time x {accumulation})"
     )
 
@@ -200,6 +206,9 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
         print(line, flush=True)
     if training_args.use_cpu and torch.distributed.is_initialized():
         _set_pg_timeout(training_args.ddp_timeout_delta)  # transformers hands it to GPUs' processes only
+    # Of what a run in half precision computes, only the LM head multiplies in float32.
+    short = "medium" if training_args.bf16 or training_args.fp16 else "high" if training_args.tf32 else "highest"
+    torch.set_float32_matmul_precision(short)
     if training_args.n_gpu > 1:
         training_args._n_gpu = 1  # else one process takes all GPUs (nn.DataParallel), each with a batch of its own
     training_args.model_init_kwargs = {
@@ -212,12 +221,14 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
 
 
 def device_and_dtype(dtype: str) -> tuple[str, Any]:
-    """The first GPU, else the CPU, and what to compute in there ("auto", "float32" or "bfloat16")."""
+    """Where evaluation runs, the first GPU or else the CPU, and what its blocks compute in.
+
+    Args:
+        dtype: "float32", "bfloat16", or "auto" for what training would take there.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        # Before capability 8 bfloat16 is emulated, and on CPUs without AMX float32 is the faster one.
-        fast = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-        return device, torch.bfloat16 if fast else torch.float32
+        dtype = "bfloat16" if fast_bf16(device) else "float32"
     return device, getattr(torch, dtype)

@@ -3,23 +3,27 @@
 from typing import Any
 
 from tinydpo.models import adapters
+from tinydpo.models.precision import compute_in
 from tinydpo.models.pretrained import load_as
 
 
 def load_model(name: str, revision: str | None = None, dtype: Any = None, device: Any = None) -> Any:
-    """Load a causal language model, or a LoRA adapter merged into its base, in eval mode.
+    """Load a causal language model, or a LoRA adapter merged into its base, in eval mode, its weights in float32.
 
     Args:
         name: Hub id or local folder.
         revision: commit, tag or branch on the Hub.
-        dtype: torch dtype of the weights, float32 by default.
+        dtype: torch dtype that its blocks compute in, float32 by default; the LM head computes in float32.
         device: torch device, the CPU by default.
 
     Raises:
         UserError: if it cannot be loaded.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     if adapter := adapters.find(name, revision):
-        return adapters.merged(adapter).to(dtype=dtype, device=device)
-    return load_as(AutoModelForCausalLM, name, revision, dtype, device)[0]
+        model = adapters.merged(adapter).to(device=device)
+    else:
+        model, _ = load_as(AutoModelForCausalLM, name, revision, device=device)
+    return compute_in(model, dtype or torch.float32)

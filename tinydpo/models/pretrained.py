@@ -38,16 +38,13 @@ def differing_tokens(one: Any, other: Any) -> list[str]:
     return sorted({token for token, _ in one.get_vocab().items() ^ other.get_vocab().items()})
 
 
-def load_as(
-    architecture: Any, name: str, revision: str | None, dtype: Any = None, device: Any = None
-) -> tuple[Any, dict[str, Any]]:
-    """Load a model in eval mode, and transformers' report of missing and unexpected weights.
+def load_as(architecture: Any, name: str, revision: str | None, device: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Load a model in float32 and eval mode, and transformers' report of missing and unexpected weights.
 
     Args:
         architecture: an auto class of transformers.
         name: Hub id or local folder.
         revision: commit, tag or branch on the Hub.
-        dtype: torch dtype of the weights, float32 by default.
         device: torch device, the CPU by default.
 
     Raises:
@@ -60,7 +57,7 @@ def load_as(
     with told_plainly("model", name, revision):
         model, loading = patiently(
             lambda: architecture.from_pretrained(
-                name, revision=revision or "main", dtype=dtype or torch.float32, use_safetensors=True,
+                name, revision=revision or "main", dtype=torch.float32, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True,
             )
         )  # fmt: skip

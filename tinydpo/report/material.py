@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation.table import headline
-from tinydpo.files import damaged, read_json, read_jsonl
-from tinydpo.training.runs import read_run_config
+from tinydpo.files import damaged, read_json, read_jsonl, read_run_config
 
 
 class Material(NamedTuple):

@@ -19,11 +19,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from tinydpo.errors import Stopped, UserError, rank
-from tinydpo.files import read_json, write_json, write_whole
+from tinydpo.files import RUN_CONFIG, read_json, write_json, write_whole
 
-RUN_CONFIG, SUMMARY, ENVIRONMENT, FINISHED = (
-    "run_config.yaml", "data_summary.json", "environment.json", "train_results.json"
-)  # fmt: skip
+SUMMARY, ENVIRONMENT, FINISHED = "data_summary.json", "environment.json", "train_results.json"
 LOCK = ".lock"
 PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tokenizers")
 # Where and how loudly a recipe runs, not what it trains: these may differ between a run and its continuation.
@@ -227,15 +225,3 @@ def environment(seed: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
     }
-
-
-def read_run_config(model: str) -> dict[str, Any]:
-    """Every key of the run that made `model` (its `run_config.yaml`; a checkpoint's run lies one folder up), or {}."""
-    folder = Path(model)
-    for path in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
-        if (path / RUN_CONFIG).is_file():
-            try:
-                return yaml.safe_load((path / RUN_CONFIG).read_text()) or {}
-            except yaml.YAMLError as error:
-                raise UserError(f"{path / RUN_CONFIG} is not valid YAML: {error}") from None
-    return {}

@@ -9,11 +9,12 @@ from datasets import Dataset
 from tinydpo.data.pairs import load_pairs
 from tinydpo.data.sources import HOLD_OUT_SEED
 from tinydpo.errors import UserError
+from tinydpo.files import RUN_CONFIG
 from tinydpo.launching.arguments import DataArguments, RunArguments
 from tinydpo.launching.machine import prepare
 from tinydpo.models.hub import patiently, told_plainly
 from tinydpo.models.pretrained import load_tokenizer
-from tinydpo.training.runs import FINISHED, RUN_CONFIG, is_finished
+from tinydpo.training.runs import FINISHED, is_finished
 
 Trainer = TypeVar("Trainer")
 

@@ -1,0 +1,75 @@
+"""What a device computes fast in, and log-probs that carry float32 from the LM head on, whatever the blocks run in.
+
+A pretrained GPT-2's logits lie many tens below zero, where bfloat16 has steps of a quarter or a half: rounded to them,
+a pair's margin errs by more than DPO moves it. So weights stay float32, blocks may compute in half precision, under
+autocast, and the LM head gives float32, outside of it. Where hardware multiplies short inputs fast and still sums in
+float32 (TF32 on GPUs, bf16 on CPUs with AMX), the head's products use it.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bf16 is in the hardware of a device ("cuda" or "cpu") and pays there.
+
+    Before capability 8 GPUs emulate it. CPUs with AMX multiply in it 7 times as fast as in float32; one with AVX2
+    alone was many times slower, and one with AVX512-BF16 and no AMX was not at hand.
+    """
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cpu._is_amx_tile_supported()
+
+
+def compute_in(model: Any, dtype: Any) -> Any:
+    """Have a causal LM with float32 weights compute its blocks in `dtype` and its head in float32; returns it."""
+    import torch
+
+    model.compute_dtype = dtype
+    if dtype == torch.float32:
+        return model
+    forward, head = model.forward, model.get_output_embeddings()
+    project = head.forward
+
+    def float32_head(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False), products("medium"):
+            return project(hidden.float())
+
+    @functools.wraps(type(model).forward)  # `generate` reads its arguments off the signature
+    def under_autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(model.device.type, dtype, enabled=model.compute_dtype == dtype):
+            return forward(*args, **kwargs)
+
+    model.forward, head.forward = under_autocast, float32_head
+    return model
+
+
+@contextmanager
+def exactly(model: Any) -> Iterator[None]:
+    """Compute in float32, products included, whatever a model was told to compute in."""
+    import torch
+
+    before = getattr(model, "compute_dtype", torch.float32)
+    model.compute_dtype = torch.float32
+    try:
+        with torch.autocast(model.device.type, enabled=False), products("highest"):
+            yield
+    finally:
+        model.compute_dtype = before
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """`torch.set_float32_matmul_precision` for a while: "highest", or "medium" for inputs cut to TF32 or bf16."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
