@@ -22,7 +22,7 @@ from tinydpo.errors import UserError, one_sentence
 from tinydpo.launching.parsing import parse
 
 HH_PAIR = {128: (52, 39, 45), 512: (117, 42, 52)}  # mean tokens of prompt, chosen, rejected: 1,800 fitted pairs
-TILE = 4096 * 32768 * 2  # bytes of the LM head's logits at a time, on a GPU
+TILE = 4096 * 32768 * 4  # bytes of the LM head's logits at a time, on a GPU: float32
 
 
 @dataclass
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         model = AutoModelForCausalLM.from_config(GPT2Config(**SHAPES[name]))
         disable_dropout_in_model(model)
         model.train()
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+        add_fused_lm_head(model, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
         pack_forward(model, 8 * args.max_length)
         parameters = model.num_parameters()
         plain = [saved(model, pairs, args.max_length) for pairs in (1, 3)]

@@ -87,7 +87,8 @@ def measure_for(
     Raises:
         UserError: one of them cannot be loaded, or there is no reward.
     """
-    (device, dtype), max_length = device_and_dtype("auto"), recipe["max_length"]
+    dtype = "float32" if recipe.get("bf16") is False else "auto"  # as the runs compute
+    (device, dtype), max_length = device_and_dtype(dtype), recipe["max_length"]
     functions = load_rewards(reward, device, args.batch_size)
     if not functions:
         raise UserError("a frontier needs a reward: pass --reward_funcs or --reward_model_name_or_path")
