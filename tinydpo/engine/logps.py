@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from tinydpo.engine.check import check_model, check_same, full_row, short_dtype
 from tinydpo.engine.packing import Tree, additive_mask, pack
-from tinydpo.models.precision import exactly
+from tinydpo.models.precision import computes_in, exactly
 
 # Positions whose softmax is taken at once: 64 rows of GPT-2's vocabulary stay in a CPU's cache (2,048 rows take 0.17 s
 # on one core, against 0.48 s by 1,024 at once), and the float32 copy of bfloat16 logits stays small.
@@ -135,7 +135,7 @@ def _batch_logps(
     if row_length is None:
         inputs = {"attention_mask": (packed["segment_ids"] >= 0).long()}
     else:
-        mask = additive_mask(packed["segment_ids"], packed["prefix_ids"], getattr(model, "compute_dtype", model.dtype))
+        mask = additive_mask(packed["segment_ids"], packed["prefix_ids"], computes_in(model))
         inputs = {"attention_mask": mask, "position_ids": packed["position_ids"]}
     keep = torch.zeros_like(packed["input_ids"], dtype=torch.bool).flatten()
     keep[packed["predicts"]] = True  # a prompt's last token predicts the first of each completion

@@ -25,6 +25,7 @@ from tinydpo.files import read_json, write_json
 from tinydpo.launching.arguments import DataArguments, row_length_for
 from tinydpo.launching.machine import device_and_dtype
 from tinydpo.models.loading import load_model
+from tinydpo.models.precision import computes_in
 from tinydpo.models.pretrained import load_tokenizer
 
 
@@ -47,14 +48,14 @@ class Measure:
         scores = rewards(self.functions, self.texts["prompt"][:], self.texts["chosen"][:])
         known = {
             "reference's weights": hash_module(self.ref),
-            "dtype or device": (self.ref.compute_dtype, self.ref.device.type),
+            "dtype or device": (computes_in(self.ref), self.ref.device.type),
         }
         known |= {"set of prompts": self.prompts, "reward": scores.tolist()}
         return {name: Hasher.hash(value) for name, value in known.items()}
 
     def policy(self, name: str) -> dict[str, float]:
         """KL from the reference (nats an answer) and reward of the policy `name`, each with its standard error."""
-        model = load_model(name, dtype=self.ref.compute_dtype, device=self.ref.device)
+        model = load_model(name, dtype=computes_in(self.ref), device=self.ref.device)
         ids, scores = self._answers(model, 1)
         logps = [token_logps(m, self.prompts, ids, self.batch_size, "KL", self.row_length) for m in (model, self.ref)]
         kl = kl_metrics(*logps)

@@ -21,6 +21,7 @@ from trl.trainer.utils import hash_module
 
 from tinydpo.data.fitting import bos_of, tokenize_prompts
 from tinydpo.files import write_json
+from tinydpo.models.precision import computes_in
 
 
 class Answers(NamedTuple):
@@ -102,7 +103,7 @@ def cached_answers(
 
     The answers lie in the cache folder of `datasets`, beside the reference's log-probs.
     """
-    kind = (hash_module(model), str(model.compute_dtype), model.device.type, tokenizer.eos_token_id)
+    kind = (hash_module(model), str(computes_in(model)), model.device.type, tokenizer.eos_token_id)
     key = Hasher.hash((kind, prompts, max_new_tokens, sorted(settings.items())))
     path = Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers" / f"{key}.json"
     try:

@@ -25,6 +25,11 @@ def fast_bf16(device: str) -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+def computes_in(model: Any) -> Any:
+    """The torch dtype that a model's blocks compute in, outside a trainer."""
+    return getattr(model, "compute_dtype", model.dtype)
+
+
 def compute_in(model: Any, dtype: Any) -> Any:
     """Have a causal LM with float32 weights compute its blocks in `dtype` and its head in float32; returns it."""
     import torch
@@ -53,7 +58,7 @@ def exactly(model: Any) -> Iterator[None]:
     """Compute in float32, products included, whatever a model was told to compute in."""
     import torch
 
-    before = getattr(model, "compute_dtype", torch.float32)
+    before = computes_in(model)
     model.compute_dtype = torch.float32
     try:
         with torch.autocast(model.device.type, enabled=False), products("highest"):
