@@ -17,10 +17,9 @@ from datasets import Dataset, disable_progress_bars
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
-from trl import DPOConfig
+from trl import DPOConfig, DPOTrainer
 
 from tinydpo.engine.shared_prefix import SharedPrefixDPOTrainer
-from tinydpo.engine.trainers import FittedDPOTrainer
 
 NAMES = {
     "a": "the earlier script's settings",
@@ -79,8 +78,11 @@ def with_trl(name: str, spec: dict[str, Any], turns: Turns) -> None:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.block.__exit__(None, None, None)
 
-    class Timed(SharedPrefixDPOTrainer if name == "d" else FittedDPOTrainer):
+    class Timed(SharedPrefixDPOTrainer if name == "d" else DPOTrainer):
         """Has a turn for the reference pass, and one for the check of packed rows."""
+
+        def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+            return dataset  # fitted pairs for all
 
         def _precompute_ref_logps(self, *args: Any) -> Dataset:
             if name == "d":
@@ -98,9 +100,11 @@ def with_trl(name: str, spec: dict[str, Any], turns: Turns) -> None:
         pairs = pairs.add_column("length", lengths)
         flags |= {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
     cuda = spec["device"] == "cuda"
+    torch.set_float32_matmul_precision("medium" if spec["dtype"] == "bfloat16" and name == "d" else "highest")
     args = DPOConfig(
         output_dir=spec["folder"], per_device_train_batch_size=spec["pairs_per_step"], num_train_epochs=1, beta=BETA,
-        use_cpu=not cuda, bf16=cuda, save_strategy="no", report_to="none", disable_tqdm=True, **flags,
+        use_cpu=not cuda, bf16=spec["dtype"] == "bfloat16", save_strategy="no", report_to="none", disable_tqdm=True,
+        **flags,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     row_length = {"row_length": spec["row_length"]} if name == "d" else {}
@@ -122,7 +126,7 @@ def earlier_script(name: str, spec: dict[str, Any], turns: Turns) -> None:
     policy.train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
     pairs, size = spec["pairs"], spec["pairs_per_step"]
-    autocast = torch.autocast(spec["device"], torch.bfloat16, enabled=spec["device"] == "cuda")
+    autocast = torch.autocast(spec["device"], torch.bfloat16, enabled=spec["dtype"] == "bfloat16")
     for start in range(0, len(pairs), size):
         with turns.turn("step"):
             for first in range(start, start + size, AT_ONCE):

@@ -5,7 +5,8 @@
     make bench ARGS="--device cuda --model gpt2-medium --pairs_per_step 64 --steps 50 …"
 
 One epoch, its reference pass counted in. Weights are random: they do not change the time. Steps of the contenders
-alternate, so that a slow minute of the machine hits them all; the first step of each warms up and is not counted.
+alternate, so that a slow minute of the machine hits them all; the first step of each warms up and is not counted. The
+matmul rate is this machine's own, in products of the blocks' shapes, measured before and after.
 """
 
 import multiprocessing
@@ -13,6 +14,7 @@ import os
 import platform
 import statistics
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +22,14 @@ from typing import Any, Literal
 import contenders
 import torch
 from models import SHAPES, save_random_model, tokenizer_and_data
+from trl.trainer.utils import get_peak_flops
 
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError, one_sentence
 from tinydpo.files import write_json
 from tinydpo.launching.arguments import DataArguments, row_length_for
 from tinydpo.launching.parsing import parse
-
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, FLOP/s, by NVIDIA's data sheets (SXM)
+from tinydpo.models.precision import fast_bf16
 
 
 @dataclass
@@ -36,7 +38,10 @@ class BenchArguments:
 
     model: str = field(default="gpt2-small", metadata={"help": f"One of {', '.join(SHAPES)}, or a model's folder."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "With --dataset_name: folder or Hub id."})
-    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "cuda: in bf16; cpu: in float32."})
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to measure."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "auto: what training takes on the device."}
+    )
     pairs_per_step: int = field(default=8, metadata={"help": "Pairs in one optimizer step; a multiple of 4."})
     steps: int = field(default=3, metadata={"help": "Steps that are timed, after one that is not."})
     max_length: int = field(default=128, metadata={"help": "Tokens of prompt + completion."})
@@ -48,6 +53,8 @@ class BenchArguments:
     def __post_init__(self):
         """Rows as long as `scripts/dpo.py` has them; refuse shorter ones (ValueError)."""
         self.row_length = row_length_for(self.max_length, self.row_length)
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if fast_bf16(self.device) else "float32"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,10 +65,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("(a) takes 4 pairs at a time and pads to 128: change --pairs_per_step, or --contenders bcd")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; leave it out to measure on the CPU")
+    if args.dtype == "bfloat16" and not fast_bf16(args.device):
+        print("This device has no fast bf16: it is slower here than float32, and says nothing of other machines.")
     with tempfile.TemporaryDirectory() as folder:
         spec = prepare(args, data, Path(folder))
+        before = matmul_rate(spec)
         seconds = measure(args, spec)
-    results = summarize(args, spec, seconds)
+    results = summarize(args, spec, seconds, statistics.mean([before, matmul_rate(spec)]))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(args.output), results)
     print(table(results) + f"\nWritten to {args.output}.")
@@ -78,12 +88,38 @@ def prepare(args: BenchArguments, data: DataArguments, folder: Path) -> dict[str
     model = save_random_model(args.model, tokenizer, folder / "model")
     return {
         "dataset": given, "model": str(folder / "model"), "folder": str(folder / "out"),
-        "device": args.device, "threads": args.threads,
+        "device": args.device, "dtype": args.dtype, "threads": args.threads,
+        "width": model.config.get_text_config().hidden_size,
         "pairs": pairs.select(range(count)).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list(),
         "pairs_per_step": args.pairs_per_step, "row_length": args.row_length,
         "head_parameters": model.get_output_embeddings().weight.numel(),
         "block_parameters": model.num_parameters(exclude_embeddings=True),
     }  # fmt: skip
+
+
+def matmul_rate(spec: dict[str, Any], rounds: int = 5) -> float:
+    """FLOP a second of this machine in the blocks' products, forward and backward: the median of a few rounds."""
+    torch.set_num_threads(spec["threads"])
+    width, device, dtype = spec["width"], spec["device"], getattr(torch, spec["dtype"])
+    tokens = sum(len(row[f"{part}_ids"]) for row in spec["pairs"] for part in ("prompt", "chosen", "rejected"))
+    tokens = tokens * spec["pairs_per_step"] // len(spec["pairs"])
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]  # of a GPT-2 block
+    rates = []
+    for turn in range(rounds + 1):
+        seconds = flop = 0.0
+        for inside, outside in shapes:
+            x = torch.randn(tokens, inside, device=device, dtype=dtype, requires_grad=True)
+            weight = torch.randn(outside, inside, device=device, dtype=dtype, requires_grad=True)
+            gradient = torch.randn(tokens, outside, device=device, dtype=dtype)
+            wait()
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight).backward(gradient)
+            wait()
+            seconds, flop = seconds + time.perf_counter() - start, flop + 6 * tokens * inside * outside
+        if turn:
+            rates.append(flop / seconds)
+    return statistics.median(rates)
 
 
 def measure(args: BenchArguments, spec: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
@@ -110,14 +146,17 @@ def measure(args: BenchArguments, spec: dict[str, Any]) -> dict[str, dict[str, l
     return measured
 
 
-def summarize(args: BenchArguments, spec: dict[str, Any], measured: dict[str, dict[str, list[float]]]) -> dict:
-    """Rates of one epoch over the timed steps' pairs, their share of the reference pass included."""
+def summarize(
+    args: BenchArguments, spec: dict[str, Any], measured: dict[str, dict[str, list[float]]], machine: float
+) -> dict:
+    """Rates of one epoch over the timed steps' pairs, their share of the reference pass included; `machine` is the
+    rate of its matrix products, in FLOP a second."""
     lengths = [[len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")] for row in spec["pairs"]]
     tokens = sum(map(sum, lengths)) / len(lengths)
     answers = sum(chosen + rejected for _, chosen, rejected in lengths) / len(lengths)
     forward = 2 * spec["block_parameters"] * tokens + 2 * spec["head_parameters"] * answers
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-    peak = next((flops for chip, flops in PEAKS.items() if chip in (gpu or "")), None)
+    peak = get_peak_flops(gpu, args.dtype) if gpu else None
     rows = {}
     for name, phases in measured.items():
         share = sum(phases.get("reference", [0.0])) / (args.steps + 1)
@@ -125,6 +164,7 @@ def summarize(args: BenchArguments, spec: dict[str, Any], measured: dict[str, di
         rate = args.pairs_per_step * args.steps / sum(rounds)
         rows[name] = {
             "contender": contenders.NAMES[name], "pairs_per_second": rate, "tokens_per_second": rate * tokens,
+            "share_of_matmul_rate": rate * 4 * forward / machine,
             "peak_memory_gib": phases["memory"][0] / 2**30, "mfu": rate * 4 * forward / peak if peak else None,
             "seconds_a_step": statistics.median(rounds), "rounds": rounds, "phases": phases,
         }  # fmt: skip
@@ -135,7 +175,8 @@ def summarize(args: BenchArguments, spec: dict[str, Any], measured: dict[str, di
             row |= {"tinydpo_is_faster_by": ratio, "spread": [min(ratios), max(ratios)]}
     return {
         "model": args.model, "device": gpu or f"{args.threads} threads of {platform.machine()}",
-        "dtype": "bfloat16" if gpu else "float32", "pairs_per_step": args.pairs_per_step, "steps": args.steps,
+        "dtype": args.dtype, "matmul_flop_per_second": machine, "pairs_per_step": args.pairs_per_step,
+        "steps": args.steps,
         "dataset": Path(data_name).name if (data_name := spec["dataset"]) else "the quickstart's",
         "tokens_per_pair": tokens, "forward_flop_per_pair": forward, "torch": torch.__version__, "contenders": rows,
     }  # fmt: skip
@@ -148,15 +189,16 @@ def table(results: dict[str, Any]) -> str:
         f"{results['model']}, {results['dtype']}, {results['device']}; {results['pairs_per_step']} pairs a step, "
         f"{results['steps']} steps, {results['tokens_per_pair']:.0f} tokens a pair; data: {results['dataset']}",
         "",
-        "| | contender | tinydpo is faster by (steps' range) | pairs/s | tokens/s | peak memory |" + " MFU |" * gpu,
-        "| --- | --- | --- | --- | --- | --- |" + " --- |" * gpu,
+        "| | contender | tinydpo is faster by (steps' range) | pairs/s | tokens/s | of the matmul rate | peak memory |"
+        + " MFU |" * gpu,
+        "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * gpu,
     ]
     for name, row in results["contenders"].items():
         low, high = row.get("spread", (1, 1))
         lines.append(
             f"| {name} | {row['contender']} | {row.get('tinydpo_is_faster_by', 1):.2f} ({low:.2f} to {high:.2f}) "
-            f"| {row['pairs_per_second']:.3g} | {row['tokens_per_second']:.3g} | {row['peak_memory_gib']:.2f} GiB |"
-            + (f" {row['mfu']:.1%} |" if gpu else "")
+            f"| {row['pairs_per_second']:.3g} | {row['tokens_per_second']:.3g} | {row['share_of_matmul_rate']:.0%} "
+            f"| {row['peak_memory_gib']:.2f} GiB |" + (f" {row['mfu']:.1%} |" if gpu else "")
         )
     return "\n".join(lines)
 

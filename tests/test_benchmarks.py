@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from running import BIN, ROOT, call
 
+from tinydpo.models.precision import fast_bf16
+
 
 def test_throughput_holds_tinydpo_against_its_peers(tmp_path: Path):
     """One step of a toy model: far from the documented ratios, but never slower or larger than stock TRL."""
@@ -21,8 +23,20 @@ def test_throughput_holds_tinydpo_against_its_peers(tmp_path: Path):
         assert rows[name]["tinydpo_is_faster_by"] > 1, f"contender ({name}) is faster than tinydpo: {rows[name]}"
     assert rows["d"]["peak_memory_gib"] <= rows["b"]["peak_memory_gib"], "tinydpo needs more memory than stock TRL"
     assert all("reference" in rows[name]["phases"] for name in "cd"), "the reference pass is not counted"
+    assert all(0 < row["share_of_matmul_rate"] < 2 for row in rows.values()), "no share of the machine's rate"
     table = [line for line in done.stdout.splitlines() if line.startswith("| d ")]
     assert len(table) == 1, f"the Markdown table lacks tinydpo's row:\n{done.stdout}"
+
+
+def test_throughput_in_bf16(tmp_path: Path):
+    """On a machine without it too, where it only says that it is slow."""
+    done = call(sys.executable, "benchmarks/throughput.py", "--model", "gpt2-tiny", "--steps", "1", "--threads", "1",
+                "--contenders", "d", "--dtype", "bfloat16", "--pairs_per_step", "2",
+                "--output", tmp_path / "bench.json", OMP_NUM_THREADS="1")  # fmt: skip
+    assert done.returncode == 0, f"make bench fails in bf16:\n{done.stdout}{done.stderr}"
+    assert json.loads((tmp_path / "bench.json").read_text())["dtype"] == "bfloat16"
+    slow = "This device has no fast bf16" in done.stdout
+    assert slow is not fast_bf16("cpu"), "a machine without fast bf16 is not told apart from one with it"
 
 
 @pytest.mark.parametrize(

@@ -138,3 +138,20 @@ def test_a_mistake_leaves_nothing_behind(flags, told, sft, task, tmp_path):
 def test_resolved_config_has_no_secret(sft):
     config = yaml.safe_load((sft / "run_config.yaml").read_text())
     assert "hub_token" not in config and config["learning_rate"] == 3e-3
+
+
+def test_a_run_logs_how_fast_it_is(sft, dpo):
+    for folder in (sft, dpo):
+        rates = {name: log(folder, name) for name in ("pairs_per_second", "tokens_per_second", "padding")}
+        losses = len(log(folder, "loss"))
+        for name, values in rates.items():
+            assert len(values) == losses - 1, f"{folder.name}: {name} is missing from a log after the first step's"
+        assert all(0 <= padding < 0.5 for padding in rates["padding"]), f"padding is {rates['padding']}"
+        tokens = [t / p for t, p in zip(rates["tokens_per_second"], rates["pairs_per_second"], strict=True)]
+        low, high = (20, 140) if folder == sft else (40, 240)
+        assert all(low < n < high for n in tokens), f"{folder.name}: {tokens} tokens a pair are not what was computed"
+        results = json.loads((folder / "train_results.json").read_text())
+        speeds = rates["pairs_per_second"]
+        assert min(speeds) <= results["pairs_per_second"] <= max(speeds), "the whole run's rate is none of its steps'"
+        # 12 steps of 16 pairs, the first left out, take no longer than the run's own clock says
+        assert 11 * 16 / results["pairs_per_second"] < results["train_runtime"], "evaluation counts as training"

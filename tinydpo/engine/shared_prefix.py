@@ -40,8 +40,10 @@ class PackedCollator:
     row_length: int
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """See TRL's; `packed` is what `packing.pack` returns."""
-        return super().torch_call(examples) | {"packed": pack([self.tree(row) for row in examples], self.row_length)}
+        """See TRL's; `packed` is what `packing.pack` returns, and how many `tokens` it holds."""
+        trees = [self.tree(row) for row in examples]
+        tokens = sum(len(prompt) + sum(map(len, completions)) for prompt, completions in trees)
+        return super().torch_call(examples) | {"packed": pack(trees, self.row_length) | {"tokens": tokens}}
 
 
 @dataclass

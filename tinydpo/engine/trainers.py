@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.fingerprint import Hasher
@@ -17,6 +18,7 @@ from tinydpo.data.pairs import LARGE
 from tinydpo.data.sources import quiet
 from tinydpo.engine.reference_cache import hash_split, on_every_machine
 from tinydpo.training.checkpoints import WholeCheckpoints
+from tinydpo.training.throughput import Counts
 
 HEAD = "float32"  # part of the name of cached reference log-probs: earlier ones were rounded to the blocks' dtype
 
@@ -37,7 +39,23 @@ class Float32Head:
             super().__init__(*args, **kwargs)
 
 
-class FittedDPOTrainer(WholeCheckpoints, Float32Head, DPOTrainer):
+class Counted:
+    """For a TRL trainer: `counted` is what its training steps have computed, by numbers that the host knows."""
+
+    counted = Counts()
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's, counted."""
+        rows, packed = inputs["input_ids"], inputs.get("packed")
+        pairs = len(rows) // 2 if "completion_mask" in inputs else len(rows)  # SFT's have labels
+        step = Counts(pairs, positions=rows.numel())
+        if packed:
+            step = Counts(pairs, packed["tokens"], packed["targets"].numel(), packed["input_ids"].numel())
+        self.counted = self.counted.plus(step)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class FittedDPOTrainer(WholeCheckpoints, Float32Head, Counted, DPOTrainer):
     """`DPOTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
 
     TRL tokenizes from text and cuts after the first `max_length` tokens, which takes the signal from a third of HH's
@@ -64,7 +82,7 @@ class FittedDPOTrainer(WholeCheckpoints, Float32Head, DPOTrainer):
             self._precompute_model_hash = weights
 
 
-class FittedSFTTrainer(WholeCheckpoints, Float32Head, SFTTrainer):
+class FittedSFTTrainer(WholeCheckpoints, Float32Head, Counted, SFTTrainer):
     """`SFTTrainer` without dropout, for which `SFTConfig`, unlike `DPOConfig`, has no option.
 
     With it 1 and 2 processes, which draw other masks, would not agree.

@@ -43,10 +43,21 @@ def _run_facts(run: dict[str, Any]) -> dict[str, Any]:
         "epochs": config.get("num_train_epochs"),
         "pairs per step": config.get("pairs_per_step"),
         "tokens": config.get("max_length"),
+        "speed": _speed(run["results"]),
         "commit": environment.get("git_commit"),
         "device": environment.get("device"),
         "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
     }
+
+
+def _speed(results: dict[str, Any]) -> str:
+    told = {
+        "pairs_per_second": "{:.3g} pairs a second",
+        "tokens_per_second": "{:,.0f} tokens a second",
+        "padding": "{:.1%} of the positions padding",
+        "mfu": "{:.1%} of the devices' peak (MFU)",
+    }
+    return ", ".join(text.format(results[name]) for name, text in told.items() if name in results)
 
 
 def _data(settings: dict[str, Any]) -> str:

@@ -73,5 +73,6 @@ def _run(folder: Path, model: str | None, name: str) -> dict[str, Any]:
         "log": read_json(run / "trainer_state.json").get("log_history", []),
         "environment": read_json(run / "environment.json"),
         "data": read_json(run / "data_summary.json"),
+        "results": read_json(run / "train_results.json"),
     }
     return found if any(found.values()) else {}

@@ -122,8 +122,10 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
     from tinydpo.training.checkpoints import to_resume
     from tinydpo.training.interruptions import StopsWhenDiverged, StopsWhenTold
     from tinydpo.training.learning_check import LearningCheck
+    from tinydpo.training.throughput import Throughput
 
-    folder, told = Path(trainer.args.output_dir), StopsWhenTold()
+    folder, told, speed = Path(trainer.args.output_dir), StopsWhenTold(), Throughput(trainer)
+    trainer.callback_handler.callbacks.insert(0, speed)  # before those that report a log elsewhere
     for callback in (told, StopsWhenDiverged(), LearningCheck()):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
@@ -142,7 +144,7 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
             results = {name: value for name, value in results.items() if not name.startswith("train_")}
         stopped = told.reason and trainer.state.global_step < trainer.state.max_steps
         if not stopped:
-            finish(trainer, folder, resolved, summary, results)
+            finish(trainer, folder, resolved, summary, results | speed.total)
     # While waiting, gloo's threads let go of the last tensors; at exit they would wait for Python's lock, which waits
     # for them, for ever.
     trainer.accelerator.wait_for_everyone()
