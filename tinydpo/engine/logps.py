@@ -6,6 +6,7 @@ nearly all of its memory. Those positions go to the model's own `logits_to_keep`
 the LM head (Gemma's softcapping, Cohere's and Granite's scale) happens here too.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -103,16 +104,7 @@ def _tree_logps(
     # Longest first: the batch that needs the most memory comes at once, not after ten minutes.
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i][0]) - sum(map(len, trees[i][1])))
     if row_length and trees:
-        check_model(model, row_length)
-        probe = full_row([trees[i] for i in order[:64]], row_length)
-        one_row = [list(range(len(probe)))]
-        with exactly(model):
-            check_same(
-                model,
-                lambda: torch.cat(_batch_logps(model, probe, row_length, one_row)),
-                lambda: torch.cat(_batch_logps(model, probe, None)),
-                short_dtype(model) or torch.float32,
-            )
+        check_rows(model, [trees[i] for i in order[:64]], row_length)
     result: list[list[np.ndarray]] = [[] for _ in trees]
     step = max(1, batch_size // len(trees[0][1])) if trees else 1
     for start in tqdm(range(0, len(order), step), desc=desc, leave=False, disable=None):
@@ -121,6 +113,21 @@ def _tree_logps(
         for place, values in enumerate(logps):
             result[batch[place % len(batch)]].append(values.double().numpy())
     return result
+
+
+@torch.no_grad()
+def check_rows(model: PreTrainedModel, trees: list[Tree], row_length: int) -> None:
+    """Refuse (UserError) a model that does not compute these trees in a packed row as it computes them alone."""
+    check_model(model, row_length)
+    probe, dtype = full_row(trees, row_length), short_dtype(model) or torch.float32
+    one_row = [list(range(len(probe)))]
+    with exactly(model) if dtype == torch.float32 else nullcontext():
+        check_same(
+            model,
+            lambda: torch.cat(_batch_logps(model, probe, row_length, one_row)),
+            lambda: torch.cat(_batch_logps(model, probe, None)),
+            dtype,
+        )
 
 
 @torch.no_grad()

@@ -37,19 +37,32 @@ def compute_in(model: Any, dtype: Any) -> Any:
     model.compute_dtype = dtype
     if dtype == torch.float32:
         return model
-    forward, head = model.forward, model.get_output_embeddings()
-    project = head.forward
-
-    def float32_head(hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False), products("medium"):
-            return project(hidden.float())
+    forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` reads its arguments off the signature
     def under_autocast(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(model.device.type, dtype, enabled=model.compute_dtype == dtype):
             return forward(*args, **kwargs)
 
-    model.forward, head.forward = under_autocast, float32_head
+    model.forward = under_autocast
+    return float32_head(model)
+
+
+def float32_head(model: Any) -> Any:
+    """Have a causal LM's head compute in float32, outside autocast, whatever it is given; returns the model.
+
+    For its own forward and `generate`: TRL's fused head, which trainers use, has an option for it.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+
+    def project(hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if head.bias is None else head.bias.float()
+        with torch.autocast(hidden.device.type, enabled=False), products("medium"):
+            return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+    head.forward = project
     return model
 
 
