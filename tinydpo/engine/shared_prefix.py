@@ -22,6 +22,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tinydpo.engine.check import INSTEAD, check_model, check_same, full_row, short_dtype
+from tinydpo.engine.compiled import compile_blocks, take_over
 from tinydpo.engine.packing import Tree, additive_mask, pack
 from tinydpo.engine.trainers import FittedDPOTrainer, FittedSFTTrainer
 from tinydpo.errors import UserError
@@ -71,28 +72,32 @@ class PackedTrainer:
 
     collator: type
 
-    def __init__(self, *args: Any, row_length: int, processing_class: Any, **kwargs: Any):
+    def __init__(self, *given: Any, args: TrainingArguments, row_length: int, processing_class: Any, **kwargs: Any):
         """TRL's own arguments, and `row_length`: the most tokens in a packed row.
 
         Raises:
             UserError: the model does not honour position ids and a 4-D mask, or a setting rules packed rows out.
         """
-        tokenizer, self._checked = processing_class, set()
+        tokenizer, self._checked, self._compile = processing_class, set(), take_over(args)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         collator = self.collator(pad_token_id=pad, row_length=row_length)
-        super().__init__(*args, processing_class=processing_class, data_collator=collator, **kwargs)
+        super().__init__(*given, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self._pack()
 
     def _pack(self) -> None:
         """Pack the models' forward and check it: before the reference pass and before the run's folder is written."""
-        for model in (self.model, getattr(self, "ref_model", None)):
-            if model is not None:
-                pack_forward(self.accelerator.unwrap_model(model), self.data_collator.row_length)
+        models = [self.model, getattr(self, "ref_model", None)]
+        models = [self.accelerator.unwrap_model(model) for model in models if model is not None]
+        for model in models:
+            pack_forward(model, self.data_collator.row_length)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those compute nothing before their first step
             before = self.model.training
             for mode in (False, True):
                 self._check(self.model.train(mode))
             self.model.train(before)
+        for model in models if self._compile else ():
+            compile_blocks(_causal_lm(model), self._compile)
+        self._compile = None
 
     @torch.no_grad()
     def _check(self, model: torch.nn.Module) -> None:
