@@ -32,7 +32,7 @@ def compile_blocks(model: PreTrainedModel, options: dict[str, Any]) -> None:
 
     @functools.wraps(plain)
     def forward(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        # A single row, as a small last batch may be, would be another compilation: PyTorch takes a size of 1 for fixed.
+        # A single row, as a small last batch may be, would be compiled anew: PyTorch takes a size of 1 for fixed.
         packed = attention_mask is not None and attention_mask.dim() == 4 and len(attention_mask) > 1
         return (compiled if packed else plain)(*args, attention_mask=attention_mask, **kwargs)
 
