@@ -15,6 +15,7 @@ import torch
 import yaml
 from running import ROOT, log, run
 from safetensors.torch import load_file
+from short_products import short_products
 
 from tinydpo.errors import UserError
 
@@ -117,6 +118,7 @@ def test_real_weights_in_bf16(shared: Path, tmp_path: Path):
     subprocess.run([sys.executable, shared / "tools/make_model.py", "smollm2", tmp_path / "base"], check=True)
     few = ["--dataset_name", shared / "hh-rlhf", "--pairs_per_step", "2", "--per_device_train_batch_size", "2",
            "--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no", "--row_length", "256"]  # fmt: skip
-    run("sft", "--model_name_or_path", tmp_path / "base", "--output_dir", tmp_path / "sft", *few)
-    run("dpo", "--model_name_or_path", tmp_path / "sft", "--output_dir", tmp_path / "dpo", *few)
+    with short_products():
+        run("sft", "--model_name_or_path", tmp_path / "base", "--output_dir", tmp_path / "sft", *few)
+        run("dpo", "--model_name_or_path", tmp_path / "sft", "--output_dir", tmp_path / "dpo", *few)
     assert log(tmp_path / "dpo", "loss")[0] == pytest.approx(0.6931, abs=1e-3)
