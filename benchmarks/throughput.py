@@ -30,6 +30,7 @@ from tinydpo.files import write_json
 from tinydpo.launching.arguments import DataArguments, row_length_for
 from tinydpo.launching.parsing import parse
 from tinydpo.models.precision import fast_bf16
+from tinydpo.training.throughput import forward_flop
 
 
 @dataclass
@@ -85,15 +86,16 @@ def prepare(args: BenchArguments, data: DataArguments, folder: Path) -> dict[str
     pairs = load_split(data, tokenizer, args.max_length, "train").pairs.shuffle(seed=0)
     if len(pairs) < count:
         raise UserError(f"{args.steps} steps and a warm-up need {count} pairs, there are {len(pairs)}; lower --steps")
+    pairs = pairs.select(range(count)).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()
+    answers = statistics.mean(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in pairs)
+    tokens = answers + statistics.mean(len(row["prompt_ids"]) for row in pairs)
     model = save_random_model(args.model, tokenizer, folder / "model")
     return {
         "dataset": given, "model": str(folder / "model"), "folder": str(folder / "out"),
         "device": args.device, "dtype": args.dtype, "threads": args.threads,
         "width": model.config.get_text_config().hidden_size,
-        "pairs": pairs.select(range(count)).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list(),
-        "pairs_per_step": args.pairs_per_step, "row_length": args.row_length,
-        "head_parameters": model.get_output_embeddings().weight.numel(),
-        "block_parameters": model.num_parameters(exclude_embeddings=True),
+        "pairs": pairs, "pairs_per_step": args.pairs_per_step, "row_length": args.row_length,
+        "tokens": tokens, "forward_flop": forward_flop(model, tokens, answers),  # of a mean pair
     }  # fmt: skip
 
 
@@ -101,8 +103,7 @@ def matmul_rate(spec: dict[str, Any], rounds: int = 5) -> float:
     """FLOP a second of this machine in the blocks' products, forward and backward: the median of a few rounds."""
     torch.set_num_threads(spec["threads"])
     width, device, dtype = spec["width"], spec["device"], getattr(torch, spec["dtype"])
-    tokens = sum(len(row[f"{part}_ids"]) for row in spec["pairs"] for part in ("prompt", "chosen", "rejected"))
-    tokens = tokens * spec["pairs_per_step"] // len(spec["pairs"])
+    tokens = int(spec["tokens"] * spec["pairs_per_step"])
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]  # of a GPT-2 block
     rates = []
@@ -151,10 +152,7 @@ def summarize(
 ) -> dict:
     """Rates of one epoch over the timed steps' pairs, their share of the reference pass included; `machine` is the
     rate of its matrix products, in FLOP a second."""
-    lengths = [[len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")] for row in spec["pairs"]]
-    tokens = sum(map(sum, lengths)) / len(lengths)
-    answers = sum(chosen + rejected for _, chosen, rejected in lengths) / len(lengths)
-    forward = 2 * spec["block_parameters"] * tokens + 2 * spec["head_parameters"] * answers
+    tokens, forward = spec["tokens"], spec["forward_flop"]
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     peak = get_peak_flops(gpu, args.dtype) if gpu else None
     rows = {}

@@ -45,6 +45,14 @@ def test_two_processes_give_the_losses_of_one(task, tiny_model, tmp_path):
             assert "FutureWarning" not in done.stderr, (
                 f"a start prints what a user can do nothing about:\n{done.stderr}"
             )
+        results = [
+            json.loads((tmp_path / f"{script}-{c}/train_results.json").read_text()) for c in ("cpu", "multi_cpu")
+        ]
+        tokens = [result["tokens_per_second"] / result["pairs_per_second"] for result in results]
+        # 5 of 6 steps in less than the whole time: at least 0.83; one process alone knows half of the pairs.
+        share = results[1]["pairs_per_second"] / results[1]["train_samples_per_second"]
+        assert share > 0.75, f"{script}: not both processes' pairs are counted: {results[1]}"
+        assert tokens[0] == pytest.approx(tokens[1], rel=0.02), f"{script}: tokens a pair, 1 and 2 processes: {tokens}"
         one, two = log(tmp_path / f"{script}-cpu", "loss"), log(tmp_path / f"{script}-multi_cpu", "loss")
         assert len(two) == len(one) == 6 and two[:5] == pytest.approx(one[:5], rel=1e-3), (
             f"{script}: a recipe trains differently on 2 processes: {one} {two}"

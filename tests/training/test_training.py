@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 from running import log, run
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tinydpo.data.pairs import load_split
+from tinydpo.engine.packing import pack
 from tinydpo.errors import UserError
+from tinydpo.launching.arguments import DataArguments
+from tinydpo.training.throughput import forward_flop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,3 +160,48 @@ def test_a_run_logs_how_fast_it_is(sft, dpo):
         assert min(speeds) <= results["pairs_per_second"] <= max(speeds), "the whole run's rate is none of its steps'"
         # 12 steps of 16 pairs, the first left out, take no longer than the run's own clock says
         assert 11 * 16 / results["pairs_per_second"] < results["train_runtime"], "evaluation counts as training"
+
+
+def test_rates_are_those_of_what_was_packed(sft, dpo, task, tiny_tokenizer, tmp_path):
+    """Sixteen pairs, all of them in every step: tokens a pair and padding are known before training."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "test.jsonl").write_bytes((task / "data/test.jsonl").read_bytes())
+    (data / "train.jsonl").write_bytes(b"".join((task / "data/train.jsonl").open("rb").readlines()[:16]))
+    split = load_split(DataArguments(dataset_name=str(data)), tiny_tokenizer, 128, "train")
+    trees = [(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in split.pairs]
+    tokens = sum(len(prompt) + sum(map(len, answers)) for prompt, answers in trees)
+    flags = [*dpo_args(sft, task, tmp_path / "run"), "--dataset_name", data, "--max_steps", "4"]
+    # Fewer steps than there are between logs, and a whole run's rates all the same.
+    flags += ["--per_device_train_batch_size", "16", "--logging_steps", "10", "--eval_strategy", "no"]
+    results = {}
+    for engine in ("true", "false"):
+        run("dpo", *flags, "--shared_prefix", engine, "--output_dir", tmp_path / engine)
+        results[engine] = json.loads((tmp_path / engine / "train_results.json").read_text())
+        ratio = results[engine]["tokens_per_second"] / results[engine]["pairs_per_second"]
+        assert ratio == pytest.approx(tokens / 16, rel=2e-3), f"shared_prefix {engine}: not the tokens of a pair"
+    positions = pack(trees, 512)["input_ids"].numel()
+    assert results["true"]["padding"] == pytest.approx(1 - tokens / positions, abs=1e-3), "not the rows' padding"
+    assert "padding" not in results["false"], "padded batches, with prompts in them twice, pass for packed rows"
+
+
+@pytest.mark.parametrize("flags", [[], ["--packing", "true"]])
+def test_sft_of_trl_counts_as_the_engine_does(flags, sft, task, tiny_model, tmp_path):
+    run("sft", "--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--output_dir", tmp_path / "run",
+        "--max_steps", "12", "--shared_prefix", "false", *flags)  # fmt: skip
+    stock, packed = (json.loads((folder / "train_results.json").read_text()) for folder in (tmp_path / "run", sft))
+    ratios = [results["tokens_per_second"] / results["pairs_per_second"] for results in (stock, packed)]
+    assert ratios[0] == pytest.approx(ratios[1], rel=2e-3), f"tokens an example: {ratios}"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flop_are_those_of_the_floor(tied):
+    """A head that shares no weights with the embedding is no block."""
+    width, layers, vocabulary = 32, 2, 1000
+    config = LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=64,
+        vocab_size=vocabulary, tie_word_embeddings=tied,
+    )  # fmt: skip
+    blocks = layers * (4 * width**2 + 3 * width * 64 + 2 * width) + width  # the norms' weights among them
+    counted = forward_flop(LlamaForCausalLM(config), tokens=136, scored=83)
+    assert counted == 2 * blocks * 136 + 2 * vocabulary * width * 83, "MFU counts other work than the floor does"

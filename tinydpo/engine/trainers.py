@@ -40,17 +40,25 @@ class Float32Head:
 
 
 class Counted:
-    """For a TRL trainer: `counted` is what its training steps have computed, by numbers that the host knows."""
+    """For a TRL trainer: `counted` is what its training steps have computed, without a wait for the device."""
 
     counted = Counts()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's, counted."""
-        rows, packed = inputs["input_ids"], inputs.get("packed")
-        pairs = len(rows) // 2 if "completion_mask" in inputs else len(rows)  # SFT's have labels
-        step = Counts(pairs, positions=rows.numel())
+        rows, packed, mask = inputs["input_ids"], inputs.get("packed"), inputs.get("attention_mask")
+        completions = inputs.get("completion_mask")  # SFT's batches have labels
+        pairs = len(rows) if completions is None else len(rows) // 2
         if packed:
             step = Counts(pairs, packed["tokens"], packed["targets"].numel(), packed["input_ids"].numel())
+        elif completions is not None:
+            scored, prompts = completions.sum(), (mask - completions)[:pairs].sum()
+            step = Counts(pairs, prompts + scored, scored)
+        else:
+            scored = (inputs["labels"][:, 1:] != -100).sum()
+            free = mask is None  # `--packing`: all examples stand in one row
+            examples, tokens = (inputs["position_ids"].eq(0).sum(), rows.numel()) if free else (pairs, mask.sum())
+            step = Counts(examples, tokens, scored)
         self.counted = self.counted.plus(step)
         return super().training_step(model, inputs, *args, **kwargs)
 

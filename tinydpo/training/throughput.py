@@ -1,23 +1,25 @@
 """How fast a run is, in its log: pairs and tokens a second, padding, and on known GPUs the share of their peak (MFU).
 
-Counted from what the host knows of each batch, timed between the ends of steps: no device is waited for. The first
-step, which warms up, and what lies between steps (evaluation, checkpoints) are left out.
+Counted from what the host knows of each batch, or the device tells when the loss is read, and timed between the ends
+of steps: no device is waited for. The first step, which warms up, and what lies between steps (evaluation,
+checkpoints) are left out. A run that went on from a checkpoint tells of what it trained since.
 """
 
 import time
 from typing import Any, NamedTuple
 
+import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 
 class Counts(NamedTuple):
-    """What a process's training steps computed: pairs (SFT: examples), tokens with each prompt once, those that an LM
-    head scored, and token positions, padding included. Without packed rows only pairs and positions are known."""
+    """What a process's training steps computed: pairs (SFT: examples), tokens with each prompt once, those that carry
+    a loss, and token positions, padding included (0 without packed rows, where TRL computes prompts twice)."""
 
-    pairs: int = 0
-    tokens: int = 0
-    scored: int = 0
+    pairs: int | torch.Tensor = 0  # a scalar on the device where only that knows, read when the loss is
+    tokens: int | torch.Tensor = 0
+    scored: int | torch.Tensor = 0
     positions: int = 0
 
     def plus(self, other: "Counts", sign: int = 1) -> "Counts":
@@ -30,8 +32,14 @@ def forward_flop(model: Any, tokens: float, scored: float) -> float:
 
     The count of docs/performance.md ("The floor"); attention scores, about 1 % at 128 tokens, are left out.
     """
-    head = model.get_output_embeddings().weight.numel()
-    return 2 * model.num_parameters(exclude_embeddings=True) * tokens + 2 * head * scored
+    head = model.get_output_embeddings().weight
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    blocks = sum(_size(weight) for weight in model.parameters() if id(weight) not in embeddings | {id(head)})
+    return 2 * blocks * tokens + 2 * _size(head) * scored
+
+
+def _size(weight: torch.Tensor) -> int:
+    return getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves none of it outside a gather
 
 
 class Throughput(TrainerCallback):
@@ -45,7 +53,7 @@ class Throughput(TrainerCallback):
         """Nothing is counted yet."""
         self._trainer, self._since = trainer, None
         self._seconds = self._logged_seconds = 0.0
-        self._start = self._logged = Counts()
+        self._start, self._logged = None, Counts()
         self.total: dict[str, float] = {}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -55,7 +63,7 @@ class Throughput(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the step's time; the first one of this process only sets the start."""
         now = time.perf_counter()
-        if self._start == Counts():
+        if self._start is None:
             self._start = self._logged = self._trainer.counted
         else:
             self._seconds += now - self._since
@@ -73,21 +81,26 @@ class Throughput(TrainerCallback):
             return
         counted = self._trainer.counted
         rates = self._rates(counted.plus(self._logged, -1), self._seconds - self._logged_seconds)
-        self.total = self._rates(counted.plus(self._start, -1), self._seconds)
         self._logged, self._logged_seconds = counted, self._seconds
         logs |= rates
         state.log_history[-1] |= rates
 
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """The whole run's rates, with the steps since the last log."""
+        if self._start is not None:
+            self.total = self._rates(self._trainer.counted.plus(self._start, -1), self._seconds)
+
     def _rates(self, counts: Counts, seconds: float) -> dict[str, float]:
-        pairs, tokens, scored, positions = map(sum, zip(*gather_object([counts]), strict=True))
+        counts = gather_object([Counts(*map(int, counts))])
+        pairs, tokens, scored, positions = map(sum, zip(*counts, strict=True))
         if not pairs or not seconds:
             return {}
-        rates = {"pairs_per_second": pairs / seconds}
-        if tokens:
-            rates |= {"tokens_per_second": tokens / seconds, "padding": 1 - tokens / positions}
-            if peak := self._peak():
-                model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-                rates["mfu"] = self._passes() * forward_flop(model, tokens, scored) / seconds / peak
+        rates = {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+        if positions:
+            rates["padding"] = 1 - tokens / positions
+        if peak := self._peak():
+            model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+            rates["mfu"] = self._passes() * forward_flop(model, tokens, scored) / seconds / peak
         return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
 
     def _passes(self) -> int:
@@ -96,7 +109,6 @@ class Throughput(TrainerCallback):
 
     def _peak(self) -> float | None:
         """FLOP a second of all GPUs at their data sheets' peak; None where it is unknown or not all weights train."""
-        import torch
         from trl.trainer.utils import get_peak_flops
 
         args, model = self._trainer.args, self._trainer.model
