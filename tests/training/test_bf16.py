@@ -20,6 +20,7 @@ from short_products import short_products
 from tinydpo.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+AS_HARDWARE = short_products()  # asked before the fixture below has this CPU say what it has not
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -118,7 +119,7 @@ def test_real_weights_in_bf16(shared: Path, tmp_path: Path):
     subprocess.run([sys.executable, shared / "tools/make_model.py", "smollm2", tmp_path / "base"], check=True)
     few = ["--dataset_name", shared / "hh-rlhf", "--pairs_per_step", "2", "--per_device_train_batch_size", "2",
            "--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no", "--row_length", "256"]  # fmt: skip
-    with short_products():
+    with AS_HARDWARE:
         run("sft", "--model_name_or_path", tmp_path / "base", "--output_dir", tmp_path / "sft", *few)
         run("dpo", "--model_name_or_path", tmp_path / "sft", "--output_dir", tmp_path / "dpo", *few)
     assert log(tmp_path / "dpo", "loss")[0] == pytest.approx(0.6931, abs=1e-3)
