@@ -1,4 +1,4 @@
-"""Four ways to train the same pairs: the earlier script, stock TRL twice, and tinydpo, each timed in turns.
+"""Five ways to train the same pairs: the earlier script, stock TRL twice, tinydpo, and it compiled, timed in turns.
 
 A contender runs in a process of its own. It waits for its turn before each piece of timed work, so that one runs at a
 time and their steps alternate.
@@ -26,7 +26,9 @@ NAMES = {
     "b": "TRL DPOTrainer, defaults",
     "c": "TRL DPOTrainer, all its flags",
     "d": "tinydpo",
+    "e": "tinydpo, --torch_compile true",
 }
+OURS = "de"
 BETA = 0.1
 PADDED = 128  # tokens to which the earlier script padded every sequence
 AT_ONCE = 4  # pairs that it took at a time
@@ -66,7 +68,7 @@ def run(name: str, spec: dict[str, Any], pipe: Connection) -> None:
 
 
 def with_trl(name: str, spec: dict[str, Any], turns: Turns) -> None:
-    """Contenders b, c and d."""
+    """Contenders b to e."""
 
     class Callback(TrainerCallback):
         """Has a turn for every optimizer step."""
@@ -78,16 +80,19 @@ def with_trl(name: str, spec: dict[str, Any], turns: Turns) -> None:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.block.__exit__(None, None, None)
 
-    class Timed(SharedPrefixDPOTrainer if name == "d" else DPOTrainer):
+    class Timed(SharedPrefixDPOTrainer if name in OURS else DPOTrainer):
         """Has a turn for the reference pass, and one for the check of packed rows."""
 
         def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
             return dataset  # fitted pairs for all
 
         def _precompute_ref_logps(self, *args: Any) -> Dataset:
-            if name == "d":
+            if name in OURS:
                 with turns.turn("check"):
                     self._pack()
+                    if name == "e":  # compile here: the reference pass is timed as if it were long
+                        rows = [self.train_dataset[i] for i in range(spec["pairs_per_step"])]
+                        self.compute_ref_log_probs(self.model, self._prepare_inputs(self.data_collator(rows)))
             with turns.turn("reference"):
                 return super()._precompute_ref_logps(*args)
 
@@ -100,14 +105,14 @@ def with_trl(name: str, spec: dict[str, Any], turns: Turns) -> None:
         pairs = pairs.add_column("length", lengths)
         flags |= {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
     cuda = spec["device"] == "cuda"
-    torch.set_float32_matmul_precision("medium" if spec["dtype"] == "bfloat16" and name == "d" else "highest")
+    torch.set_float32_matmul_precision("medium" if spec["dtype"] == "bfloat16" and name in OURS else "highest")
     args = DPOConfig(
         output_dir=spec["folder"], per_device_train_batch_size=spec["pairs_per_step"], num_train_epochs=1, beta=BETA,
         use_cpu=not cuda, bf16=spec["dtype"] == "bfloat16", save_strategy="no", report_to="none", disable_tqdm=True,
-        **flags,
+        torch_compile=name == "e", **flags,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
-    row_length = {"row_length": spec["row_length"]} if name == "d" else {}
+    row_length = {"row_length": spec["row_length"]} if name in OURS else {}
     trainer = Timed(
         model=spec["model"], args=args, train_dataset=pairs, processing_class=tokenizer, callbacks=[Callback()],
         **row_length,

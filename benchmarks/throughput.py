@@ -3,6 +3,7 @@
     make bench                                                (the quickstart's pairs, GPT-2 small's shape)
     make bench ARGS="--dataset_name my_pairs.jsonl --tokenizer_name openai-community/gpt2"
     make bench ARGS="--device cuda --model gpt2-medium --pairs_per_step 64 --steps 50 …"
+    make bench ARGS="--contenders de --steps 10"              (does --torch_compile pay here?)
 
 One epoch, its reference pass counted in. Weights are random: they do not change the time. Steps of the contenders
 alternate, so that a slow minute of the machine hits them all; the first step of each warms up and is not counted. The
@@ -47,7 +48,7 @@ class BenchArguments:
     steps: int = field(default=3, metadata={"help": "Steps that are timed, after one that is not."})
     max_length: int = field(default=128, metadata={"help": "Tokens of prompt + completion."})
     row_length: int | None = field(default=None, metadata={"help": "Tokens in a packed row, by default as in dpo.py."})
-    contenders: str = field(default="abcd", metadata={"help": "Which of a, b, c and d to run."})
+    contenders: str = field(default="abcd", metadata={"help": "Which of a, b, c, d and e to run."})
     threads: int = field(default=torch.get_num_threads(), metadata={"help": "CPU threads of each contender."})
     output: str = field(default="runs/bench/throughput.json", metadata={"help": "Where the figures go."})
 
@@ -61,7 +62,7 @@ class BenchArguments:
 def main(argv: list[str] | None = None) -> None:
     args, data = parse(BenchArguments, DataArguments, argv=argv)
     if not args.contenders or set(args.contenders) - set(contenders.NAMES) or args.steps < 1:
-        raise UserError("--contenders takes letters of abcd, as in bd, and --steps at least 1")
+        raise UserError("--contenders takes letters of abcde, as in bd, and --steps at least 1")
     if "a" in args.contenders and (args.pairs_per_step % contenders.AT_ONCE or args.max_length > contenders.PADDED):
         raise UserError("(a) takes 4 pairs at a time and pads to 128: change --pairs_per_step, or --contenders bcd")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """`--torch_compile true`: the same run, compiled once, whatever shapes its batches have."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from engines import DPO, assert_close, build, tiny_gpt2, uneven_pairs
 from peft import LoraConfig
 from safetensors.torch import load_file
+from trl import DPOConfig
+
+from tinydpo.engine.compiled import take_over
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +23,7 @@ def runs(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     folder = tmp_path_factory.mktemp("compiled")
-    model, pairs = tiny_gpt2(tiny_tokenizer, folder / "base", n_layer=1), uneven_pairs(44, len(tiny_tokenizer))
+    model, pairs = tiny_gpt2(tiny_tokenizer, folder / "base", n_layer=2), uneven_pairs(44, len(tiny_tokenizer))
     trained = {}
     for compiled in (False, True):
         trainer = build(
@@ -36,7 +40,7 @@ def runs(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 def test_it_compiles_once_for_all_shapes(runs: dict[bool, Any]):
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == 2, f"{graphs} graphs: one without and one with gradients would do, so batches are compiled anew"
+    assert graphs <= 4, f"{graphs} graphs: of rows and of a single row, with and without gradients, do for all blocks"
 
 
 def test_a_compiled_run_is_the_same_run(runs: dict[bool, Any]):
@@ -53,7 +57,15 @@ def test_its_checkpoint_is_a_plain_one(runs: dict[bool, Any]):
         assert_close(compiled[name], weight, name, tolerance=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, {"peft_config": LoraConfig()}], ids=str)
+def test_accelerates_way_of_asking_is_taken_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")  # what `accelerate launch` sets for `dynamo_backend`
+    assert take_over(DPOConfig(output_dir=str(tmp_path), bf16=False)) == {"backend": "aot_eager", "mode": None}
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ, "accelerate compiles the model a second time, as a whole"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"activation_checkpointing": True}, {"peft_config": LoraConfig()}], ids=["checkpointing", "adapters"]
+)
 def test_it_goes_with_checkpointing_and_adapters(settings: dict, tiny_tokenizer: Any, tmp_path: Path):
     torch._dynamo.reset()
     model, pairs = tiny_gpt2(tiny_tokenizer, tmp_path / "base", n_layer=1), uneven_pairs(16, len(tiny_tokenizer))

@@ -1,4 +1,4 @@
-"""`--torch_compile true` on packed rows: the blocks are compiled once, for rows of any number and length.
+"""`--torch_compile true` on packed rows: one block is compiled, for all of them and for rows of any number and length.
 
 transformers would compile the model as a whole, and again for every shape that its padded and packed calls take. Here
 only what is expensive is compiled, with symbolic shapes, so that rows need no padding to one size. Checkpoints keep
@@ -11,29 +11,42 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def take_over(args: TrainingArguments) -> dict[str, Any] | None:
-    """What `torch.compile` was asked for, or None; transformers and accelerate then leave the model alone."""
-    if not args.torch_compile:
+    """What `torch.compile` was asked for, by `--torch_compile` or accelerate's `dynamo_backend`, or None.
+
+    transformers and accelerate then leave the model alone.
+    """
+    told = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_DYNAMO_")}
+    backend = told.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if not args.torch_compile and backend == "no":
         return None
-    options = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
+    options = {
+        "backend": args.torch_compile_backend or backend,
+        "mode": args.torch_compile_mode or told.get("ACCELERATE_DYNAMO_MODE"),
+    }
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
-        del os.environ[name]
     return options
 
 
 def compile_blocks(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Compile what lies before a causal LM's head, for calls with a 4-D mask: packed rows, and nothing else."""
+    """Compile the transformer blocks of a causal LM for calls with a 4-D mask: packed rows, and nothing else.
+
+    One graph serves all blocks. PyTorch takes a size of 1 for fixed, so a batch of a single row is one graph more.
+    """
     base = model.base_model
     plain = base.forward
-    compiled = torch.compile(plain, dynamic=True, **options)
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    compiled = [torch.compile(block._call_impl, dynamic=True, **options) for block in blocks]
 
     @functools.wraps(plain)
     def forward(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        # A single row, as a small last batch may be, would be compiled anew: PyTorch takes a size of 1 for fixed.
-        packed = attention_mask is not None and attention_mask.dim() == 4 and len(attention_mask) > 1
-        return (compiled if packed else plain)(*args, attention_mask=attention_mask, **kwargs)
+        packed = attention_mask is not None and attention_mask.dim() == 4
+        # They stay so for the backward pass, where checkpointing computes the blocks again.
+        for block, call in zip(blocks, compiled, strict=True):
+            block._compiled_call_impl = call if packed else None
+        return plain(*args, attention_mask=attention_mask, **kwargs)
 
     base.forward = forward
