@@ -4,6 +4,7 @@ The forms: whole HH dialogues (`chosen`/`rejected`), `prompt` with `chosen`/`rej
 `completion` or `response` (SFT only), and conversations (lists of messages), with or without `prompt`.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from datasets.fingerprint import Hasher
 
-from tinydpo.data.sources import parse
+from tinydpo.data.records import BrokenRow, decode, kind
 from tinydpo.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -23,15 +24,12 @@ TEXTS = Features(
         "question": Value("int64"),  # where in the prompt the last human turn starts, in characters
         "chosen": Value("string"),
         "rejected": Value("string"),  # null for SFT rows without one
+        "messages": Value("string"),  # the messages of a conversation's prompt as JSON, null for texts
         "templated": Value("bool"),  # written by a chat template: special tokens in the text are meant as such
         "subset": Value("string"),
         "broken": Value("string"),  # why a skipped row could not be read, else null
     }
 )
-
-
-class BrokenRow(Exception):
-    """What was expected of a row, without its file and number."""
 
 
 def to_texts(records: Dataset, tokenizer: Any, need_pairs: bool, on_bad_row: str, workers: int) -> Dataset:
@@ -72,19 +70,6 @@ def to_texts(records: Dataset, tokenizer: Any, need_pairs: bool, on_bad_row: str
     )  # fmt: skip
 
 
-def decode(record: bytes) -> dict[str, Any]:
-    """A row of a JSON-lines file, or what is wrong with it (`BrokenRow`)."""
-    try:
-        row = parse(record)
-    except UnicodeDecodeError:
-        raise BrokenRow("expected UTF-8 text, found other bytes") from None
-    except (ValueError, RecursionError) as error:
-        raise BrokenRow(f"expected one JSON object, found {_start(record)} ({error})") from None
-    if not isinstance(row, dict):
-        raise BrokenRow(f"expected a JSON object with keys, found {_kind(row)}")
-    return row
-
-
 def text_pair(row: dict[str, Any], tokenizer: Any, need_pairs: bool) -> dict[str, Any]:
     """Turn one row into `prompt`, `question`, `chosen`, `rejected` and `templated` (see `TEXTS`).
 
@@ -108,7 +93,7 @@ def text_pair(row: dict[str, Any], tokenizer: Any, need_pairs: bool) -> dict[str
     else:
         for name, answer in {**({"prompt": row["prompt"]} if "prompt" in row else {}), **answers}.items():
             if not isinstance(answer, str):
-                raise BrokenRow(f"expected {name!r} to be a string, found {_kind(answer)}")
+                raise BrokenRow(f"expected {name!r} to be a string, found {kind(answer)}")
         prompt, completions = (row["prompt"], answers) if "prompt" in row else split_dialogues(answers)
         pair = {"prompt": prompt, "question": max(prompt.rfind(HUMAN), 0), "templated": False, **_named(completions)}
     if isinstance(row.get("subset"), str):
@@ -152,14 +137,21 @@ def _from_messages(prompt: Any, answers: dict[str, list], tokenizer: Any) -> dic
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     elif prompt is not None and not isinstance(prompt, list):
-        raise BrokenRow(f"expected 'prompt' to be a string or a list of messages, found {_kind(prompt)}")
+        raise BrokenRow(f"expected 'prompt' to be a string or a list of messages, found {kind(prompt)}")
     if not prompt or any(messages[0]["role"] != "assistant" for messages in answers.values()):
         # The answers hold the whole conversation; a `prompt` beside them only names it.
         prompt, answers = _split_conversations(answers)
+    said = json.dumps(prompt)
     if tokenizer.chat_template is None:
         text = "".join(map(_hh_turn, prompt)) + ASSISTANT
         texts = {k: "".join(map(_hh_turn, messages)).removeprefix(ASSISTANT) for k, messages in answers.items()}
-        return {"prompt": text, "question": max(text.rfind(HUMAN), 0), "templated": False, **_named(texts)}
+        return {
+            "prompt": text,
+            "question": max(text.rfind(HUMAN), 0),
+            "templated": False,
+            "messages": said,
+            **_named(texts),
+        }
     for message in (message for messages in (prompt, *answers.values()) for message in messages):
         if found := _special_tokens(tokenizer).search(message["content"]):
             told = f"expected messages without the model's special token {found.group()!r} in their text"
@@ -171,7 +163,7 @@ def _from_messages(prompt: Any, answers: dict[str, list], tokenizer: Any) -> dic
     # A template may end turns with another token than the end token: an answer without a word is empty all the same.
     texts = {k: text if any(message["content"] for message in answers[k]) else "" for k, text in texts.items()}
     question = _template_question(tokenizer, prompt, text)
-    return {"prompt": text, "question": question, "templated": True, **_named(texts)}
+    return {"prompt": text, "question": question, "templated": True, "messages": said, **_named(texts)}
 
 
 def _check_messages(name: str, messages: list) -> None:
@@ -235,13 +227,3 @@ def _template_question(tokenizer: Any, prompt: list, text: str) -> int:
 def _named(texts: dict[str, str]) -> dict[str, str | None]:
     chosen, *rejected = texts.values()
     return {"chosen": chosen, "rejected": rejected[0] if rejected else None}
-
-
-def _start(record: bytes) -> str:
-    """How a record starts, to tell an HTML page from a table from a cut row."""
-    text = record[:80].decode("utf-8-sig", errors="replace").strip()
-    return repr(text[:30]) + "…" * (len(text) > 30)
-
-
-def _kind(value: Any) -> str:
-    return {type(None): "null", str: "a string", dict: "an object", list: "a list"}.get(type(value), repr(value)[:40])

@@ -31,6 +31,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
+from tinydpo.data.records import parse
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
 from tinydpo.models.hub import download_dataset
@@ -264,25 +265,6 @@ def _file_records(path: Path, start: bytes) -> Iterator[tuple[int, bytes]]:
         for number, line in enumerate(stream, 1):
             if line.strip(BLANK):
                 yield number, line
-
-
-def parse(text: bytes) -> Any:
-    """Parse JSON in UTF-8, with a byte-order mark or without.
-
-    Raises:
-        UnicodeDecodeError: if it is not UTF-8 (`json` would also take a row in UTF-16, which lines do not survive).
-        ValueError: if it is not JSON, or an object has a key twice (Python would take the last, others the first).
-        RecursionError: if it is nested without end.
-    """
-    return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_once)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return row
 
 
 def _plain(value: Any) -> str:
