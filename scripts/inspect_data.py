@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     from tinydpo.models.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(look.model_name_or_path, look.model_revision)
-    splits = load_pairs(data, tokenizer, look.max_length, need_pairs=False)
+    splits = load_pairs(data, tokenizer, look.max_length, need_pairs=None)
     if is_hh(data.dataset_name):
         print(f"{CONTENT_NOTICE}\n")
     for name, split in splits.items():

@@ -275,6 +275,56 @@ KINDS: dict[str, Kind] = {
     "SFT rows where pairs are needed": Kind(
         "a.jsonl", lines([{"prompt": "p", "completion": "c"}] * 2), r"… row \d: .*'chosen' is missing"
     ),
+    "messages without the last answer": Kind(
+        "a.jsonl",
+        lines([TURNS, {**TURNS, "chosen": [*TURNS["chosen"], *TURNS["prompt"]]}]),
+        "… row 2: expected 'chosen' to end in an assistant message, found one by 'user'",
+        template=CHATML,
+    ),
+    "a role that nobody knows": Kind(
+        "a.jsonl",
+        lines([TURNS, {**TURNS, "prompt": [{"role": "Human", "content": "q 0?"}]}]),
+        "… row 2: .* found 'Human'; --role says which one it is, for example --role Human=user",
+        template=CHATML,
+    ),
+    "roles under other names": Kind(
+        "a.jsonl",
+        lines([{**row, "prompt": [{"role": "Human", "content": f"q {i}?"}]} for i, row in enumerate([TURNS] * 4)]),
+        PAIRS,
+        {"role": ["Human=user"]},
+    ),
+    "a system text without a template": Kind(
+        "a.jsonl",
+        lines([{**r, "system": ""} for r in ROWS] + [{**ROWS[0], "system": "Be brief."}]),
+        "… row 5: expected messages beside 'system', found texts in HH's form; write messages",
+    ),
+    "Alpaca's columns": Kind(
+        "a.jsonl",
+        lines([{"instruction": "q", "input": "", "output": "yes"}] * 2),
+        r"… row \d: .*keys found: 'instruction', 'input', 'output'\); --column says what is what",
+    ),
+    "Orca's columns": Kind(
+        "a.jsonl",
+        lines([{"question": "q", "chosen": "yes", "rejected": "no"}] * 2),
+        r"… row \d: expected dialogues that share .* for example --column question=prompt",
+    ),
+    "columns under other names": Kind(
+        "a.jsonl",
+        lines([{"good": r["chosen"], "bad": r["rejected"]} for r in ROWS]),
+        PAIRS,
+        {"column": ["good=chosen", "bad=rejected"]},
+    ),
+    "two columns for one name": Kind(
+        "a.jsonl",
+        lines([*ROWS, {**ROWS[0], "good": "yes"}]),
+        "… row 5: expected one column for 'chosen', found two",
+        {"column": ["good=chosen"]},
+    ),
+    "OpenAI's form without an answer": Kind(
+        "a.jsonl",
+        lines([{"input": {"messages": TURNS["prompt"]}, "preferred_output": TURNS["chosen"]}] * 2),
+        r"… row \d: .*'rejected' is missing",
+    ),
     # What texts hold
     "an empty answer": Kind(
         "a.jsonl",
@@ -382,12 +432,17 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def templated(tokenizer: Any, template: str) -> Any:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def outcome(kind: Kind, at: Path, tokenizer: Any) -> tuple[list[Pair], dict[str, int], list[dict]]:
     """Pairs (texts), counts of what was dropped, and pairs (tokens) of both splits."""
     if kind.template:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
-        tokenizer.chat_template = kind.template
+        tokenizer = templated(tokenizer, kind.template)
     splits = load_pairs(DataArguments(dataset_name=str(at), **kind.options), tokenizer, 128).values()
     dropped: dict[str, int] = {}
     for reason, count in (item for split in splits for item in split.summary["dropped"].items()):
@@ -465,11 +520,16 @@ anything = st.recursive(
     max_leaves=8,
 )
 messages = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "\ud800"]), "content": anything}),
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "\ud800"]), "content": anything},
+        optional={"tool_calls": anything},
+    ),
     max_size=3,
 )
 keys = st.dictionaries(
-    st.sampled_from(["prompt", "chosen", "rejected", "completion", "subset"]), anything | messages, max_size=5
+    st.sampled_from(["prompt", "chosen", "rejected", "completion", "subset", "messages", "system", "tools", "input"]),
+    anything | messages,
+    max_size=5,
 )
 few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -486,6 +546,13 @@ def test_any_bytes(tmp_path: Path, tiny_tokenizer: Any, content: bytes):
 def test_any_rows(tmp_path: Path, tiny_tokenizer: Any, rows: list):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + GOOD.decode())
     result_or_sentence(tmp_path / "a.jsonl", tiny_tokenizer)
+
+
+@few
+@given(st.lists(keys, min_size=1, max_size=4))
+def test_any_rows_with_a_template(tmp_path: Path, tiny_tokenizer: Any, rows: list):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + GOOD.decode())
+    result_or_sentence(tmp_path / "a.jsonl", templated(tiny_tokenizer, CHATML))
 
 
 def test_training_on_bad_data_ends_before_it_begins(tmp_path: Path, tiny_model: Path):

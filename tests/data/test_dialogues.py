@@ -10,7 +10,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinydpo.data.dialogues import BrokenRow, split_dialogues, text_pair, to_texts
+from tinydpo.data.dialogues import BrokenRow, text_pair, to_texts
+from tinydpo.data.forms import split_dialogues
 from tinydpo.data.pairs import load_pairs
 from tinydpo.data.sources import RECORDS
 from tinydpo.errors import UserError

@@ -1,14 +1,21 @@
-"""docs/your-own-data.md, its commands run as they stand in a fresh copy of the project."""
+"""docs/your-own-data.md: its forms of rows are read, its commands run as they stand in a fresh copy of the project."""
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running import ROOT
+from test_bad_datasets import CHATML, templated
+
+from tinydpo.data.pairs import load_pairs
+from tinydpo.launching.arguments import DataArguments
+from tinydpo.launching.parsing import parse
 
 PAGE = (ROOT / "docs/your-own-data.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -57,3 +64,26 @@ def test_the_recipe_of_a_reader_with_a_network_is_whole(project: Path):
         keys = dict(re.findall(r"^(\w+): (\S+)", text, re.MULTILINE))
         assert keys["dataset_name"] == "my_pairs.jsonl" and "dataset_revision" not in keys, f"{name} reads other data"
         assert keys["model_name_or_path"].startswith("HuggingFaceTB/" if name == "sft.yaml" else "runs/mine/"), name
+
+
+FORMS = re.findall(r"^\| (.+?) \| (SFT(?:, DPO)?) \| `(\{.+?\})` \|(?: `(.+?)` \|)?$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=[f"{i} {name}" for i, (name, *_) in enumerate(FORMS)])
+def test_every_form_of_the_table_is_read(form: tuple[str, ...], tmp_path: Path, tiny_tokenizer: Any):
+    name, stages, row, flags = form
+    assert len(FORMS) == PAGE.count("| `{"), "a row of the tables is not tried here"
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(row + "\n")
+    data = parse(DataArguments, argv=["--dataset_name", str(tmp_path), *shlex.split(flags)])[0]
+    for stage in stages.split(", "):
+        split = load_pairs(data, templated(tiny_tokenizer, CHATML), 128, need_pairs=stage == "DPO")["train"]
+        text = split.texts[0]
+        assert "Curry?" in text["prompt"] and text["chosen"].strip() == "Gladly!", f"{name} ({stage}): read as {text}"
+        rejected = (text["rejected"] or "").strip()
+        assert rejected == ("Look it up." if "DPO" in stages else ""), f"{name} ({stage}): rejected is {rejected!r}"
+        assert text["prompt"].count("Curry?") == 1, f"{name} ({stage}): the prompt stands there twice"
+        told = {note for note in split.summary["notes"] if "is not read" in note}
+        assert not told, f"{name} ({stage}): {told}"
+        fitted = tiny_tokenizer.decode(split.pairs[0]["prompt_ids"] + split.pairs[0]["chosen_ids"])
+        assert "Curry?" in fitted and "Gladly!" in fitted, f"{name} ({stage}): trained on {fitted!r}"

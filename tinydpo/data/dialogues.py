@@ -1,22 +1,24 @@
-"""A row in any of the usual forms becomes one text pair: prompt, chosen, rejected, and where the question starts.
+"""A row becomes one text pair: prompt, chosen, rejected, and where the question starts.
 
-The forms: whole HH dialogues (`chosen`/`rejected`), `prompt` with `chosen`/`rejected` texts, `prompt` with
-`completion` or `response` (SFT only), and conversations (lists of messages), with or without `prompt`.
+`forms` says what was asked and what was answered. Texts stay as they are; a conversation takes the model's chat
+template, or HH's `Human:`/`Assistant:` form where the model has none.
 """
 
 import json
 import re
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
-from tinydpo.data.records import BrokenRow, decode, kind
+from tinydpo.data.conversations import Message
+from tinydpo.data.forms import ASSISTANT, HUMAN, Form, not_read, read, shared_start
+from tinydpo.data.records import AS_THEY_ARE, BrokenRow, Names, decode, rename, shown
 from tinydpo.errors import UserError
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 TURNS = {"system": "\n\n", "user": HUMAN, "assistant": ASSISTANT}
 TEXTS = Features(
     {
@@ -27,30 +29,41 @@ TEXTS = Features(
         "messages": Value("string"),  # the messages of a conversation's prompt as JSON, null for texts
         "templated": Value("bool"),  # written by a chat template: special tokens in the text are meant as such
         "subset": Value("string"),
+        "notes": List(Value("string")),  # what of the row was not taken as it stands
         "broken": Value("string"),  # why a skipped row could not be read, else null
     }
 )
+SPACE_MOVED = "a space at the prompt's end goes to the answers, where tokens have it"
+MADE_BY = ("records", "conversations", "forms", "dialogues")  # a change in these modules is another cache
 
 
-def to_texts(records: Dataset, tokenizer: Any, need_pairs: bool, on_bad_row: str, workers: int) -> Dataset:
+def to_texts(
+    records: Dataset,
+    tokenizer: Any,
+    need_pairs: bool | None,
+    on_bad_row: str,
+    workers: int,
+    names: Names = AS_THEY_ARE,
+) -> Dataset:
     """Read records into text pairs (the columns of `TEXTS`), in the same order.
 
     Args:
         records: columns `file`, `row`, `subset`, `record`, as `sources.load_records` gives them.
         tokenizer: its chat template writes conversations; without one they take HH's `Human:`/`Assistant:` form.
-        need_pairs: whether a row must have a rejected answer (DPO, evaluation).
+        need_pairs: whether a row must have a rejected answer (DPO, evaluation); see `forms.read`.
         on_bad_row: `"stop"` or `"skip"`; a skipped row is kept as an empty one with its reason in `broken`.
         workers: processes to read with.
+        names: what the data call their columns and roles.
 
     Raises:
         UserError: for the first broken row, naming file, row and what was expected.
     """
 
-    def read(batch: dict[str, list]) -> dict[str, list]:
+    def texts_of(batch: dict[str, list]) -> dict[str, list]:
         texts = {name: [] for name in TEXTS}
         for file, row, subset, record in zip(*(batch[k] for k in ("file", "row", "subset", "record")), strict=True):
             try:
-                text = text_pair(decode(record), tokenizer, need_pairs)
+                text = text_pair(rename(decode(record), names), tokenizer, need_pairs)
             except BrokenRow as error:
                 if on_bad_row == "stop":
                     advice = "mend it or pass --on_bad_row skip"
@@ -62,40 +75,25 @@ def to_texts(records: Dataset, tokenizer: Any, need_pairs: bool, on_bad_row: str
         return texts
 
     key = (records._fingerprint, tokenizer.chat_template, tokenizer.special_tokens_map, need_pairs, on_bad_row)
-    with open(__file__, "rb") as source:
-        fingerprint = Hasher.hash((*key, source.read()))
+    key += (sorted(names.columns.items()), sorted(names.roles.items()), _joins_spaces(tokenizer))
+    fingerprint = Hasher.hash((*key, *(Path(__file__).with_name(f"{name}.py").read_bytes() for name in MADE_BY)))
     return records.map(
-        read, batched=True, remove_columns=records.column_names, features=TEXTS,
+        texts_of, batched=True, remove_columns=records.column_names, features=TEXTS,
         num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint, desc="Reading pairs",
     )  # fmt: skip
 
 
-def text_pair(row: dict[str, Any], tokenizer: Any, need_pairs: bool) -> dict[str, Any]:
-    """Turn one row into `prompt`, `question`, `chosen`, `rejected` and `templated` (see `TEXTS`).
+def text_pair(row: dict[str, Any], tokenizer: Any, need_pairs: bool | None) -> dict[str, Any]:
+    """Turn one row into the columns of `TEXTS`, but for `broken`, and `subset` where it has none.
 
     Raises:
         BrokenRow: if the row has none of the known forms, saying what was expected.
     """
-    if "chosen" in row or "rejected" in row or need_pairs or "prompt" not in row:
-        answers = {"chosen": row.get("chosen"), "rejected": row.get("rejected")}
-        missing = [name for name in answers if name not in row]
-        if missing:
-            found = ", ".join(map(repr, list(row)[:6])) or "none"
-            forms = "'chosen' and 'rejected'" + ("" if need_pairs else ", or 'prompt' and 'completion'")
-            raise BrokenRow(f"expected the keys {forms}; {missing[0]!r} is missing (keys found: {found})")
-    else:
-        key = "completion" if "completion" in row else "response"
-        if key not in row:
-            raise BrokenRow("expected 'completion' or 'response' beside 'prompt'")
-        answers = {key: row[key]}
-    if all(isinstance(answer, list) for answer in answers.values()):
-        pair = _from_messages(row.get("prompt"), answers, tokenizer)
-    else:
-        for name, answer in {**({"prompt": row["prompt"]} if "prompt" in row else {}), **answers}.items():
-            if not isinstance(answer, str):
-                raise BrokenRow(f"expected {name!r} to be a string, found {kind(answer)}")
-        prompt, completions = (row["prompt"], answers) if "prompt" in row else split_dialogues(answers)
-        pair = {"prompt": prompt, "question": max(prompt.rfind(HUMAN), 0), "templated": False, **_named(completions)}
+    form = read(row, need_pairs)
+    if isinstance(form.prompt, str):
+        form = _as_conversation(form, tokenizer)
+    write = _from_texts if isinstance(form.prompt, str) else _from_messages
+    pair = {"messages": None, **write(form, tokenizer), "notes": form.notes}
     if isinstance(row.get("subset"), str):
         pair["subset"] = row["subset"]
     for name in ("prompt", "chosen", "rejected", "subset"):
@@ -106,90 +104,110 @@ def text_pair(row: dict[str, Any], tokenizer: Any, need_pairs: bool) -> dict[str
     return pair
 
 
-def split_dialogues(dialogues: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """Split whole HH dialogues at the last assistant turn that starts the same in all of them.
+def _as_conversation(form: Form, tokenizer: Any) -> Form:
+    """Texts beside a system message are a conversation where the model has a template: that alone knows its place.
 
-    Dialogues of a pair may part before their last turn; a cut at the chosen one's prompt would garble the rejected.
-
-    Raises:
-        BrokenRow: if they share no assistant turn.
+    HH's form has one too, but in it texts are dialogues already, whose start is theirs to say.
     """
-    shared = _shared_start(dialogues.values())
-    start = shared.rfind(ASSISTANT)
-    if start < 0:
-        raise BrokenRow(f"expected dialogues that share a prompt up to {ASSISTANT!r}, found no shared assistant turn")
-    end = start + len(ASSISTANT)
-    return shared[:end], {name: dialogue[end:] for name, dialogue in dialogues.items()}
+    if form.tools:
+        raise BrokenRow("expected messages beside 'tools', found texts, in which tools have no place; write messages")
+    templated = tokenizer.chat_template is not None
+    dialogue = HUMAN in form.prompt or form.prompt.endswith(ASSISTANT)
+    if form.system and (dialogue or not templated):
+        why = "texts in HH's form" if dialogue else "texts, and the model has no chat template"
+        raise BrokenRow(
+            f"expected messages beside 'system', found {why}; write messages, or let 'prompt' begin with it"
+        )
+    if form.system is None or dialogue or not templated:
+        return form
+    system = [{"role": "system", "content": form.system}] if form.system else []
+    form.prompt = [*system, {"role": "user", "content": form.prompt}]
+    form.answers = {name: [{"role": "assistant", "content": text}] for name, text in form.answers.items()}
+    return form
 
 
-def _shared_start(texts: Iterable[str]) -> str:
-    first, last = min(texts := list(texts)), max(texts)  # what the extremes share, all share
-    low, high = 0, len(first)
-    while low < high:  # by halves: letter by letter takes seconds on 160,000 dialogues
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if last.startswith(first[low:middle], low) else (low, middle - 1)
-    return first[:low]
+def _from_texts(form: Form, tokenizer: Any) -> dict[str, Any]:
+    prompt, answers = form.prompt, form.answers
+    apart = prompt.endswith(" ") and not all(text[:1].isspace() for text in answers.values())
+    if apart and prompt.strip() and _joins_spaces(tokenizer):  # "A: " + "Yes" is never two tokens "Ġ", "Yes" in a text
+        prompt, answers = prompt[:-1], {name: text and f" {text}" for name, text in answers.items()}
+        form.notes.append(SPACE_MOVED)
+    form.notes += _unused(form, "")
+    return {"prompt": prompt, "question": max(prompt.rfind(HUMAN), 0), "templated": False, **_named(answers)}
 
 
-def _from_messages(prompt: Any, answers: dict[str, list], tokenizer: Any) -> dict[str, Any]:
-    for name, messages in {**answers, **({"prompt": prompt} if isinstance(prompt, list) else {})}.items():
-        _check_messages(name, messages)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    elif prompt is not None and not isinstance(prompt, list):
-        raise BrokenRow(f"expected 'prompt' to be a string or a list of messages, found {kind(prompt)}")
-    if not prompt or any(messages[0]["role"] != "assistant" for messages in answers.values()):
-        # The answers hold the whole conversation; a `prompt` beside them only names it.
-        prompt, answers = _split_conversations(answers)
+def _from_messages(form: Form, tokenizer: Any) -> dict[str, Any]:
+    prompt, answers = form.prompt, form.answers
     said = json.dumps(prompt)
     if tokenizer.chat_template is None:
+        if form.tools:
+            raise BrokenRow("expected a model with a chat template, which 'tools' need, found one without")
         text = "".join(map(_hh_turn, prompt)) + ASSISTANT
         texts = {k: "".join(map(_hh_turn, messages)).removeprefix(ASSISTANT) for k, messages in answers.items()}
-        return {
-            "prompt": text,
-            "question": max(text.rfind(HUMAN), 0),
-            "templated": False,
-            "messages": said,
-            **_named(texts),
-        }
-    for message in (message for messages in (prompt, *answers.values()) for message in messages):
-        if found := _special_tokens(tokenizer).search(message["content"]):
-            told = f"expected messages without the model's special token {found.group()!r} in their text"
-            raise BrokenRow(f"{told}: between the template's own it would be read as that token")
-    wholes = {name: _render(tokenizer, [*prompt, *messages]) for name, messages in answers.items()}
-    text = _shared_start([_render(tokenizer, prompt, add_generation_prompt=True), *wholes.values()])
+        question = max(text.rfind(HUMAN), 0)
+        form.notes += _unused(form, "")
+        return {"prompt": text, "question": question, "templated": False, "messages": said, **_named(texts)}
+    _check_known(form, tokenizer)
+    render = partial(_render, tokenizer, {"tools": form.tools, **form.options})
+    wholes = {name: render([*prompt, *messages]) for name, messages in answers.items()}
+    text = shared_start([render(prompt, add_generation_prompt=True), *wholes.values()])
+    if prompt[0]["role"] == "system" and (prompt[0]["content"] or "").strip() not in text:
+        raise BrokenRow("expected a chat template with a place for a system message, the model's leaves it out")
     # The template ends a turn with the end token; fitting puts it back where the completion stays whole.
     texts = {k: whole[len(text) :].rstrip().removesuffix(tokenizer.eos_token) for k, whole in wholes.items()}
     # A template may end turns with another token than the end token: an answer without a word is empty all the same.
-    texts = {k: text if any(message["content"] for message in answers[k]) else "" for k, text in texts.items()}
-    question = _template_question(tokenizer, prompt, text)
+    texts = {
+        k: text if any(m["content"] or m.get("tool_calls") for m in answers[k]) else "" for k, text in texts.items()
+    }
+    question = _template_question(render, prompt, text)
     return {"prompt": text, "question": question, "templated": True, "messages": said, **_named(texts)}
 
 
-def _check_messages(name: str, messages: list) -> None:
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise BrokenRow(f"expected {name!r} to hold messages with the strings 'role' and 'content'")
-    if not messages:
-        raise BrokenRow(f"expected {name!r} to hold at least one message, found an empty list")
+def _check_known(form: Form, tokenizer: Any) -> None:
+    """Refuse what the template would leave out, or write down as it stands, without a word."""
+    template = _text_of(tokenizer.chat_template)
+    for message in (message for messages in (form.prompt, *form.answers.values()) for message in messages):
+        role, calls = message["role"], message.get("tool_calls")
+        if role not in TURNS and f"'{role}'" not in template and f'"{role}"' not in template:
+            told = f"expected roles that the model's chat template knows, found {shown(role)!r}"
+            raise BrokenRow(f"{told}; --role says which one it is, for example --role {shown(role)}=user")
+        if calls and "tool_calls" not in template:
+            raise BrokenRow("expected a chat template that writes 'tool_calls', the model's leaves them out")
+        words = "\n".join(value for value in message.values() if isinstance(value, str))
+        _check_special(words + json.dumps(calls, ensure_ascii=False) * bool(calls), tokenizer)
+    if form.tools:
+        _check_special(json.dumps(form.tools, ensure_ascii=False), tokenizer)
+        if not re.search(r"\btools\b", template):
+            raise BrokenRow("expected a chat template that writes 'tools', the model's leaves them out")
+    form.notes += _unused(form, template)
 
 
-def _split_conversations(answers: dict[str, list]) -> tuple[list, dict[str, list]]:
-    """Split whole conversations before the last assistant message that follows the same messages in all of them."""
-    first, *others = answers.values()
-    for start in range(min(map(len, answers.values())) - 1, 0, -1):
-        shared = all(messages[:start] == first[:start] for messages in others)
-        if shared and all(messages[start]["role"] == "assistant" for messages in answers.values()):
-            return first[:start], {name: messages[start:] for name, messages in answers.items()}
-    raise BrokenRow("expected conversations that share a prompt before an assistant message")
+def _check_special(words: str, tokenizer: Any) -> None:
+    if found := _special_tokens(tokenizer).search(words):
+        told = f"expected messages without the model's special token {found.group()!r} in their text"
+        raise BrokenRow(f"{told}: between the template's own it would be read as that token")
 
 
-def _hh_turn(message: dict[str, str]) -> str:
+def _unused(form: Form, template: str) -> list[str]:
+    """Notes on options that a template does not ask for."""
+    unused = (name for name in form.options if not re.search(rf"\b{re.escape(name)}\b", template))
+    return [not_read(f"chat_template_kwargs.{name}") for name in unused]
+
+
+def _text_of(template: str | dict[str, str]) -> str:
+    return template if isinstance(template, str) else "\n".join(template.values())
+
+
+def _hh_turn(message: Message) -> str:
     turn, content = TURNS.get(message["role"]), message["content"]
     if turn is None:
+        role = shown(message["role"])
         raise BrokenRow(
-            f"expected the roles {', '.join(TURNS)} (the model has no chat template), found {message['role']!r}"
+            f"expected the roles {', '.join(TURNS)} (the model has no chat template), found {role!r}; "
+            f"--role says which one it is, for example --role {role}=user"
         )
+    if message.get("tool_calls"):
+        raise BrokenRow("expected a model with a chat template, which 'tool_calls' need, found one without")
     return f"{turn} {content}" if content and turn.endswith(":") else turn + content
 
 
@@ -199,14 +217,21 @@ def _special_tokens(tokenizer: Any) -> re.Pattern:
     return re.compile("|".join(tokens) or r"(?!)")
 
 
-def _render(tokenizer: Any, messages: list, **options: Any) -> str:
+@cache
+def _joins_spaces(tokenizer: Any) -> bool:
+    """Whether a space and the word after it are one token."""
+    whole, *parts = (len(ids) for ids in tokenizer(["a a", "a ", "a"], add_special_tokens=False).input_ids)
+    return whole < sum(parts)
+
+
+def _render(tokenizer: Any, options: dict[str, Any], messages: list[Message], **more: Any) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options, **more)
     except Exception as error:  # a template is a program of the model's: it may raise anything
         raise BrokenRow(f"expected messages that the model's chat template accepts, it says: {error}") from None
 
 
-def _template_question(tokenizer: Any, prompt: list, text: str) -> int:
+def _template_question(render: Callable[..., str], prompt: list[Message], text: str) -> int:
     """Where the last user message starts, its header included."""
     last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
     if last is None:
@@ -217,8 +242,8 @@ def _template_question(tokenizer: Any, prompt: list, text: str) -> int:
     # answer in between.
     for between in ([], [{"role": "assistant", "content": "-"}]):
         try:
-            once, twice = (_render(tokenizer, [*upto, *between, *more]) for more in ([], [prompt[last]]))
-            return min(max(len(_render(tokenizer, upto)) - (len(twice) - len(once)), 0), len(text))
+            once, twice = (render([*upto, *between, *more]) for more in ([], [prompt[last]]))
+            return min(max(len(render(upto)) - (len(twice) - len(once)), 0), len(text))
         except BrokenRow:
             continue
     return 0

@@ -6,10 +6,12 @@ start; what room is left goes to the prompt, which keeps its end.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
+from trl.data_utils import common_prefix_length
 
 from tinydpo.errors import UserError
 
@@ -93,13 +95,12 @@ def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: in
     end = tokenizer.eos_token_id
 
     def fit_batch(batch: dict[str, list]) -> dict[str, list]:
-        prompts, questions = tokenize_prompts(batch, tokenizer)
-        chosen = _tokenize(batch["chosen"], batch["templated"], tokenizer)
-        rejected = _tokenize(batch["rejected"], batch["templated"], tokenizer)
+        given, questions = tokenize_prompts(batch, tokenizer)
+        prompts, completions = tokenize_completions(batch, given, tokenizer)
         rows = []
-        for i, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
+        for i, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
             alone = batch["rejected"][i] is None
-            answers = [chosen[i]] if alone else [chosen[i], rejected[i]]
+            question = max(questions[i] - (len(given[i]) - len(prompt)), 0)
             first = bos if prompt[: len(bos)] == bos else []  # a chat template may write it itself, or none
             question = min(question, len(prompt) - len(first))
             fitted_prompt, fitted = fit_pair(
@@ -182,16 +183,48 @@ def tokenize_prompts(texts: Any, tokenizer: Any) -> tuple[list[Ids], list[int]]:
     return [tokens for _, tokens in sorted(ids)], questions
 
 
-def _tokenize(texts: list[str | None], templated: list[bool], tokenizer: Any) -> list[Ids]:
-    """Tokenize completions apart from their prompt, as at inference; plain text never turns into special tokens."""
-    ids: list[Ids] = [[] for _ in texts]
+def tokenize_completions(texts: Any, prompts: list[Ids], tokenizer: Any) -> tuple[list[Ids], list[list[Ids]]]:
+    """Tokenize completions so that a prompt's tokens and theirs are those of the whole text.
+
+    What a chat template writes is tokenized whole, and so is every text where the tokenizer puts a space before a text
+    (SentencePiece's way): alone, a completion would begin with a space that is not there. Elsewhere completions are
+    tokenized alone, as they go on from their prompt at inference. Plain text never turns into special tokens.
+
+    Args:
+        texts: a dataset or batch with the columns `prompt`, `chosen`, `rejected` (null for none) and `templated`.
+        prompts: their tokens, as `tokenize_prompts` gives them.
+        tokenizer: a fast tokenizer.
+
+    Returns:
+        The prompts' tokens, without those at their end that a completion's first token takes in, and the completions':
+        a list of one or two for each.
+    """
+    columns = (texts[name][:] for name in ("prompt", "chosen", "rejected", "templated"))
+    rows = [(prompt or "", [c] if r is None else [c, r], bool(t)) for prompt, c, r, t in zip(*columns, strict=True)]
+    bos, spaced = bos_of(tokenizer), puts_space_first(tokenizer)
+    ids: dict[tuple[int, int], Ids] = {}
     for special in (False, True):
-        chosen = [i for i, text in enumerate(texts) if text and bool(templated[i]) is special]
-        if chosen:
-            encoded = _encode(tokenizer, [texts[i] for i in chosen], special)
-            for place, i in enumerate(chosen):
-                ids[i] = encoded.input_ids[place]
-    return ids
+        places = [(i, k) for i, (_, a, t) in enumerate(rows) if t is special for k, text in enumerate(a) if text]
+        if places:
+            given = [(rows[i][0] if special or spaced else "") + rows[i][1][k] for i, k in places]
+            ids.update(zip(places, _encode(tokenizer, given, special).input_ids, strict=True))
+    kept, completions = [], []
+    for i, (prompt, (_, answers, special)) in enumerate(zip(prompts, rows, strict=True)):
+        found = [ids.get((i, k), []) for k in range(len(answers))]
+        if special or spaced:
+            found = [tokens and [*bos * (not special), *tokens] for tokens in found]
+            shared = min((common_prefix_length(prompt, tokens) for tokens in found if tokens), default=len(prompt))
+            prompt, found = prompt[:shared], [tokens[shared:] for tokens in found]
+        kept.append(prompt)
+        completions.append(found)
+    return kept, completions
+
+
+@cache
+def puts_space_first(tokenizer: Any) -> bool:
+    """Whether a text begins with a space that it does not have when it goes on from another."""
+    alone, after = tokenizer(["a", "\na"], add_special_tokens=False).input_ids
+    return after[-len(alone) :] != alone
 
 
 def _encode(tokenizer: Any, texts: list[str], special: bool) -> Any:

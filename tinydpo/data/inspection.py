@@ -1,10 +1,30 @@
 """What a token budget does to preference pairs, as a page of text: before any training."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from tinydpo.data.pairs import FittedSplit
 
 WIDTH = 40  # characters of the longest histogram bar
+MOST = 6  # notes that a line has room for
+
+
+def told(splits: Mapping[str, Mapping[str, Any]]) -> str:
+    """What of the data is not trained on as it stands, in one line; empty where there is nothing of the kind.
+
+    Args:
+        splits: summaries by split, as `pairs.summarize` gives them.
+    """
+    parts = []
+    for name, summary in splits.items():
+        pairs, dropped = summary["pairs_in"], summary["dropped"]
+        if dropped:
+            parts.append(
+                f"{name}: {1 - summary['pairs_kept'] / pairs:.1%} of {pairs:,} pairs dropped ({_counts(dropped)})"
+            )
+        if notes := summary["notes"]:
+            parts.append(f"{name}: {_notes(notes)}")
+    return "Data: " + "; ".join(parts) if parts else ""
 
 
 def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, examples: int) -> str:
@@ -19,7 +39,7 @@ def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, exa
     """
     summary, stock = split.summary, split.summary["stock"]
     pairs, kept = summary["pairs_in"], summary["pairs_kept"]
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items()) or "none"
+    dropped = _counts(summary["dropped"]) or "none"
     positions = summary["tokens_per_pair"]
     rows = [
         ("", "fitted", f"stock: first {max_length}"),
@@ -31,6 +51,7 @@ def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, exa
     most = max(summary["lengths"].values())
     lines = [
         f"{name}: {pairs:,} pairs in, {kept:,} kept, dropped: {dropped}",
+        *([f"  not taken as it stands: {_notes(summary['notes'])}"] if summary["notes"] else []),
         *(f"  {what:<24}{ours:>16}{theirs:>20}".rstrip() for what, ours, theirs in rows),
         f"  token positions a pair: {positions['padded']:.0f} padded to {max_length}, "
         f"{positions['unpadded']:.1f} unpadded, {positions['shared_prefix']:.1f} with the prompt once",
@@ -43,3 +64,13 @@ def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, exa
             text = tokenizer.decode(pair[f"{part}_ids"]).replace("\n", "\\n")
             lines.append(f"  {part:>8} ({len(pair[f'{part}_ids']):>3}) {text}")
     return "\n".join(lines)
+
+
+def _counts(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in numbers.items())
+
+
+def _notes(notes: Mapping[str, int]) -> str:
+    """The most frequent notes, each with its rows."""
+    shown = [f"{note} ({rows:,} row{'s' * (rows != 1)})" for note, rows in list(notes.items())[:MOST]]
+    return ", ".join(shown) + f" and {len(notes) - MOST} more" * (len(notes) > MOST)

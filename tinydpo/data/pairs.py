@@ -12,6 +12,8 @@ from trl.trainer.utils import global_then_local_main_first
 
 from tinydpo.data.dialogues import to_texts
 from tinydpo.data.fitting import fit
+from tinydpo.data.held_out import IN_TRAIN_TOO, in_train_too
+from tinydpo.data.records import Names
 from tinydpo.data.sources import load_records, quiet
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
@@ -30,7 +32,7 @@ class FittedSplit:
 
 
 def load_pairs(
-    data: DataArguments, tokenizer: Any, max_length: int, need_pairs: bool = True
+    data: DataArguments, tokenizer: Any, max_length: int, need_pairs: bool | None = True
 ) -> dict[str, FittedSplit]:
     """Load, read and fit the train and test split.
 
@@ -38,7 +40,8 @@ def load_pairs(
         data: which dataset, and how to fit it.
         tokenizer: the model's.
         max_length: tokens of prompt and one completion together.
-        need_pairs: whether every row must have a rejected answer; SFT does without.
+        need_pairs: whether every row must have a rejected answer. False is for SFT, which does without; None takes
+            pairs as DPO does, and other rows too.
 
     Returns:
         `{"train": …, "test": …}`.
@@ -53,9 +56,12 @@ def load_pairs(
         )
     with global_then_local_main_first():  # the others find the cache that the first process wrote
         records = load_records(data)
-        return {
+        splits = {
             split: _fit_split(split, rows, data, tokenizer, max_length, need_pairs) for split, rows in records.items()
         }
+    if shared := in_train_too(splits["train"].texts, splits["test"].texts):
+        splits["test"].summary["notes"][IN_TRAIN_TOO] = shared
+    return splits
 
 
 def load_split(data: DataArguments, tokenizer: Any, max_length: int, split: str) -> FittedSplit:
@@ -65,7 +71,7 @@ def load_split(data: DataArguments, tokenizer: Any, max_length: int, split: str)
 
 
 def _fit_split(
-    split: str, records: Dataset, data: DataArguments, tokenizer: Any, max_length: int, need_pairs: bool
+    split: str, records: Dataset, data: DataArguments, tokenizer: Any, max_length: int, need_pairs: bool | None
 ) -> FittedSplit:
     large = len(records) >= LARGE
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on macOS
@@ -73,9 +79,13 @@ def _fit_split(
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
     with quiet(small=not large):
-        texts = to_texts(records, tokenizer, need_pairs, data.on_bad_row, workers)
+        texts = to_texts(records, tokenizer, need_pairs, data.on_bad_row, workers, Names.of(data))
         fitted = fit(texts, tokenizer, max_length, data.max_question_length, workers)
+    notes = pc.value_counts(pc.list_flatten(texts.with_format("arrow")[:]["notes"])).to_pylist()
     summary = summarize(fitted, max_length)
+    summary["notes"] = {
+        note["values"]: note["counts"] for note in sorted(notes, key=lambda n: (-n["counts"], n["values"]))
+    }
     kept = np.flatnonzero(pc.is_null(fitted.with_format("arrow")[:]["dropped"]))
     if not len(kept):
         raise UserError(f"{data.dataset_name}: no pair of the {split} split is left, dropped: {summary['dropped']}")

@@ -1,7 +1,14 @@
-"""One record, the JSON bytes of a row, decoded; what is wrong with it is a `BrokenRow`."""
+"""One record, the JSON bytes of a row: decoded, and under the names used here. What is wrong is a `BrokenRow`."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from tinydpo.launching.arguments import IN_MESSAGES, DataArguments, renames
+
+OF_MESSAGES = ("prompt", "chosen", "rejected", "completion", "response", "messages")
+OPENAI = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
 
 
 class BrokenRow(Exception):
@@ -32,9 +39,78 @@ def parse(text: bytes) -> Any:
     return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_once)
 
 
+@dataclass(frozen=True)
+class Names:
+    """What the data call their columns, keys of messages and roles, each with the name that it has here."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, data: DataArguments) -> "Names":
+        """What `--column` and `--role` say."""
+        return cls(renames(data.column), renames(data.role))
+
+
+AS_THEY_ARE = Names()
+
+
+def rename(row: dict[str, Any], names: Names) -> dict[str, Any]:
+    """The row with the data's names exchanged for those read here, in its messages too.
+
+    Raises:
+        BrokenRow: two columns claim one name.
+    """
+    row = usual(row)
+    if not (names.columns or names.roles):
+        return row
+    row = _renamed(row, {theirs: ours for theirs, ours in names.columns.items() if ours not in IN_MESSAGES})
+    inside = {theirs: ours for theirs, ours in names.columns.items() if ours in IN_MESSAGES}
+
+    def message(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = _renamed(value, inside)
+        role = value.get("role")
+        return {**value, "role": names.roles.get(role, role)} if isinstance(role, str) else value
+
+    for key in OF_MESSAGES:
+        if isinstance(row.get(key), list):
+            row[key] = [message(value) for value in row[key]]
+        elif isinstance(row.get(key), dict):
+            row[key] = message(row[key])
+    return row
+
+
+def usual(row: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's preference form under the usual names; another row as it is."""
+    asked = row.get("input")
+    if not (isinstance(asked, dict) and "messages" in asked and OPENAI.keys() & row):
+        return row
+    rest = {f"input.{key}": value for key, value in asked.items() if key not in ("messages", "tools")}
+    kept = {OPENAI.get(key, key): value for key, value in row.items() if key != "input"}
+    return {"prompt": asked["messages"], "tools": asked.get("tools"), **rest, **kept}
+
+
 def kind(value: Any) -> str:
     """A value as a message names it."""
     return {type(None): "null", str: "a string", dict: "an object", list: "a list"}.get(type(value), repr(value)[:40])
+
+
+def shown(name: str) -> str:
+    """A name out of the data as a message can hold it."""
+    return repr(name)[1:-1][:40]
+
+
+def _renamed(mapping: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    renamed: dict[str, Any] = {}
+    for key, value in mapping.items():
+        name = names.get(key, key)
+        if renamed.get(name) is not None and value is not None:
+            raise BrokenRow(f"expected one column for {name!r}, found two, {shown(key)!r} and another one")
+        if value is not None or name not in renamed:
+            renamed[name] = value
+    return renamed
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from tinydpo.data.records import parse
+from tinydpo.data.held_out import hold_out
+from tinydpo.data.records import Names, parse
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
 from tinydpo.models.hub import download_dataset
@@ -56,7 +57,7 @@ STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of every whole Arrow file in the cac
 
 
 def load_records(data: DataArguments) -> DatasetDict:
-    """Read the train and the held-out records.
+    """Read the train and the held-out records; what is held out of train are whole prompts.
 
     Returns:
         A `DatasetDict` with keys `train` and `test`; columns `file`, `row` (from 1), `subset` (the folder of a dataset
@@ -82,7 +83,9 @@ def load_records(data: DataArguments) -> DatasetDict:
         return DatasetDict({"train": _read(splits[train]), "test": _read(splits[test])})
     records = _read(splits[train])
     try:
-        return records.train_test_split(test_size=data.test_split_size, seed=HOLD_OUT_SEED)
+        with quiet(small=records.data.nbytes < SMALL):
+            rest, held_out = hold_out(records, data.test_split_size, Names.of(data), HOLD_OUT_SEED)
+        return DatasetDict({"train": rest, "test": held_out})
     except ValueError:  # one side would be empty
         raise UserError(
             f"{data.dataset_name} has {len(records)} row(s), too few to hold out a share of {data.test_split_size}; "

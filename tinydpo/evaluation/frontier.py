@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tinydpo.data.dialogues import BrokenRow, decode
+from tinydpo.data.records import BrokenRow, Names, decode, rename
 from tinydpo.data.sources import load_records
 from tinydpo.errors import UserError
 from tinydpo.evaluation.rewards import RewardArguments
@@ -149,7 +149,7 @@ def write_data(data: DataArguments, recipe: dict[str, Any], folder: Path) -> Non
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for record in records["record"]:
                 try:
-                    row = decode(record)
+                    row = rename(decode(record), Names.of(data))
                 except BrokenRow:  # the runs before have stopped at it, or skipped it
                     continue
                 if split == "train" and rng.random() < 0.5:

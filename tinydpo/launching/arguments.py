@@ -3,6 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+# What a column of the data can be, and a key of its messages.
+COLUMNS = (
+    "prompt", "chosen", "rejected", "completion", "messages", "system", "tools", "chat_template_kwargs", "subset",
+)  # fmt: skip
+IN_MESSAGES = ("role", "content")
+
 
 def row_length_for(max_length: int, asked: int | None) -> int:
     """The most tokens in a packed row: what was asked for, or 512, or more if a pair fitted to `max_length` needs it.
@@ -17,6 +23,21 @@ def row_length_for(max_length: int, asked: int | None) -> int:
             f"--row_length {longest_pair} or more"
         )
     return asked or max(512, longest_pair)
+
+
+def renames(pairs: list[str] | None) -> dict[str, str]:
+    """`THEIRS=OURS` pairs as a mapping.
+
+    Raises:
+        ValueError: one is none.
+    """
+    named = {}
+    for pair in pairs or ():
+        theirs, _, ours = pair.rpartition("=")
+        if not (theirs and ours):
+            raise ValueError(f"{pair!r} is no pair of names, such as question=prompt")
+        named[theirs] = ours
+    return named
 
 
 @dataclass
@@ -45,6 +66,19 @@ class DataArguments:
             "data alone, so that SFT, DPO and evaluation hold out the same rows under any --seed."
         },
     )
+    column: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What columns of the data, or keys of their messages, are: THEIRS=OURS, one or more, for example "
+            "question=prompt, or conversations=messages from=role value=content."
+        },
+    )
+    role: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What roles in messages are: THEIRS=OURS, one or more, for example human=user gpt=assistant."
+        },
+    )
     max_question_length: int = field(
         default=64,
         metadata={"help": "Tokens of the last human turn that a long completion can never push out of the prompt."},
@@ -57,6 +91,15 @@ class DataArguments:
         """Refuse what cannot be meant (ValueError)."""
         if not 0 < self.test_split_size < 1:
             raise ValueError(f"test_split_size must lie between 0 and 1, got {self.test_split_size}")
+        for flag in ("column", "role"):
+            try:
+                named = renames(getattr(self, flag))
+            except ValueError as error:
+                raise ValueError(f"{flag}: {error}") from None
+            for theirs, ours in named.items():
+                if flag == "column" and ours not in COLUMNS + IN_MESSAGES:
+                    known = ", ".join(COLUMNS + IN_MESSAGES)
+                    raise ValueError(f"column: {theirs}={ours} names no column that is read; these are {known}")
         if self.max_question_length < 1:
             raise ValueError(f"max_question_length must be at least 1, got {self.max_question_length}")
 

@@ -102,7 +102,13 @@ class RecipeParser(TrlParser):
             if flag.strip("-") and flag.startswith("-"):
                 raise self.unknown(flag.lstrip("-").replace("-", "_"), COMMAND_LINE)
             raise UserError(f"{COMMAND_LINE} {flag!r} does not belong to any flag; values follow a --flag")
-        given = {arg[2:].split("=")[0].replace("-", "_") for arg in args or () if arg.startswith("--")}
+        flags = [arg[2:].split("=")[0].replace("-", "_") for arg in args or () if arg.startswith("--")]
+        given = set(flags)
+        for flag in ("column", "role"):
+            if flags.count(flag) > 1:
+                raise UserError(
+                    f"{COMMAND_LINE} --{flag} is given twice; write its values after one, --{flag} A=B C=D"
+                )
         for name, revision in REVISIONS.items():
             other = self.config.get(name) not in (None, getattr(namespace, name, None))
             if other and revision in self.config and revision not in given:

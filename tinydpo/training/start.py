@@ -6,9 +6,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from datasets import Dataset
 
+from tinydpo.data.inspection import told
 from tinydpo.data.pairs import load_pairs
 from tinydpo.data.sources import HOLD_OUT_SEED
-from tinydpo.errors import UserError
+from tinydpo.errors import UserError, rank
 from tinydpo.files import RUN_CONFIG
 from tinydpo.launching.arguments import DataArguments, RunArguments
 from tinydpo.launching.machine import prepare
@@ -59,8 +60,11 @@ def start(
     tokenizer = load_tokenizer(name, revision, training.trust_remote_code)
     check_model(name, revision, tokenizer, training.max_length, training.trust_remote_code)
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs)
+    summary = {name: split.summary for name, split in splits.items()}
+    if not rank() and (line := told(summary)):
+        print(line)
     test = held_out(splits["test"].pairs, run.eval_pairs) if training.eval_strategy != "no" else None
-    return Started(tokenizer, splits["train"].pairs, test, {name: split.summary for name, split in splits.items()})
+    return Started(tokenizer, splits["train"].pairs, test, summary)
 
 
 def build(construct: Callable[[], Trainer], model: Any) -> Trainer:
