@@ -15,6 +15,7 @@ from tinydpo.errors import UserError, one_sentence
 from tinydpo.launching.parsing import parse
 from tinydpo.models import adapters
 from tinydpo.models.adapters import MergeArguments
+from tinydpo.models.ending import sample_plainly
 from tinydpo.models.pretrained import load_tokenizer
 
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = adapters.merged(adapter, args.base_model_name_or_path), load_tokenizer(str(adapter))
 
     from tinydpo.files import RUN_CONFIG, read_run_config
-    from tinydpo.training.runs import FINISHED, sample_plainly
+    from tinydpo.training.runs import FINISHED, SUMMARY
 
     sample_plainly(model, tokenizer)
     output, run = Path(args.output_dir), read_run_config(str(adapter))
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model.save_pretrained(half)
         tokenizer.save_pretrained(half)
-        for name in (RUN_CONFIG, FINISHED):  # evaluation takes beta and max_length from it, training that it is done
+        # Evaluation takes beta and max_length from these, the playground how to ask, training that it is done.
+        for name in (RUN_CONFIG, SUMMARY, FINISHED):
             if (adapter / name).is_file():
                 shutil.copy(adapter / name, half)
         os.replace(half, output)

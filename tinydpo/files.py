@@ -46,15 +46,19 @@ def read_jsonl(path: Path, *needed: str) -> list[dict[str, Any]]:
 
 
 def read_run_config(model: str) -> dict[str, Any]:
-    """Every key of the run that made `model` (its `run_config.yaml`; a checkpoint's run lies one folder up), or {}."""
+    """Every key of the run that made `model` (its `run_config.yaml`), or {}."""
+    path = run_of(model) / RUN_CONFIG
+    try:
+        return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+
+
+def run_of(model: str) -> Path:
+    """The folder of the run that made a local `model`: its own, or for a checkpoint the one above."""
     folder = Path(model)
-    for path in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
-        if (path / RUN_CONFIG).is_file():
-            try:
-                return yaml.safe_load((path / RUN_CONFIG).read_text()) or {}
-            except yaml.YAMLError as error:
-                raise UserError(f"{path / RUN_CONFIG} is not valid YAML: {error}") from None
-    return {}
+    of_checkpoint = folder.name.startswith("checkpoint-") and not (folder / RUN_CONFIG).is_file()
+    return folder.parent if of_checkpoint else folder
 
 
 def public_name(name: str, revision: str | None = None) -> str:

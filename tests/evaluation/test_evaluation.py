@@ -278,7 +278,7 @@ def test_answers_are_cached_by_weights_prompts_and_settings(monkeypatch: pytest.
 
 @given(st.lists(st.integers(0, 9), max_size=20))
 def test_cut_answer_properties(ids: list[int]):
-    answer, ended = cut_answer(ids, 9)
+    answer, ended = cut_answer(ids, [9])
     assert ids[: len(answer)] == answer and ended == (9 in ids), "an answer is not what the model wrote"
     assert 9 not in answer[:-1] and (not ended or answer[-1] == 9), "tokens after the end token count as answer"
 

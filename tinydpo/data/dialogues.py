@@ -18,6 +18,7 @@ from tinydpo.data.conversations import Message
 from tinydpo.data.forms import ASSISTANT, HUMAN, Form, not_read, read, shared_start
 from tinydpo.data.records import AS_THEY_ARE, BrokenRow, Names, decode, rename, shown
 from tinydpo.errors import UserError
+from tinydpo.models.ending import turn_end, without_end
 
 TURNS = {"system": "\n\n", "user": HUMAN, "assistant": ASSISTANT}
 TEXTS = Features(
@@ -75,7 +76,7 @@ def to_texts(
         return texts
 
     key = (records._fingerprint, tokenizer.chat_template, tokenizer.special_tokens_map, need_pairs, on_bad_row)
-    key += (sorted(names.columns.items()), sorted(names.roles.items()), _joins_spaces(tokenizer))
+    key += (sorted(names.columns.items()), sorted(names.roles.items()), _joins_spaces(tokenizer), turn_end(tokenizer))
     fingerprint = Hasher.hash((*key, *(Path(__file__).with_name(f"{name}.py").read_bytes() for name in MADE_BY)))
     return records.map(
         texts_of, batched=True, remove_columns=records.column_names, features=TEXTS,
@@ -153,9 +154,9 @@ def _from_messages(form: Form, tokenizer: Any) -> dict[str, Any]:
     text = shared_start([render(prompt, add_generation_prompt=True), *wholes.values()])
     if prompt[0]["role"] == "system" and (prompt[0]["content"] or "").strip() not in text:
         raise BrokenRow("expected a chat template with a place for a system message, the model's leaves it out")
-    # The template ends a turn with the end token; fitting puts it back where the completion stays whole.
-    texts = {k: whole[len(text) :].rstrip().removesuffix(tokenizer.eos_token) for k, whole in wholes.items()}
-    # A template may end turns with another token than the end token: an answer without a word is empty all the same.
+    # The template ends a turn with a token; fitting puts it back where the completion stays whole.
+    texts = {k: without_end(tokenizer, whole[len(text) :]) for k, whole in wholes.items()}
+    # A template may end turns with text of its own: an answer without a word is empty all the same.
     texts = {
         k: text if any(m["content"] or m.get("tool_calls") for m in answers[k]) else "" for k, text in texts.items()
     }

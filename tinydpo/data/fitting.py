@@ -14,6 +14,7 @@ from datasets.fingerprint import Hasher
 from trl.data_utils import common_prefix_length
 
 from tinydpo.errors import UserError
+from tinydpo.models.ending import end_token
 
 Ids = list[int]
 COUNTS = ("prompt_tokens", "completion_tokens", "longest_tokens", "stock_completion_tokens")
@@ -92,7 +93,7 @@ def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: in
             f"max_question_length ({max_question_length}) must be below max_length ({max_length})"
             f"{' by two, one is for the BOS token' if bos else ''}; pass a lower --max_question_length"
         )
-    end = tokenizer.eos_token_id
+    ends = {templated: end_token(tokenizer, templated) for templated in (False, True)}
 
     def fit_batch(batch: dict[str, list]) -> dict[str, list]:
         given, questions = tokenize_prompts(batch, tokenizer)
@@ -102,7 +103,7 @@ def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: in
             alone = batch["rejected"][i] is None
             question = max(questions[i] - (len(given[i]) - len(prompt)), 0)
             first = bos if prompt[: len(bos)] == bos else []  # a chat template may write it itself, or none
-            question = min(question, len(prompt) - len(first))
+            question, end = min(question, len(prompt) - len(first)), ends[bool(batch["templated"][i])]
             fitted_prompt, fitted = fit_pair(
                 prompt[len(first) :], question, answers, end=end, bos=first,
                 max_length=max_length, max_question_length=max_question_length,
@@ -126,7 +127,7 @@ def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: in
             )
         return {name: [row[name] for row in rows] for name in FITTED}
 
-    key = (texts._fingerprint, tokenizer.backend_tokenizer.to_str(), bos, end, max_length, max_question_length)
+    key = (texts._fingerprint, tokenizer.backend_tokenizer.to_str(), bos, ends, max_length, max_question_length)
     with open(__file__, "rb") as source:
         fingerprint = Hasher.hash((*key, source.read()))
     return texts.map(

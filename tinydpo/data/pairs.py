@@ -86,6 +86,7 @@ def _fit_split(
     summary["notes"] = {
         note["values"]: note["counts"] for note in sorted(notes, key=lambda n: (-n["counts"], n["values"]))
     }
+    summary["templated"] = pc.sum(texts.with_format("arrow")[:]["templated"]).as_py() or 0  # rows, by a chat template
     kept = np.flatnonzero(pc.is_null(fitted.with_format("arrow")[:]["dropped"]))
     if not len(kept):
         raise UserError(f"{data.dataset_name}: no pair of the {split} split is left, dropped: {summary['dropped']}")

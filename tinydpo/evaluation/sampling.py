@@ -1,12 +1,13 @@
 """Answers sampled from a model to held-out prompts.
 
-Prompts are padded on the left and sorted by length. GPT-2 pads with its end token, so an answer ends at the first end
-token and what comes after is padding whatever its id: the end token itself stays, because a policy that has learned to
-stop differs from its reference there more than anywhere else.
+Prompts are padded on the left and sorted by length. GPT-2 pads with its end token, so an answer ends at the first stop
+token and what comes after is padding whatever its id: the stop token itself stays, because a policy that has learned
+to stop differs from its reference there more than anywhere else.
 """
 
 import json
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +22,24 @@ from trl.trainer.utils import hash_module
 
 from tinydpo.data.fitting import bos_of, tokenize_prompts
 from tinydpo.files import write_json
+from tinydpo.models.ending import stop_tokens
 from tinydpo.models.precision import computes_in
 
 
 class Answers(NamedTuple):
     """One sampled answer to each of n prompts.
 
-    ids: n token lists, cut after the first end token, which stays.
-    ended: n flags, whether the model wrote that end token before it ran out of room.
+    ids: n token lists, cut after the first stop token, which stays.
+    ended: n flags, whether the model wrote that stop token before it ran out of room.
     """
 
     ids: list[list[int]]
     ended: list[bool]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The answers in words: without the stop token, be it a special one or not, and without special tokens."""
+        said = [ids[: len(ids) - ended] for ids, ended in zip(self.ids, self.ended, strict=True)]
+        return tokenizer.batch_decode(said, skip_special_tokens=True)
 
 
 def choose_prompts(texts: Dataset, num_prompts: int, seed: int) -> Dataset:
@@ -64,11 +71,10 @@ def cut_prompt(ids: list[int], max_tokens: int, bos_token_id: int | None) -> lis
     return ids[-max_tokens:]
 
 
-def cut_answer(ids: list[int], eos_token_id: int | None) -> tuple[list[int], bool]:
-    """A generated row up to its first end token (kept), and whether it has one."""
-    if eos_token_id in ids:
-        return ids[: ids.index(eos_token_id) + 1], True
-    return ids, False
+def cut_answer(ids: list[int], stops: Collection[int]) -> tuple[list[int], bool]:
+    """A generated row up to its first stop token (kept), and whether it has one."""
+    end = next((place for place, token in enumerate(ids, 1) if token in stops), None)
+    return ids[:end], end is not None
 
 
 def prompts_to_answer(
@@ -103,7 +109,7 @@ def cached_answers(
 
     The answers lie in the cache folder of `datasets`, beside the reference's log-probs.
     """
-    kind = (hash_module(model), str(computes_in(model)), model.device.type, tokenizer.eos_token_id)
+    kind = (hash_module(model), str(computes_in(model)), model.device.type, sorted(stop_tokens(model, tokenizer)))
     key = Hasher.hash((kind, prompts, max_new_tokens, sorted(settings.items())))
     path = Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers" / f"{key}.json"
     try:
@@ -133,9 +139,9 @@ def sample_answers(
 
     Args:
         model: a causal LM in eval mode.
-        tokenizer: gives the end token (and the padding, which is masked).
+        tokenizer: gives, beside the model, what ends an answer, and the padding, which is masked.
         prompts: n token lists, each of at least one token.
-        max_new_tokens: room for an answer, its end token included.
+        max_new_tokens: room for an answer, its stop token included.
         temperature: divides the logits.
         top_k: keep the k most likely tokens only; 0 keeps all.
         top_p: keep the smallest set of tokens with this much probability; 1.0 keeps all.
@@ -146,15 +152,15 @@ def sample_answers(
     Returns:
         `Answers` in the order of the prompts.
     """
-    eos = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos if eos is not None else 0)
+    stops = stop_tokens(model, tokenizer)
+    pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos,
+        eos_token_id=stops,
         pad_token_id=pad,
     )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -181,7 +187,7 @@ def sample_answers(
                 generation_config=config,
             )
             for i, row in zip(rows, output[:, width:].tolist(), strict=True):
-                ids[i], ended[i] = cut_answer(row, eos)
+                ids[i], ended[i] = cut_answer(row, stops)
     finally:
         model.generation_config = checkpoint_config
         logger.setLevel(logging.NOTSET)  # its own level from before; `from_pretrained` says odd things at another

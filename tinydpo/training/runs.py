@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from tinydpo.errors import Stopped, UserError, rank
-from tinydpo.files import RUN_CONFIG, read_json, write_json, write_whole
+from tinydpo.files import RUN_CONFIG, read_json, run_of, write_json, write_whole
 
 SUMMARY, ENVIRONMENT, FINISHED = "data_summary.json", "environment.json", "train_results.json"
 LOCK = ".lock"
@@ -183,6 +183,7 @@ def finish(
     trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any], results: dict[str, Any]
 ) -> None:
     """Evaluate, save the model, draw and describe it; the results come last and mark the run as finished."""
+    from tinydpo.models.ending import sample_plainly
     from tinydpo.training.card import write_card
     from tinydpo.training.curves import draw_curves
 
@@ -200,11 +201,10 @@ def finish(
         trainer.push_to_hub()
 
 
-def sample_plainly(model: Any, tokenizer: Any) -> None:
-    """Have a saved model sample from its own distribution: transformers keeps the 50 likeliest tokens by default."""
-    generation = model.generation_config
-    generation.do_sample, generation.temperature, generation.top_k, generation.top_p = True, 1.0, 0, 1.0
-    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+def trained_on_turns(model: str) -> bool | None:
+    """Whether a chat template wrote the rows that `model` was trained on, most of them; None where no run says so."""
+    rows = read_json(run_of(model) / SUMMARY).get("train", {})
+    return 2 * rows["templated"] > rows["pairs_in"] if "templated" in rows else None
 
 
 def environment(seed: int) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""What ends an answer, asked in one place: by training data, sampling, figures and the configs that are saved.
+
+A model may have several stop tokens. Chat models end a turn with one (Gemma's `<end_of_turn>`, Phi's `<|end|>`) and a
+text with another, the tokenizer's `eos_token`; their generation config lists both.
+"""
+
+import re
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+PROBE = "tinydpo"  # an answer that no template has in its own text
+
+
+class TurnEnd(NamedTuple):
+    """What a chat template writes after an answer: a text, and the token that ends the turn, at `start` in it."""
+
+    text: str
+    start: int
+    token: str
+    token_id: int
+
+
+def turn_end(tokenizer: Any) -> TurnEnd | None:
+    """How the chat template ends an assistant's turn; None where there is none, or it takes no token for that."""
+    if tokenizer.chat_template is None:
+        return None
+    return _turn_end(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _turn_end(tokenizer: Any, *_: Any) -> TurnEnd | None:
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    try:
+        _, found, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(PROBE)
+    except Exception:  # a template is a program of the model's; whom it refuses is told with the first row
+        return None
+    ids = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    longest_first = "|".join(re.escape(token) for token in sorted(ids, key=len, reverse=True))
+    match = re.search(longest_first or r"(?!)", after)
+    return TurnEnd(after, match.start(), match[0], ids[match[0]]) if found and match else None
+
+
+def end_token(tokenizer: Any, templated: bool) -> int:
+    """The token that training puts at the end of a whole answer: the chat template's, or the tokenizer's end token."""
+    end = turn_end(tokenizer) if templated else None
+    return end.token_id if end else tokenizer.eos_token_id
+
+
+def without_end(tokenizer: Any, text: str) -> str:
+    """An answer as the chat template writes it, up to the token that ends the turn (`end_token` gives that one)."""
+    end = turn_end(tokenizer)
+    if end and text.endswith(end.text):
+        return text[: len(text) - len(end.text) + end.start]
+    return text.rstrip().removesuffix(end.token if end else tokenizer.eos_token)
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """All tokens that end an answer of this model: the tokenizer's end token, those of the checkpoint's generation
+    config, and the one that training data end an answer with."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    ends = (tokenizer.eos_token_id, end_token(tokenizer, templated=True), *listed)
+    return list(dict.fromkeys(end for end in ends if end is not None))
+
+
+def sample_plainly(model: Any, tokenizer: Any) -> None:
+    """Have a saved model sample from its own distribution, and stop as it has learned to.
+
+    A config made anew: transformers keeps the 50 likeliest tokens by default, and a checkpoint's own may hold a
+    repetition penalty, forced tokens or anything else that reshapes what the model has learned.
+    """
+    from transformers import GenerationConfig
+
+    stops, before = stop_tokens(model, tokenizer), model.generation_config
+    pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        eos_token_id=stops if len(stops) > 1 else stops[0],
+        pad_token_id=before.pad_token_id if pad is None else pad,
+        bos_token_id=before.bos_token_id if bos is None else bos,
+    )  # fmt: skip
