@@ -10,13 +10,14 @@ Fewer prompts and a reward of your own: add `--num_prompts 64 --reward_funcs my_
 import gc
 from dataclasses import asdict
 
+from tinydpo.data.asked import readable
 from tinydpo.data.pairs import load_split
 from tinydpo.engine.logps import pair_logps, token_logps
 from tinydpo.errors import one_sentence
 from tinydpo.evaluation import metrics
 from tinydpo.evaluation.compared import EvaluateArguments
 from tinydpo.evaluation.results import by_row, make_folder, save
-from tinydpo.evaluation.rewards import RewardArguments, load_rewards, rewards
+from tinydpo.evaluation.rewards import RewardArguments, load_rewards, scores_of
 from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
 from tinydpo.evaluation.table import side_by_side, table
 from tinydpo.launching.arguments import DataArguments
@@ -53,11 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     results = metrics.pair_metrics(logps["policy"], logps["ref"], args.beta)
     results |= metrics.kl_metrics(answer_logps["policy"], answer_logps["ref"])
     results |= metrics.length_metrics(answers["policy"], answers["ref"])
-    written = {role: tokenizer.batch_decode(answers[role].ids, skip_special_tokens=True) for role in args.models}
-    columns = {"prompt": texts["prompt"][:], "chosen": texts["chosen"][:], **written}
-    columns |= {f"ended_{role}": answers[role].ended for role in args.models}
+    written = {role: answers[role].texts(tokenizer) for role in args.models}
+    columns = readable(texts, tokenizer) | written | {f"ended_{role}": answers[role].ended for role in args.models}
     if functions:
-        scores = {role: rewards(functions, columns["prompt"], written[role]) for role in args.models}
+        scores = {role: scores_of(functions, texts, written[role], answers[role].ids) for role in args.models}
         results |= metrics.reward_metrics(scores["policy"], scores["ref"])
         columns |= {f"reward_{role}": scores[role] for role in args.models}
     columns["token_rewards"] = metrics.token_rewards(answer_logps["policy"], answer_logps["ref"], args.beta)

@@ -18,6 +18,7 @@ from tinydpo.launching.machine import device_and_dtype
 from tinydpo.launching.parsing import parse
 from tinydpo.models.loading import load_model
 from tinydpo.playground.side_by_side import SideBySide
+from tinydpo.training.runs import trained_on_turns
 from tinydpo.training.start import check_model
 
 
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, revision in args.models.values():
         check_model(name, revision, tokenizer, args.max_length)
         models.append(load_model(name, revision, dtype=dtype, device=device))
-    both = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length)
+    turns = trained_on_turns(args.model_name_or_path)
+    both = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length, turns)
     votes = Path(args.output_dir).parent / "votes.jsonl"
     serve(build(both, args, votes, CONTENT_NOTICE if is_hh(data.dataset_name or "") else ""), page.port)
 

@@ -10,6 +10,7 @@ Several temperatures, as in the DPO paper's Figure 3: add `--temperatures 0.25 0
 import gc
 from dataclasses import asdict
 
+from tinydpo.data.asked import readable
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError, one_sentence
 from tinydpo.evaluation import winrate
@@ -44,16 +45,17 @@ def main(argv: list[str] | None = None) -> None:
                 model, tokenizer, prompts, room, f"{role}: answers", temperature=temperature, top_k=0, top_p=1.0,
                 batch_size=args.batch_size, seed=args.seed + index,
             )  # fmt: skip
-            answers[role, temperature] = tokenizer.batch_decode(sampled.ids, skip_special_tokens=True)
+            answers[role, temperature] = sampled.texts(tokenizer)
         del model
         gc.collect()
 
-    chosen, comparisons = winrate.cut_to_room(texts["chosen"][:], tokenizer, room), []
+    asked, comparisons = readable(texts, tokenizer), []
+    chosen = winrate.cut_to_room(asked["chosen"], tokenizer, room)
     for temperature in args.temperatures:
         policy = answers["policy", temperature]
         for opponent, others in (("chosen", chosen), ("ref", answers["ref", temperature])):
             desc = f"judge: against {opponent} at {temperature:g}"
-            outcomes = judge.compare(texts["prompt"][:], policy, others, desc)
+            outcomes = judge.compare(asked["prompt"], policy, others, desc)
             figures = winrate.comparison(outcomes, policy, others)
             if figures is None:
                 raise UserError(

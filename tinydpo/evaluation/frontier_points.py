@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import hash_module
 
+from tinydpo.data.asked import readable
 from tinydpo.data.pairs import load_split
 from tinydpo.engine.logps import token_logps
 from tinydpo.errors import UserError
 from tinydpo.evaluation.frontier import CURVES, SHUFFLED, FrontierArguments, Run
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
-from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, load_rewards, rewards
+from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, load_rewards, scores_of
 from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
 from tinydpo.files import read_json, write_json
 from tinydpo.launching.arguments import DataArguments, row_length_for
@@ -45,7 +46,9 @@ class Measure:
 
     def fingerprint(self) -> dict[str, str]:
         """What the names in a recipe do not tell: weights, prompts and rewards may change behind them."""
-        scores = rewards(self.functions, self.texts["prompt"][:], self.texts["chosen"][:])
+        chosen = readable(self.texts, self.tokenizer)["chosen"]
+        ids = self.tokenizer(chosen, add_special_tokens=False, verbose=False).input_ids
+        scores = scores_of(self.functions, self.texts, chosen, ids)
         known = {
             "reference's weights": hash_module(self.ref),
             "dtype or device": (computes_in(self.ref), self.ref.device.type),
@@ -75,8 +78,8 @@ class Measure:
             model, self.tokenizer, self.prompts * samples, self.max_new_tokens, "answers",
             batch_size=self.batch_size, seed=self.seed,
         )  # fmt: skip
-        written = self.tokenizer.batch_decode(answers.ids, skip_special_tokens=True)
-        scores = rewards(self.functions, self.texts["prompt"][:] * samples, written)
+        texts = concatenate_datasets([self.texts] * samples)
+        scores = scores_of(self.functions, texts, answers.texts(self.tokenizer), answers.ids)
         return answers.ids, scores.reshape(samples, -1).T
 
 

@@ -1,19 +1,26 @@
 """The rewards that answers are judged by: functions in TRL's form, or a reward model.
 
+Both get what TRL's `GRPOTrainer` gives: lists of messages where the data hold conversations, texts where they hold
+texts. A reward model reads messages in its own chat template, never in the policy's.
+
 --reward_funcs my_rewards.politeness        --reward_model_name_or_path <sequence-classification model>
 """
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 
+from tinydpo.data.asked import Prompt, dialogue, prompts_of
 from tinydpo.errors import UserError
+from tinydpo.evaluation.sampling import cut_prompt
 from tinydpo.models.pretrained import load_as, load_tokenizer
 
 RewardFunction = Callable[..., list[float]]
@@ -30,7 +37,8 @@ class RewardArguments:
     reward_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "A sequence-classification model of one output that scores prompt + answer: folder or Hub id."
+            "help": "A sequence-classification model of one output that scores prompt + answer, a conversation in its "
+            "own chat template: folder or Hub id."
         },
     )
     reward_model_revision: str | None = field(
@@ -59,6 +67,8 @@ def load_rewards(args: RewardArguments, device: str, batch_size: int) -> list[Re
 def load_reward_model(name: str, revision: str | None, device: str, batch_size: int) -> RewardFunction:
     """A function that gives prompt + completion, as one text, to a sequence-classification model.
 
+    A conversation is written by the model's own chat template, begin token included, or in HH's form without one.
+
     Raises:
         UserError: it cannot be loaded, or is no reward model: another number of outputs than one, or no trained head.
     """
@@ -75,13 +85,20 @@ def load_reward_model(name: str, revision: str | None, device: str, batch_size: 
     model.config.pad_token_id = tokenizer.pad_token_id  # by it the model finds each text's last token
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 4096)
 
+    def encode(prompt: Prompt, completion: Prompt) -> dict[str, list[int]]:
+        whole = prompt + completion
+        if isinstance(whole, str) or tokenizer.chat_template is None:
+            text = whole if isinstance(whole, str) else dialogue(whole)
+            return dict(tokenizer(text, truncation=True, max_length=longest))
+        text = tokenizer.apply_chat_template(whole, tokenize=False)  # with the begin token, where there is one
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return {"input_ids": cut_prompt(ids, longest, tokenizer.bos_token_id)}
+
     @torch.no_grad()
-    def reward_model(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        scores: list[float] = []
-        for start in tqdm(range(0, len(texts), batch_size), desc="rewards", leave=False, disable=None):
-            batch = texts[start : start + batch_size]
-            inputs = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    def reward_model(prompts: list[Prompt], completions: list[Prompt], **kwargs: object) -> list[float]:
+        encoded, scores = [encode(*both) for both in zip(prompts, completions, strict=True)], []
+        for start in tqdm(range(0, len(encoded), batch_size), desc="rewards", leave=False, disable=None):
+            inputs = tokenizer.pad(encoded[start : start + batch_size], return_tensors="pt")
             scores += model(**inputs.to(model.device)).logits[:, 0].float().tolist()
         return scores
 
@@ -109,8 +126,32 @@ def load_reward(name: str) -> RewardFunction:
     return reward
 
 
-def rewards(functions: Sequence[RewardFunction], prompts: list[str], completions: list[str]) -> np.ndarray:
-    """Sum of the functions' rewards for each completion, (n,) float64.
+def scores_of(
+    functions: Sequence[RewardFunction], texts: Dataset, written: Sequence[str], ids: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """`rewards` of answers to rows with the columns of `dialogues.TEXTS`.
+
+    Args:
+        functions: which.
+        texts: n rows.
+        written: an answer to each, in words.
+        ids: its tokens.
+    """
+    prompts, templated = prompts_of(texts), texts["templated"][:]
+
+    def completions() -> Iterator[Prompt]:
+        for prompt, said, by_template in zip(prompts, written, templated, strict=True):
+            # HH's form has a space before an answer's words, which are the message.
+            content = said if by_template else said.removeprefix(" ")
+            yield said if isinstance(prompt, str) else [{"role": "assistant", "content": content}]
+
+    return rewards(functions, prompts, list(completions()), completion_ids=list(ids))
+
+
+def rewards(
+    functions: Sequence[RewardFunction], prompts: list[Prompt], completions: list[Prompt], **columns: list[Any]
+) -> np.ndarray:
+    """Sum of the functions' rewards for each completion, (n,) float64; `columns` are passed on to each function.
 
     Raises:
         UserError: a function raises, or gives anything but one finite number a completion.
@@ -119,7 +160,7 @@ def rewards(functions: Sequence[RewardFunction], prompts: list[str], completions
     for function in functions:
         name = f"{function.__module__}.{getattr(function, '__name__', function)}"
         try:
-            values = np.asarray(function(prompts=prompts, completions=completions), dtype=np.float64)
+            values = np.asarray(function(prompts=prompts, completions=completions, **columns), dtype=np.float64)
         except Exception as error:
             raise UserError(f"reward function {name} failed: {error!r}") from None
         if values.shape != total.shape or not np.isfinite(values).all():

@@ -16,7 +16,7 @@ import gradio as gr
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation.compared import EvaluateArguments
-from tinydpo.playground.side_by_side import Answer, SideBySide, as_prompt, count_votes, save_vote
+from tinydpo.playground.side_by_side import Answer, SideBySide, count_votes, save_vote
 from tinydpo.report.templating import render
 from tinydpo.report.token_colors import colored, pieces
 
@@ -87,11 +87,14 @@ def build(models: SideBySide, args: EvaluateArguments, votes: Path, notice: str 
         wrong = "" if text.strip() else "Type a prompt first."
         if seed.strip() and not seed.strip().isdecimal():
             wrong = "A seed is a whole number; leave it empty for a new one each time."
+        try:
+            ids, cut = models.fit_prompt(prompt := models.prompt(text), int(tokens)) if not wrong else ([], False)
+        except UserError as error:
+            wrong = f"Nothing asked: {error}."
         if wrong:
             yield "", "", wrong, None, closed, closed
             return
-        prompt, seed = as_prompt(text), int(seed.strip() or random.randrange(2**31)) % 2**63
-        ids, cut = models.fit_prompt(prompt, int(tokens))
+        seed = int(seed.strip() or random.randrange(2**31)) % 2**63
         swapped = blind and random.random() < 0.5
         names, drawn = ("Left", "Right") if blind else ("SFT", "DPO"), 0.0
         sampling = {"temperature": float(temperature), "top_k": int(top_k), "top_p": float(top_p), "seed": seed}

@@ -1,5 +1,8 @@
 """Policy and reference in memory together: both answer a prompt, and every token has its implicit reward at once.
 
+Models are asked as they were trained: through their chat template, or in HH's form, which a model with a template may
+have been trained on too.
+
 The two answers grow token by token as two rows of one batch. Both models read both rows, so that what a token's reward
 needs, its log-prob under policy and reference, is there when the token is drawn: nothing is scored afterwards.
 """
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -22,17 +26,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tinydpo.data.dialogues import ASSISTANT, HUMAN, TEXTS, BrokenRow, text_pair
+from tinydpo.data.asked import Prompt, as_messages, as_prompt
+from tinydpo.data.dialogues import TEXTS, BrokenRow, text_pair
 from tinydpo.data.fitting import bos_of, fit, tokenize_prompts
 from tinydpo.data.pairs import quiet
 from tinydpo.engine.logps import token_logps
 from tinydpo.errors import UserError
 from tinydpo.evaluation.sampling import cut_prompt
+from tinydpo.models.ending import stop_tokens
 
 
 @dataclass
 class Answer:
-    """An answer's n tokens (`ids`), the implicit reward β log π/π_ref of each, and whether its end token is there."""
+    """An answer's n tokens (`ids`), the implicit reward β log π/π_ref of each, and whether a stop token ends it."""
 
     ids: list[int] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -49,7 +55,8 @@ class SideBySide:
     """A policy and its reference, causal LMs in eval mode on one device, with the tokenizer of both.
 
     `beta` scales rewards; prompt and answer together have `max_length` tokens, of which a long prompt's last question
-    is sure of `max_question_length`, as in training.
+    is sure of `max_question_length`, as in training. `turns` says whether prompts are conversations for the chat
+    template; where nobody knows (None), they are if there is one.
     """
 
     policy: PreTrainedModel
@@ -58,14 +65,32 @@ class SideBySide:
     beta: float
     max_length: int
     max_question_length: int
+    turns: bool | None = None
+
+    def __post_init__(self):
+        """Without a template there is only HH's form."""
+        templated = self.tokenizer.chat_template is not None
+        self.turns = templated if self.turns is None else self.turns and templated
 
     def text(self, answer: Answer) -> str:
-        """The answer as a data set would hold it, without end token."""
-        return self.tokenizer.decode(answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The answer as a data set would hold it, without stop token."""
+        ids = answer.ids[: len(answer.ids) - answer.ended]
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def fit_prompt(self, prompt: str, max_new_tokens: int) -> tuple[list[int], bool]:
-        """A whole prompt's tokens, cut at its start to what `max_new_tokens` leaves, and whether anything was cut."""
-        (ids,), _ = tokenize_prompts({"prompt": [prompt], "templated": [False], "question": [0]}, self.tokenizer)
+    def prompt(self, typed: str) -> Prompt:
+        """What was typed, plain or a dialogue in HH's form, as rows to train on hold it: messages or a text."""
+        return as_messages(typed) if self.turns else as_prompt(typed)
+
+    def fit_prompt(self, prompt: Prompt, max_new_tokens: int) -> tuple[list[int], bool]:
+        """A whole prompt's tokens, cut at its start to what `max_new_tokens` leaves, and whether anything was cut.
+
+        Raises:
+            UserError: the model's chat template cannot write it.
+        """
+        row = {"prompt": prompt, "templated": False, "question": 0}
+        if not isinstance(prompt, str):
+            row |= self._read({"prompt": prompt, "completion": answer_in(prompt, "…")}, need_pairs=False)
+        (ids,), _ = tokenize_prompts({name: [value] for name, value in row.items()}, self.tokenizer)
         fitted = cut_prompt(ids, self.max_length - max_new_tokens, next(iter(bos_of(self.tokenizer)), None))
         return fitted, len(fitted) < len(ids)
 
@@ -77,7 +102,7 @@ class SideBySide:
 
         Args:
             prompt: at least one token.
-            max_new_tokens: room for an answer, its end token included.
+            max_new_tokens: room for an answer, its stop token included.
             temperature: divides the logits, above 0.
             top_k: keep the k most likely tokens only; 0 keeps all.
             top_p: keep the smallest set of tokens with this much probability; 1.0 keeps all.
@@ -97,6 +122,7 @@ class SideBySide:
         seen = torch.ones_like(fed)
         drawing = torch.Generator(self.policy.device).manual_seed(seed)
         answers, caches = (Answer(), Answer()), [None, None]
+        stops = [stop_tokens(model, self.tokenizer) for model in (self.ref, self.policy)]
         for _ in range(max_new_tokens):
             logits = []
             for i, model in enumerate((self.ref, self.policy)):
@@ -106,11 +132,11 @@ class SideBySide:
             own = torch.stack([logits[0][0], logits[1][1]])  # row 0 is the reference's answer, row 1 the policy's
             fed = torch.multinomial(reshape(None, own).softmax(-1), 1, generator=drawing)
             ref, policy = (model.log_softmax(-1).gather(1, fed).flatten() for model in logits)
-            for answer, token, reward in zip(answers, fed.flatten().tolist(), policy - ref, strict=True):
+            for answer, ends, token, reward in zip(answers, stops, fed.flatten().tolist(), policy - ref, strict=True):
                 if not answer.ended:
                     answer.ids.append(token)
                     answer.rewards.append(self.beta * reward.item())
-                    answer.ended = token == self.tokenizer.eos_token_id
+                    answer.ended = token in ends
             yield answers
             if all(answer.ended for answer in answers):
                 return
@@ -133,32 +159,33 @@ class SideBySide:
         for name, text in (("prompt", prompt), ("answer A", first), ("answer B", second)):
             if not text.strip():
                 raise UserError(f"the {name} is empty; a pair is a prompt and two answers")
-        # HH's answers start with the space after "Assistant:".
-        row = {"prompt": as_prompt(prompt), "chosen": f" {first.strip()}", "rejected": f" {second.strip()}"}
-        try:
-            pair = {"subset": None, "broken": None, **text_pair(row, self.tokenizer, need_pairs=True)}
-        except BrokenRow as error:
-            raise UserError(f"this pair cannot be read: {error}") from None
+        asked, space = self.prompt(prompt), " " * (not self.turns)  # as after "Assistant:"
+        chosen, rejected = (answer_in(asked, space + text.strip()) for text in (first, second))
+        pair = self._read({"prompt": asked, "chosen": chosen, "rejected": rejected}, need_pairs=True)
         with quiet(small=True):
-            texts = Dataset.from_list([pair], features=TEXTS)
+            texts = Dataset.from_list([dict.fromkeys(TEXTS) | pair], features=TEXTS)
             fitted = fit(texts, self.tokenizer, self.max_length, self.max_question_length, workers=1)[0]
         if fitted["dropped"]:
             raise UserError(f"nothing to compare within {self.max_length} tokens: {fitted['dropped']}")
         prompts, both = [fitted["prompt_ids"]] * 2, [fitted["chosen_ids"], fitted["rejected_ids"]]
         scored = zip(*(token_logps(model, prompts, both) for model in (self.policy, self.ref)), strict=True)
         answers = [
-            Answer(ids, (self.beta * (policy - ref)).tolist(), ids[-1] == self.tokenizer.eos_token_id)
+            Answer(ids, (self.beta * (policy - ref)).tolist(), ids[-1] in stop_tokens(self.policy, self.tokenizer))
             for ids, (policy, ref) in zip(both, scored, strict=True)
         ]
         whole = len(prompts[0]) == fitted["prompt_tokens"] and all(answer.ended for answer in answers)
         return *answers, not whole
 
+    def _read(self, row: dict[str, Any], need_pairs: bool) -> dict[str, Any]:
+        try:
+            return text_pair(row, self.tokenizer, need_pairs)
+        except BrokenRow as error:
+            raise UserError(f"this cannot be read: {error}") from None
 
-def as_prompt(text: str) -> str:
-    """A question in plain text as HH writes dialogues; a text in that form already only gets what it lacks."""
-    text = text.strip().encode(errors="replace").decode()  # half of a character cannot be written to a file
-    dialogue = f"\n\n{text}" if HUMAN in f"\n\n{text}" else f"{HUMAN} {text}"
-    return dialogue if dialogue.endswith(ASSISTANT) else dialogue + ASSISTANT
+
+def answer_in(prompt: Prompt, text: str) -> Prompt:
+    """An answer in the form of its prompt: messages to messages, text to text."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def count_votes(path: Path) -> int:
@@ -166,8 +193,8 @@ def count_votes(path: Path) -> int:
     return sum(bool(line.strip()) for line in path.read_bytes().splitlines()) if path.is_file() else 0
 
 
-def save_vote(path: Path, prompt: str, chosen: str, rejected: str) -> int:
-    """Append a preference that `--dataset_name` reads, and count.
+def save_vote(path: Path, prompt: Prompt, chosen: str, rejected: str) -> int:
+    """Append a preference that `--dataset_name` reads, in the form of its prompt, and count.
 
     Raises:
         UserError: the answers cannot be told apart, or the file cannot be written.
@@ -176,7 +203,8 @@ def save_vote(path: Path, prompt: str, chosen: str, rejected: str) -> int:
         raise UserError("an empty answer cannot be voted on; generate again")
     if chosen == rejected:
         raise UserError("the two answers are the same, so there is nothing to prefer; generate again")
-    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "voted_at": datetime.now(UTC).isoformat()}
+    row = {"prompt": prompt, "chosen": answer_in(prompt, chosen), "rejected": answer_in(prompt, rejected)}
+    row["voted_at"] = datetime.now(UTC).isoformat()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as stream:
