@@ -11,9 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, T
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from tinydpo.engine.shared_prefix import PackedSFTTrainer, SharedPrefixDPOTrainer
-from tinydpo.engine.trainers import FittedDPOTrainer
+from tinydpo.engine.trainers import FittedDPOTrainer, FittedSFTTrainer
 
 DPO, SFT = (FittedDPOTrainer, SharedPrefixDPOTrainer), (SFTTrainer, PackedSFTTrainer)  # TRL's, and the engine's
+WEIGHTED = (FittedSFTTrainer, PackedSFTTrainer)  # both count tokens, where TRL's metrics count batches
 ROW_LENGTH = 160
 LENGTHS = (1, 1, 2, 7, 20, 50)
 
@@ -67,7 +68,7 @@ def build(
         "report_to": "none", "disable_tqdm": True, "output_dir": str(folder),
     }  # fmt: skip
     config, packed = DPOConfig, engine in (DPO[1], SFT[1])
-    if engine in SFT:  # rows come with labels
+    if issubclass(engine, SFTTrainer):  # rows come with labels
         config, defaults["dataset_kwargs"] = SFTConfig, {"skip_prepare_dataset": True}
     return engine(
         model=model,

@@ -16,6 +16,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from tinydpo.data.pairs import LARGE
 from tinydpo.data.sources import quiet
+from tinydpo.engine.means import SPARE, PairsAlike, TokensAlike
 from tinydpo.engine.reference_cache import hash_split, on_every_machine
 from tinydpo.training.checkpoints import WholeCheckpoints
 from tinydpo.training.throughput import Counts
@@ -59,11 +60,11 @@ class Counted:
             free = mask is None  # `--packing`: all examples stand in one row
             examples, tokens = (inputs["position_ids"].eq(0).sum(), rows.numel()) if free else (pairs, mask.sum())
             step = Counts(examples, tokens, scored)
-        self.counted = self.counted.plus(step)
+        self.counted = self.counted.plus(Counts() if inputs.get(SPARE) else step)
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-class FittedDPOTrainer(WholeCheckpoints, Float32Head, Counted, DPOTrainer):
+class FittedDPOTrainer(WholeCheckpoints, Float32Head, Counted, PairsAlike, DPOTrainer):
     """`DPOTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
 
     TRL tokenizes from text and cuts after the first `max_length` tokens, which takes the signal from a third of HH's
@@ -90,7 +91,7 @@ class FittedDPOTrainer(WholeCheckpoints, Float32Head, Counted, DPOTrainer):
             self._precompute_model_hash = weights
 
 
-class FittedSFTTrainer(WholeCheckpoints, Float32Head, Counted, SFTTrainer):
+class FittedSFTTrainer(WholeCheckpoints, Float32Head, Counted, TokensAlike, SFTTrainer):
     """`SFTTrainer` without dropout, for which `SFTConfig`, unlike `DPOConfig`, has no option.
 
     With it 1 and 2 processes, which draw other masks, would not agree.
