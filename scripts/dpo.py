@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         ),
         model,
     )
-    train(trainer, resolved, given.summary)
+    train(trainer, resolved, given.summary, given.texts)
 
 
 if __name__ == "__main__":

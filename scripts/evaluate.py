@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         gc.collect()
 
     results = metrics.pair_metrics(logps["policy"], logps["ref"], args.beta)
+    results["trained_share"] = args.trained_share(held_out.texts)
     results |= metrics.kl_metrics(answer_logps["policy"], answer_logps["ref"])
     results |= metrics.length_metrics(answers["policy"], answers["ref"])
     written = {role: answers[role].texts(tokenizer) for role in args.models}
@@ -67,7 +68,6 @@ def main(argv: list[str] | None = None) -> None:
         pairs["subset"] = held_out.pairs["subset"][:]
     used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}
     results["settings"] = asdict(data) | asdict(reward) | asdict(args) | used
-
     samples, pairs = by_row(columns), by_row(pairs)
     print(table(results) + "\n" + side_by_side(samples[:3]))
     save(output_dir, results, samples=samples, pairs=pairs)

@@ -87,11 +87,6 @@ class CountsAlike:
 
         return super().get_batch_samples(marked(), *args)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The estimate of transformers (`total_flos`), without the padding that it counts."""
-        mask = inputs["attention_mask"].bool() & (not inputs.get(SPARE))
-        return super().floating_point_ops(inputs | {"input_ids": inputs["input_ids"][mask]})
-
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's, on a batch that may count for nothing."""
         return super().prediction_step(model, inputs | {SPARE: self._is_spare()}, *args, **kwargs)

@@ -7,8 +7,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from tinydpo.data.trained import trained_share
 from tinydpo.errors import UserError
 from tinydpo.files import read_run_config
 from tinydpo.launching.arguments import RowArguments, row_length_for
@@ -37,7 +39,10 @@ class ComparedModels:
         },
     )
     num_prompts: int = field(default=512, metadata={"help": "Held-out prompts that both models answer."})
-    batch_size: int = field(default=32, metadata={"help": "Sequences in one forward pass: memory against speed."})
+    batch_size: int = field(
+        default=32,
+        metadata={"help": "Sequences in one forward pass: memory against speed; another draws other samples."},
+    )
     seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
@@ -68,6 +73,10 @@ class ComparedModels:
         policy, ref = (load_tokenizer(*model) for model in self.models.values())
         check_same_vocabulary(policy, ref)
         return policy
+
+    def trained_share(self, texts: Dataset) -> float | None:
+        """The share of rows whose prompt the policy was trained on, None where that is not known."""
+        return trained_share(self.model_name_or_path, texts)
 
 
 @dataclass

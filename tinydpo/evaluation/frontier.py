@@ -46,7 +46,10 @@ class FrontierArguments:
     checkpoints: int = field(default=3, metadata={"help": "Points along each run."})
     best_of: int = field(default=32, metadata={"help": "Reference samples a prompt, for best of 1, 2, 4 … so many."})
     num_prompts: int = field(default=256, metadata={"help": "Held-out prompts that every checkpoint answers."})
-    batch_size: int = field(default=64, metadata={"help": "Sequences in one forward pass: memory against speed."})
+    batch_size: int = field(
+        default=64,
+        metadata={"help": "Sequences in one forward pass: memory against speed; another draws other samples."},
+    )
     sample_seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinydpo.errors import UserError
-from tinydpo.evaluation.table import headline
+from tinydpo.evaluation.table import headline, trained_on
 from tinydpo.files import write_json, write_whole
 
 
@@ -51,6 +51,7 @@ def add_evaluation(run: Path, results: dict[str, Any]) -> None:
     heading, settings = "## Evaluation", results["settings"]
     lines = [heading, "", f"{results['pairs']} held-out pairs, {settings['num_prompts']} held-out prompts, β"]
     lines[-1] += f" {results['beta']:g}, seed {settings['seed']}; in brackets 95 % intervals."
+    lines += ["", trained_on(results)] if trained_on(results) else []
     lines += ["", "| | policy | reference | |", "| --- | --- | --- | --- |"]
     for row in headline(results):
         meaning = row.meaning.replace("\n", " ") + "; no winner can be named" * row.says_nothing()

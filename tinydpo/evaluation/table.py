@@ -112,6 +112,7 @@ def table(results: dict[str, Any]) -> str:
         f"{results['pairs']} held-out pairs at β {results['beta']:g}; both models' answers to "
         f"{settings['num_prompts']} held-out",
         f"prompts at temperature {settings['temperature']:g}, top_k {settings['top_k']}, top_p {settings['top_p']:g}",
+        *filter(None, [trained_on(results)]),
         "",
         f"{'':<25}{'policy':>8}{'reference':>11}",
     ]
@@ -124,6 +125,14 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"{label:<25}{policy.value:>8.3f}{f'{ref.value:.3f}' if ref else '':>11}   {first}")
         lines.extend(" " * 47 + text for text in more)
     return "\n".join(lines)
+
+
+def trained_on(results: dict[str, Any]) -> str:
+    """What to know of pairs whose prompts the policy was trained on; "" where there are none, or nothing is known."""
+    count = round((results.get("trained_share") or 0) * results["pairs"])
+    return (
+        f"NOT HELD OUT: the policy was trained on the prompts of {count} of {results['pairs']} pairs" if count else ""
+    )
 
 
 def beside_chance(interval: Sequence[float]) -> str:

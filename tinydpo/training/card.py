@@ -35,9 +35,14 @@ def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], 
         local=set(names) - {dataset, base},
         loss=_loss(resolved) if "beta" in resolved else None,
         train=summary["train"],
-        results={k: v for k, v in results.items() if isinstance(v, int | float) and "per_second" not in k},
+        results={k: v for k, v in results.items() if isinstance(v, int | float) and _of_model(k)},
         notice=CONTENT_NOTICE if is_hh(resolved["dataset_name"]) else None,
     ).save(folder / "README.md")
+
+
+def _of_model(figure: str) -> bool:
+    """Whether a figure says something of the model; `total_flos` is transformers' guess at a batch with its padding."""
+    return "per_second" not in figure and figure != "total_flos"
 
 
 def _loss(resolved: dict[str, Any]) -> str:

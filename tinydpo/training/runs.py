@@ -1,8 +1,9 @@
 """A run's folder: begun once, resumed if cut short, refused if its recipe changed, finished when the results are in.
 
-What a folder holds: `run_config.yaml` (every key as it came to run), `data_summary.json`, `environment.json`, the
-checkpoints while training, then model, tokenizer, generation config, `trainer_state.json`, `curves.png`, a model card,
-and last `train_results.json`, which marks it as finished.
+What a folder holds: `run_config.yaml` (every key as it came to run), `data_summary.json`, `trained_prompts.txt` (for
+evaluation to know trained rows by), `environment.json`, the checkpoints while training, then model, tokenizer,
+generation config, `trainer_state.json`, `curves.png`, a model card, and last `train_results.json`, which marks it as
+finished.
 """
 
 import importlib.metadata
@@ -107,13 +108,14 @@ def _plain(resolved: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=lambda value: getattr(value, "value", str(value)), sort_keys=True))
 
 
-def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> None:
+def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any], texts: Any) -> None:
     """Train, or go on from the last whole checkpoint, evaluate, and write everything that a run's folder holds.
 
     Args:
         trainer: a TRL trainer, ready.
         resolved: every key of the run with its value.
         summary: what fitting did to each split.
+        texts: of the pairs that it trains on.
 
     Raises:
         UserError: the run cannot go on; its last whole checkpoint stays.
@@ -131,7 +133,7 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
-        begin(trainer, folder, resolved, summary)
+        begin(trainer, folder, resolved, summary, texts)
         checkpoint = to_resume(trainer)
         try:
             results = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -156,10 +158,11 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any]) -> No
         )
 
 
-def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any]) -> None:
+def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any], texts: Any) -> None:
     """Write what is known before training; refuse to go on with a run whose data or first weights have changed."""
     from accelerate.utils import broadcast_object_list
 
+    from tinydpo.data.trained import write_trained
     from tinydpo.models.adapters import base_record
 
     main, other = trainer.is_world_process_zero(), []
@@ -176,6 +179,7 @@ def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[st
         return
     write_whole(folder / RUN_CONFIG, yaml.safe_dump(_plain(resolved)))
     write_json(folder / SUMMARY, summary)
+    write_trained(folder, texts)
     write_json(folder / ENVIRONMENT, environment(trainer.args.seed) | base)
 
 

@@ -23,13 +23,15 @@ Trainer = TypeVar("Trainer")
 class Started(NamedTuple):
     """What a trainer is made of, besides its model: `test` is None where training does not evaluate.
 
-    `train` and `test` are fitted pairs; `summary` says, by split, what fitting did to them.
+    `train` and `test` are fitted pairs; `summary` says, by split, what fitting did to them; `texts` are the
+    ones of `train`.
     """
 
     tokenizer: Any
     train: Dataset
     test: Dataset | None
     summary: dict[str, Any]
+    texts: Dataset
 
 
 def start(
@@ -64,7 +66,7 @@ def start(
     if not rank() and (line := told(summary)):
         print(line)
     test = held_out(splits["test"].pairs, run.eval_pairs) if training.eval_strategy != "no" else None
-    return Started(tokenizer, splits["train"].pairs, test, summary)
+    return Started(tokenizer, splits["train"].pairs, test, summary, splits["train"].texts)
 
 
 def build(construct: Callable[[], Trainer], model: Any) -> Trainer:
