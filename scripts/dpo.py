@@ -3,8 +3,8 @@
     accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/dpo.py \
         --config recipes/gpt2-medium-hh/dpo.yaml --beta 0.3
 
-`make dpo` runs the same, and the SFT before it where that is missing. Every flag of TRL's DPOConfig and ModelConfig
-works, here and in the recipe (--help).
+`make dpo` runs the same, and the SFT before it where that is missing. Flags of TRL's DPOConfig and ModelConfig
+act, here and in the recipe, or are refused (--help).
 """
 
 from functools import partial

@@ -3,7 +3,8 @@
     accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/sft.py \
         --config recipes/gpt2-medium-hh/sft.yaml --learning_rate 2e-5
 
-`make sft` runs the same. Every flag of TRL's SFTConfig and ModelConfig works, here and in the recipe (--help).
+`make sft` runs the same. Flags of TRL's SFTConfig and ModelConfig (--help) act, here and in the recipe, or are
+refused.
 """
 
 from functools import partial

@@ -58,7 +58,8 @@ def reward_score(folder: Path, model: Any, text: str) -> float:
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        (GEMMA, "<bos><start>system\nBe kind.<end>\n<start>user\nWhat goes into soup 0?<end>\n<start>model\nPeas.<end>\n"),
+        (GEMMA, "<bos><start>system\nBe kind.<end>\n<start>user\nWhat goes into soup 0?<end>\n"
+                "<start>model\nPeas.<end>\n"),
         (CHATML, "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhat goes into soup 0?<|im_end|>\n"
                  "<|im_start|>assistant\nPeas.<|im_end|>\n"),
         (None, "\n\nSystem: Be kind.\n\nHuman: What goes into soup 0?\n\nAssistant: Peas."),

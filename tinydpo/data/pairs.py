@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from tinydpo.data.records import Names
 from tinydpo.data.sources import load_records, quiet
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
+from tinydpo.launching.machine import cores
 
 LARGE = 8_000  # rows from which more processes are worth their start
 
@@ -32,7 +35,11 @@ class FittedSplit:
 
 
 def load_pairs(
-    data: DataArguments, tokenizer: Any, max_length: int, need_pairs: bool | None = True
+    data: DataArguments,
+    tokenizer: Any,
+    max_length: int,
+    need_pairs: bool | None = True,
+    workers: int | None = None,
 ) -> dict[str, FittedSplit]:
     """Load, read and fit the train and test split.
 
@@ -42,6 +49,7 @@ def load_pairs(
         max_length: tokens of prompt and one completion together.
         need_pairs: whether every row must have a rejected answer. False is for SFT, which does without; None takes
             pairs as DPO does, and other rows too.
+        workers: processes to read and fit with; by default one, or for large data as many as may run.
 
     Returns:
         `{"train": …, "test": …}`.
@@ -57,7 +65,8 @@ def load_pairs(
     with global_then_local_main_first():  # the others find the cache that the first process wrote
         records = load_records(data)
         splits = {
-            split: _fit_split(split, rows, data, tokenizer, max_length, need_pairs) for split, rows in records.items()
+            split: _fit_split(split, rows, data, tokenizer, max_length, need_pairs, workers)
+            for split, rows in records.items()
         }
     if shared := in_train_too(splits["train"].texts, splits["test"].texts):
         splits["test"].summary["notes"][IN_TRAIN_TOO] = shared
@@ -71,14 +80,19 @@ def load_split(data: DataArguments, tokenizer: Any, max_length: int, split: str)
 
 
 def _fit_split(
-    split: str, records: Dataset, data: DataArguments, tokenizer: Any, max_length: int, need_pairs: bool | None
+    split: str,
+    records: Dataset,
+    data: DataArguments,
+    tokenizer: Any,
+    max_length: int,
+    need_pairs: bool | None,
+    workers: int | None = None,
 ) -> FittedSplit:
     large = len(records) >= LARGE
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on macOS
-    workers = cores if large else 1
+    workers = workers or (cores() if large else 1)
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
-    with quiet(small=not large):
+    with quiet(small=not large), _told_of_lost_workers(data.dataset_name, workers):
         texts = to_texts(records, tokenizer, need_pairs, data.on_bad_row, workers, Names.of(data))
         fitted = fit(texts, tokenizer, max_length, data.max_question_length, workers)
     notes = pc.value_counts(pc.list_flatten(texts.with_format("arrow")[:]["notes"])).to_pylist()
@@ -94,6 +108,19 @@ def _fit_split(
     if any(subset is not None for subset in fitted.unique("subset")):
         columns.append("subset")
     return FittedSplit(texts.select(kept), fitted.select(kept).select_columns(columns), summary)
+
+
+@contextmanager
+def _told_of_lost_workers(name: str | None, workers: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):  # by `datasets`, which knows no more of it
+            raise
+        raise UserError(
+            f"{name}: one of the {workers} processes that read it was killed, as the system does where memory runs "
+            f"out; free some, or pass --dataset_num_proc {workers // 2} to training"
+        ) from None
 
 
 def summarize(fitted: Dataset, max_length: int) -> dict[str, Any]:

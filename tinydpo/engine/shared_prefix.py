@@ -8,11 +8,12 @@ always reads, and the numbers are the same to rounding.
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import trl.trainer.utils
 from datasets import Dataset
@@ -132,6 +133,10 @@ class SharedPrefixDPOTrainer(PackedTrainer, FittedDPOTrainer):
     """`DPOTrainer` for fitted pairs, with each pair's prompt computed once and no padding."""
 
     collator = PackedPreference
+
+    def cost(self, tokens: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Each part of a pair is computed once."""
+        return sum(map(tokens, ("prompt_ids", "chosen_ids", "rejected_ids")))
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._pack()  # TRL calls this from its constructor

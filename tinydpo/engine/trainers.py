@@ -1,10 +1,12 @@
 """TRL's trainers on fitted pairs: losses, metrics, PEFT, checkpoints and logging stay TRL's."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -16,6 +18,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from tinydpo.data.pairs import LARGE
 from tinydpo.data.sources import quiet
+from tinydpo.engine.by_length import ByLength
 from tinydpo.engine.means import SPARE, PairsAlike, TokensAlike
 from tinydpo.engine.reference_cache import hash_split, on_every_machine
 from tinydpo.training.checkpoints import WholeCheckpoints
@@ -64,7 +67,7 @@ class Counted:
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-class FittedDPOTrainer(WholeCheckpoints, Float32Head, Counted, PairsAlike, DPOTrainer):
+class FittedDPOTrainer(WholeCheckpoints, ByLength, Float32Head, Counted, PairsAlike, DPOTrainer):
     """`DPOTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
 
     TRL tokenizes from text and cuts after the first `max_length` tokens, which takes the signal from a third of HH's
@@ -73,6 +76,10 @@ class FittedDPOTrainer(WholeCheckpoints, Float32Head, Counted, PairsAlike, DPOTr
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def cost(self, tokens: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Both sequences of a pair are padded to the longer one."""
+        return tokens("prompt_ids") + np.maximum(tokens("chosen_ids"), tokens("rejected_ids"))
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """TRL's own, with all that changes the log-probs in the cache's key, not data and weights alone."""
@@ -91,7 +98,7 @@ class FittedDPOTrainer(WholeCheckpoints, Float32Head, Counted, PairsAlike, DPOTr
             self._precompute_model_hash = weights
 
 
-class FittedSFTTrainer(WholeCheckpoints, Float32Head, Counted, TokensAlike, SFTTrainer):
+class FittedSFTTrainer(WholeCheckpoints, ByLength, Float32Head, Counted, TokensAlike, SFTTrainer):
     """`SFTTrainer` without dropout, for which `SFTConfig`, unlike `DPOConfig`, has no option.
 
     With it 1 and 2 processes, which draw other masks, would not agree.

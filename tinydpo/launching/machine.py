@@ -5,6 +5,7 @@ processes than asked, or independent ones, without a word. Here what the user le
 it, and what runs is held against what the accelerate file asked for.
 """
 
+import math
 import os
 import signal
 from argparse import Namespace
@@ -15,17 +16,26 @@ from tinydpo.errors import UserError
 from tinydpo.files import read_run_config
 from tinydpo.models.precision import fast_bf16
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, in how many
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by accelerate's names
+SHARDING = ("fsdp", "fsdp_config", "deepspeed")  # flags that would go past the checks of this module
 
 
 def fill(namespace: Namespace) -> None:
     """Fill `use_cpu`, `bf16`, the per-device batch and the accumulation where the user left them unset.
 
     Raises:
-        UserError: if `pairs_per_step` cannot be split over the processes, or contradicts the accumulation.
+        UserError: if `pairs_per_step` cannot be split over the processes, or contradicts the accumulation, or a flag
+            would shard the model.
     """
     import torch
 
+    for flag in SHARDING:
+        if getattr(namespace, flag, None):
+            raise UserError(
+                f"{flag} is {getattr(namespace, flag)}, but the accelerate file says what shards a model; start with "
+                "accelerate_configs/fsdp.yaml, zero2.yaml or zero3.yaml (docs/scaling.md)"
+            )
     asked = read(namespace.accelerate_config)
     cpu = namespace.use_cpu or _flag("ACCELERATE_USE_CPU") or asked.get("use_cpu") is True
     gpu = torch.accelerator.is_available() and not cpu
@@ -166,6 +176,9 @@ def _check_sharding(where: str) -> None:
         lacks = "fsdp_state_dict_type: FULL_STATE_DICT, without which no final model is saved"
     elif kind == "FSDP2" and _flag("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         lacks = "fsdp_cpu_ram_efficient_loading: false, without which most ranks hold an empty reference model"
+    for name, of in (("TP", "tensor"), ("CP", "context"), ("SP", "sequence")):
+        if int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) > 1:
+            raise UserError(f"{where} asks for {of} parallelism, untried with packed rows; shard by FSDP or DeepSpeed")
     if lacks:
         example = "zero3" if kind == "ZeRO-3" else "fsdp"
         raise UserError(f"{where} needs {lacks}; accelerate_configs/{example}.yaml has it")
@@ -195,8 +208,6 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
         "ignore", category=FutureWarning, module="transformers|trl|torch.distributed"
     )  # not the user's
     logging.disable_progress_bar()  # loading and writing shards: bars of a blink between the lines that matter
-    if training_args.save_only_model:
-        raise UserError("save_only_model leaves out of a checkpoint what a run needs to go on; leave it out")
     if training_args.hub_token:  # transformers would write it into training_args.bin
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # as inherited from a launcher made deaf to it
@@ -218,6 +229,17 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
         "use_safetensors": True,  # never unpickle a stranger's weights
         **(training_args.model_init_kwargs or {}),
     }
+
+
+def cores() -> int:
+    """How many CPU cores this process may keep busy: those it may run on, or in a container its quota of time."""
+    # Not on macOS. Linux counts cpusets here, as Slurm and `docker --cpuset-cpus` set them, and no quotas.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+    except (OSError, ValueError):  # no container, or "max": no limit
+        return allowed
+    return max(1, min(allowed, math.ceil(quota / period)))
 
 
 def device_and_dtype(dtype: str) -> tuple[str, Any]:

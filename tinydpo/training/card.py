@@ -41,7 +41,7 @@ def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], 
 
 
 def _of_model(figure: str) -> bool:
-    """Whether a figure says something of the model; `total_flos` is transformers' guess at a batch with its padding."""
+    """Whether a figure says something of the model; `total_flos` is transformers' guess at a padded batch."""
     return "per_second" not in figure and figure != "total_flos"
 
 

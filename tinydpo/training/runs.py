@@ -28,10 +28,10 @@ PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate",
 # Where and how loudly a recipe runs, not what it trains: these may differ between a run and its continuation.
 NOT_THE_RECIPE = {
     "accelerate_config", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-    "ddp_timeout", "disable_tqdm", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
-    "hub_strategy", "local_rank", "log_level", "log_level_replica", "output_dir", "per_device_eval_batch_size",
-    "precompute_ref_batch_size", "project", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name",
-    "save_total_limit", "trackio_space_id",
+    "dataset_num_proc", "ddp_timeout", "disable_tqdm", "hub_always_push", "hub_model_id", "hub_private_repo",
+    "hub_revision", "hub_strategy", "local_rank", "log_level", "log_level_replica", "output_dir",
+    "per_device_eval_batch_size", "precompute_ref_batch_size", "project", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "run_name", "save_total_limit", "trackio_space_id",
 }  # fmt: skip
 FOLLOWS_FROM_PAIRS_PER_STEP = {"gradient_accumulation_steps", "per_device_train_batch_size"}
 SECRETS = {"hub_token"}

@@ -13,6 +13,8 @@ from tinydpo.errors import UserError, rank
 from tinydpo.files import RUN_CONFIG
 from tinydpo.launching.arguments import DataArguments, RunArguments
 from tinydpo.launching.machine import prepare
+from tinydpo.launching.refused import refuse
+from tinydpo.launching.rehearsal import rehearse
 from tinydpo.models.hub import patiently, told_plainly
 from tinydpo.models.pretrained import load_tokenizer
 from tinydpo.training.runs import FINISHED, is_finished
@@ -53,15 +55,18 @@ def start(
         need_pairs: whether every row must have a rejected answer; SFT does without.
 
     Raises:
-        UserError: the machine, the folder, the model or the data are not what the run needs.
+        UserError: a flag would have no effect, or the machine, the folder, the model or the data are not what the run
+            needs.
     """
+    refuse(resolved, training, model)
+    rehearse(training)
     prepare(training, model, run.accelerate_config)
     if is_finished(training.output_dir, resolved):
         return None
     name, revision = model.model_name_or_path, model.model_revision
-    tokenizer = load_tokenizer(name, revision, training.trust_remote_code)
+    tokenizer = as_asked(load_tokenizer(name, revision, training.trust_remote_code), training)
     check_model(name, revision, tokenizer, training.max_length, training.trust_remote_code)
-    splits = load_pairs(data, tokenizer, training.max_length, need_pairs)
+    splits = load_pairs(data, tokenizer, training.max_length, need_pairs, training.dataset_num_proc)
     summary = {name: split.summary for name, split in splits.items()}
     if not rank() and (line := told(summary)):
         print(line)
@@ -77,6 +82,36 @@ def build(construct: Callable[[], Trainer], model: Any) -> Trainer:
             return patiently(construct)
     except (ValueError, NotImplementedError, ImportError, TypeError) as error:
         raise UserError(str(error)) from None
+
+
+def as_asked(tokenizer: Any, training: Any) -> Any:
+    """A tokenizer with the end token and the chat template that SFT's flags name, before it sees the first row.
+
+    Raises:
+        UserError: it has no such token, or the template cannot be read.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    end, path = (getattr(training, name, None) for name in ("eos_token", "chat_template_path"))
+    if end is not None:
+        if end not in tokenizer.get_vocab():
+            raise UserError(f"eos_token is {end!r}, which is no token of {tokenizer.name_or_path}; name one that is")
+        tokenizer.eos_token = end
+    if path is not None:
+        file = Path(path)
+        if not (file.is_file() and file.suffix in (".jinja", ".j2")):
+            raise UserError(
+                f"chat_template_path is {path}; give a .jinja or .j2 file (another model's folder has "
+                "chat_template.jinja), whose special tokens the model must know: none are added"
+            )
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise UserError(f"chat_template_path {path}, line {error.lineno}: {error}") from None
+        except Exception:  # whatever a template raises that wants other messages: it gets those of the rows
+            pass
+    return tokenizer
 
 
 def check_model(
