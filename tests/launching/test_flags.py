@@ -59,6 +59,7 @@ ACTS = {
     "training/test_nothing_lost.py::test_the_same_recipe_gives_the_same_weights": "seed",
     "training/test_scaling.py::test_a_lost_host_stops_the_other_and_the_same_commands_go_on": "ddp_timeout",
     "training/test_training.py::test_folder_holds_what_the_readme_promises": "save_steps save_total_limit",
+    "training/test_training.py::test_sft_of_trl_counts_as_the_engine_does": "packing",
     "training/test_training.py::test_loss_falls": "model_name_or_path learning_rate",
 }
 
@@ -67,15 +68,16 @@ PASSED_ON = """
     activation_offloading adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices bnb_4bit_quant_storage
     data_seed dataloader_in_order dataloader_multiprocessing_context dataloader_persistent_workers
     dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
-    ddp_find_unused_parameters ddp_static_graph debug disable_tqdm eval_delay eval_on_start eval_steps eval_strategy
-    eval_use_gather_object full_determinism greater_is_better hub_always_push hub_model_id hub_private_repo
-    hub_revision hub_strategy hub_token ignore_data_skip include_num_input_tokens_seen label_smoothing_factor
-    load_best_model_at_end load_in_8bit local_rank log_level log_level_replica log_on_each_node logging_first_step
-    logging_steps logging_strategy lora_modules_to_save lora_target_parameters max_grad_norm max_steps
-    metric_for_best_model neftune_noise_alpha num_train_epochs pad_to_multiple_of per_device_eval_batch_size
-    precompute_ref_batch_size project push_to_hub restore_callback_states_from_checkpoint router_aux_loss_coef
-    run_name save_on_each_node save_strategy skip_memory_metrics tf32 torch_empty_cache_steps trackio_bucket_id
-    trackio_space_id trackio_static_space_id use_dora use_rslora warmup_steps weight_decay
+    ddp_find_unused_parameters ddp_static_graph debug disable_tqdm eval_delay eval_on_start eval_packing eval_steps
+    eval_strategy eval_use_gather_object full_determinism greater_is_better hub_always_push hub_model_id
+    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip include_num_input_tokens_seen
+    label_smoothing_factor load_best_model_at_end load_in_8bit local_rank log_level log_level_replica
+    log_on_each_node logging_first_step logging_steps logging_strategy lora_modules_to_save lora_target_parameters
+    max_grad_norm max_steps metric_for_best_model neftune_noise_alpha num_train_epochs packing_strategy
+    pad_to_multiple_of per_device_eval_batch_size precompute_ref_batch_size project push_to_hub
+    restore_callback_states_from_checkpoint router_aux_loss_coef run_name save_on_each_node save_strategy
+    skip_memory_metrics tf32 torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id
+    use_dora use_rslora warmup_steps weight_decay
 """
 
 # A case for each flag that is refused, the flag first: always, or in this company.
