@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     turns = trained_on_turns(args.model_name_or_path)
     both = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length, turns)
     votes = Path(args.output_dir).parent / "votes.jsonl"
-    serve(build(both, args, votes, CONTENT_NOTICE if is_hh(data.dataset_name or "") else ""), page.port)
+    serve(build(both, args, votes, CONTENT_NOTICE if is_hh(data.dataset_name) else ""), page.port)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_what_belongs_to_no_flag_is_named():
         ("loss_type: [[sigmoid]]", "a list of text"),
         ("loss_weights: [1, x]", "a list of float"),
         ("run_name: true", "text"),
-        ("dataset_name: [a, b]", "text"),
+        ("dataset_train_split: [a, b]", "text"),
         ("output_dir: {a: b}", "text"),
         ("model_init_kwargs: eager", "a mapping"),
         ("debug: [nothing]", "a list of"),

@@ -10,7 +10,7 @@ MOST = 6  # notes that a line has room for
 
 
 def told(splits: Mapping[str, Mapping[str, Any]]) -> str:
-    """What of the data is not trained on as it stands, in one line; empty where there is nothing of the kind.
+    """What of the data is not trained on, or not as it stands, in one line; empty where there is nothing of the kind.
 
     Args:
         splits: summaries by split, as `pairs.summarize` gives them.
@@ -18,6 +18,8 @@ def told(splits: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for name, summary in splits.items():
         pairs, dropped = summary["pairs_in"], summary["dropped"]
+        if of := summary.get("drawn_from"):
+            parts.append(f"{name}: {pairs:,} of {of:,} rows drawn (--max_{name}_pairs)")
         if dropped:
             parts.append(
                 f"{name}: {1 - summary['pairs_kept'] / pairs:.1%} of {pairs:,} pairs dropped ({_counts(dropped)})"
@@ -51,6 +53,7 @@ def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, exa
     most = max(summary["lengths"].values())
     lines = [
         f"{name}: {pairs:,} pairs in, {kept:,} kept, dropped: {dropped}",
+        *([f"  drawn from {summary['drawn_from']:,} (--max_{name}_pairs)"] if "drawn_from" in summary else []),
         *([f"  not taken as it stands: {_notes(summary['notes'])}"] if summary["notes"] else []),
         *(f"  {what:<24}{ours:>16}{theirs:>20}".rstrip() for what, ours, theirs in rows),
         f"  token positions a pair: {positions['padded']:.0f} padded to {max_length}, "

@@ -16,7 +16,7 @@ from tinydpo.data.dialogues import to_texts
 from tinydpo.data.fitting import fit
 from tinydpo.data.held_out import IN_TRAIN_TOO, in_train_too
 from tinydpo.data.records import Names
-from tinydpo.data.sources import load_records, quiet
+from tinydpo.data.sources import draw_pairs, load_records, quiet
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
 from tinydpo.launching.machine import cores
@@ -88,11 +88,13 @@ def _fit_split(
     need_pairs: bool | None,
     workers: int | None = None,
 ) -> FittedSplit:
+    rows = len(records)
+    records = draw_pairs(records, data.max_train_pairs if split == "train" else data.max_test_pairs)
     large = len(records) >= LARGE
     workers = workers or (cores() if large else 1)
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
-    with quiet(small=not large), _told_of_lost_workers(data.dataset_name, workers):
+    with quiet(small=not large), _told_of_lost_workers(data.names, workers):
         texts = to_texts(records, tokenizer, need_pairs, data.on_bad_row, workers, Names.of(data))
         fitted = fit(texts, tokenizer, max_length, data.max_question_length, workers)
     notes = pc.value_counts(pc.list_flatten(texts.with_format("arrow")[:]["notes"])).to_pylist()
@@ -100,10 +102,12 @@ def _fit_split(
     summary["notes"] = {
         note["values"]: note["counts"] for note in sorted(notes, key=lambda n: (-n["counts"], n["values"]))
     }
+    if rows > len(records):
+        summary["drawn_from"] = rows
     summary["templated"] = pc.sum(texts.with_format("arrow")[:]["templated"]).as_py() or 0  # rows, by a chat template
     kept = np.flatnonzero(pc.is_null(fitted.with_format("arrow")[:]["dropped"]))
     if not len(kept):
-        raise UserError(f"{data.dataset_name}: no pair of the {split} split is left, dropped: {summary['dropped']}")
+        raise UserError(f"{data.names}: no pair of the {split} split is left, dropped: {summary['dropped']}")
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     if any(subset is not None for subset in fitted.unique("subset")):
         columns.append("subset")
@@ -111,7 +115,7 @@ def _fit_split(
 
 
 @contextmanager
-def _told_of_lost_workers(name: str | None, workers: int) -> Iterator[None]:
+def _told_of_lost_workers(name: str, workers: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets.config
+import numpy as np
 from datasets import (
     Dataset,
     DatasetDict,
     Features,
     Value,
     are_progress_bars_disabled,
+    concatenate_datasets,
     disable_progress_bars,
     enable_progress_bars,
     load_dataset_builder,
@@ -34,7 +36,7 @@ from datasets.fingerprint import Hasher
 from tinydpo.data.held_out import hold_out
 from tinydpo.data.records import Names, parse
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import DataArguments
+from tinydpo.launching.arguments import DataArguments, Source
 from tinydpo.models.hub import download_dataset
 
 HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must hold out the same rows
@@ -59,6 +61,8 @@ STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of every whole Arrow file in the cac
 def load_records(data: DataArguments) -> DatasetDict:
     """Read the train and the held-out records; what is held out of train are whole prompts.
 
+    Several datasets follow one another, told apart by `subset`; `drawn` says how many of them `--max_*_pairs` leave.
+
     Returns:
         A `DatasetDict` with keys `train` and `test`; columns `file`, `row` (from 1), `subset` (the folder of a dataset
         that has several, else null) and `record` (JSON, undecoded).
@@ -70,15 +74,52 @@ def load_records(data: DataArguments) -> DatasetDict:
         raise UserError(
             "dataset_name is not set; give a Hub id, a folder or a file, for example --dataset_name my.jsonl"
         )
+    sources = data.sources()
+    parts = [_records(data, source, label) for source, label in zip(sources, _labels(sources), strict=True)]
+    train = concatenate_datasets([_draw(part["train"], one.weight) for one, part in zip(sources, parts, strict=True)])
+    return DatasetDict({"train": train, "test": concatenate_datasets([part["test"] for part in parts])})
+
+
+def draw_pairs(records: Dataset, most: int | None) -> Dataset:
+    """At most so many records, in their order: a choice that depends on the data alone."""
+    return _draw(records, 1.0 if most is None else min(1.0, most / len(records)))
+
+
+def _draw(records: Dataset, share: float) -> Dataset:
+    if share == 1:
+        return records
+    drawn = np.random.default_rng(HOLD_OUT_SEED).permutation(len(records))[: max(1, round(share * len(records)))]
+    return records.select(np.sort(drawn))
+
+
+def _labels(sources: list[Source]) -> list[str]:
+    """A name for each of several datasets: as short as tells them apart; of one, none."""
+    if len(sources) == 1:
+        return [""]
+    names = [source.name.rstrip("/") for source in sources]
+    for labels in (
+        [Path(source.data_dir or name).name.split(".")[0] for source, name in zip(sources, names, strict=True)],
+        ["/".join(filter(None, (name, source.data_dir))) for source, name in zip(sources, names, strict=True)],
+    ):
+        if len(set(labels)) == len(labels):
+            return labels
+    twice = next(label for label in labels if labels.count(label) > 1)
+    raise UserError(f"dataset_name has {twice} twice, so that its rows would count twice; name it once")
+
+
+def _records(data: DataArguments, source: Source, label: str) -> DatasetDict:
     train, test = data.dataset_train_split, data.dataset_test_split
-    splits = _split_files(data)
+    splits = _split_files(source, train)
     for split in (train, test):
         may_lack = split == test == "test"  # the default, so nobody asked for it by name
         if split not in splits and not may_lack:
             raise UserError(
-                f"{data.dataset_name} has no split {split!r}, only {', '.join(sorted(splits))}; "
+                f"{source.name} has no split {split!r}, only {', '.join(sorted(splits))}; "
                 f"check --dataset_{'test' if split == test else 'train'}_split"
             )
+    for file in (file for files in splits.values() for file in files if label):
+        inside = file["subset"].removeprefix(source.data_dir or "").strip("/")
+        file["subset"] = f"{label}/{inside}".rstrip("/")
     if test in splits:
         return DatasetDict({"train": _read(splits[train]), "test": _read(splits[test])})
     records = _read(splits[train])
@@ -88,44 +129,44 @@ def load_records(data: DataArguments) -> DatasetDict:
         return DatasetDict({"train": rest, "test": held_out})
     except ValueError:  # one side would be empty
         raise UserError(
-            f"{data.dataset_name} has {len(records)} row(s), too few to hold out a share of {data.test_split_size}; "
+            f"{source.name} has {len(records)} row(s), too few to hold out a share of {data.test_split_size}; "
             "write one row a line, add rows or a test split"
         ) from None
 
 
-def _split_files(data: DataArguments) -> dict[str, list[dict[str, str]]]:
+def _split_files(source: Source, train: str) -> dict[str, list[dict[str, str]]]:
     try:
-        path = Path(data.dataset_name).expanduser()
+        path = Path(source.name).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError) as error:  # RuntimeError: the `~user` of nobody
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{data.dataset_name[:200]} cannot be read ({reason}); check --dataset_name") from None
+        raise UserError(f"{source.name[:200]} cannot be read ({reason}); check --dataset_name") from None
     if is_file:
         if not path.name.endswith(FILE_SUFFIXES):
             raise UserError(f"{path} is not a .jsonl, .jsonl.gz, .json or .parquet file")
-        return {data.dataset_train_split: [{"path": str(path), "name": _printable(path), "subset": ""}]}
+        return {train: [{"path": str(path), "name": _printable(path), "subset": ""}]}
     if is_folder:
-        return _folder_files(path, data)
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", data.dataset_name) or path.name.endswith(FILE_SUFFIXES):
-        raise UserError(f"there is no file or folder {data.dataset_name!r}; check --dataset_name")
-    folder = download_dataset(data.dataset_name, data.dataset_revision, data.dataset_data_dir)
-    return _folder_files(folder, data)
+        return _folder_files(path, source)
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source.name) or path.name.endswith(FILE_SUFFIXES):
+        raise UserError(f"there is no file or folder {source.name!r}; check --dataset_name")
+    folder = download_dataset(source.name, source.revision, source.data_dir)
+    return _folder_files(folder, source)
 
 
-def _folder_files(folder: Path, data: DataArguments) -> dict[str, list[dict[str, str]]]:
+def _folder_files(folder: Path, source: Source) -> dict[str, list[dict[str, str]]]:
     """Every split's files, as `datasets` resolves them from the folder's names and its README."""
-    if data.dataset_data_dir and not (folder / data.dataset_data_dir).is_dir():
-        raise UserError(f"{data.dataset_name} has no folder {data.dataset_data_dir!r}; check --dataset_data_dir")
+    if source.data_dir and not (folder / source.data_dir).is_dir():
+        raise UserError(f"{source.name} has no folder {source.data_dir!r}; check --dataset_data_dir")
     for file in sorted(folder.rglob("*")):  # which `datasets` would pass over, and a split with it
         if file.name.endswith(FILE_SUFFIXES) and file.is_symlink() and not file.exists():
             raise UserError(f"{file} links to a file that is not there; put the file there or delete the link")
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README may well be without metadata
     try:
-        builder = load_dataset_builder(str(folder), name=data.dataset_config, data_dir=data.dataset_data_dir)
+        builder = load_dataset_builder(str(folder), name=source.config, data_dir=source.data_dir)
     except Exception as error:  # a README's metadata can be anything, and so can what is raised over them
         reason = str(error).partition("\nExample of usage")[0]
         raise UserError(
-            f"{data.dataset_name} is not a dataset that can be read: {reason}; check its files, what its README.md "
+            f"{source.name} is not a dataset that can be read: {reason}; check its files, what its README.md "
             "says of them, --dataset_config and --dataset_data_dir"
         ) from None
     root, splits, data_files = folder.resolve(), {}, builder.config.data_files
@@ -135,9 +176,9 @@ def _folder_files(folder: Path, data: DataArguments) -> dict[str, list[dict[str,
         for file in sorted(files):
             inside = Path(file).relative_to(root) if Path(file).is_relative_to(root) else Path(Path(file).name)
             if not inside.name.endswith(FILE_SUFFIXES):
-                raise UserError(f"{data.dataset_name}: {inside} is not a .jsonl, .jsonl.gz, .json or .parquet file")
-            subset = inside.parent.as_posix() if several or data.dataset_data_dir else "."
-            name = _printable(f"{data.dataset_name.rstrip('/')}/{inside.as_posix()}")
+                raise UserError(f"{source.name}: {inside} is not a .jsonl, .jsonl.gz, .json or .parquet file")
+            subset = inside.parent.as_posix() if several or source.data_dir else "."
+            name = _printable(f"{source.name.rstrip('/')}/{inside.as_posix()}")
             splits.setdefault(str(split), []).append(
                 {"path": file, "name": name, "subset": "" if subset == "." else subset}
             )

@@ -1,7 +1,8 @@
 """What a recipe may say beyond TRL's and transformers' own flags: which pairs, and how they run on any devices."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 # What a column of the data can be, and a key of its messages.
 COLUMNS = (
@@ -40,20 +41,49 @@ def renames(pairs: list[str] | None) -> dict[str, str]:
     return named
 
 
+def as_list(value: str | list | None) -> list:
+    """A flag that takes one or several, as a YAML file holds it, as a list."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+class Source(NamedTuple):
+    """One dataset: its name, and where given its configuration, revision, folder, and the share of it to train on."""
+
+    name: str
+    config: str | None
+    revision: str | None
+    data_dir: str | None
+    weight: float
+
+
 @dataclass
 class DataArguments:
     """Which preference pairs, and how they are fitted to the token budget (`max_length`, TRL's own flag)."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, local folder, or a .jsonl, .jsonl.gz, .json or .parquet file."}
+    dataset_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local folder, or a .jsonl, .jsonl.gz, .json or .parquet file. Several are read one after "
+            "the other; what follows is then for all of them, or one for each."
+        },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Name of the dataset's configuration."})
-    dataset_revision: str | None = field(
+    dataset_config: list[str] | None = field(default=None, metadata={"help": "Name of the dataset's configuration."})
+    dataset_revision: list[str] | None = field(
         default=None, metadata={"help": "Commit, tag or branch of a dataset on the Hub."}
     )
-    dataset_data_dir: str | None = field(
+    dataset_data_dir: list[str] | None = field(
         default=None, metadata={"help": "Folder inside the dataset to read, for example harmless-base."}
     )
+    dataset_weights: list[float] | None = field(
+        default=None, metadata={"help": "Share of each dataset's rows to train on, above 0 and up to 1."}
+    )
+    max_train_pairs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows to draw from those to train on, the same in every stage: for a first try on large data."
+        },
+    )
+    max_test_pairs: int | None = field(default=None, metadata={"help": "Held-out rows to draw, likewise."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
         default="test",
@@ -89,6 +119,15 @@ class DataArguments:
 
     def __post_init__(self):
         """Refuse what cannot be meant (ValueError)."""
+        for flag in ("dataset_name", "dataset_config", "dataset_revision", "dataset_data_dir"):
+            values = as_list(getattr(self, flag))
+            setattr(self, flag, values if len(values) > 1 else next(iter(values), None))  # one is one, as recipes say
+        if not all(0 < weight <= 1 for weight in self.dataset_weights or ()):
+            raise ValueError(f"dataset_weights are shares above 0 and up to 1, got {self.dataset_weights}")
+        for flag in ("max_train_pairs", "max_test_pairs"):
+            if getattr(self, flag) is not None and getattr(self, flag) < 1:
+                raise ValueError(f"{flag} must be at least 1, got {getattr(self, flag)}")
+        self.sources()
         if not 0 < self.test_split_size < 1:
             raise ValueError(f"test_split_size must lie between 0 and 1, got {self.test_split_size}")
         for flag in ("column", "role"):
@@ -102,6 +141,34 @@ class DataArguments:
                     raise ValueError(f"column: {theirs}={ours} names no column that is read; these are {known}")
         if self.max_question_length < 1:
             raise ValueError(f"max_question_length must be at least 1, got {self.max_question_length}")
+
+    @property
+    def names(self) -> str:
+        """The datasets as a message names them."""
+        return ", ".join(as_list(self.dataset_name))
+
+    def sources(self) -> list[Source]:
+        """The datasets, each with what belongs to it.
+
+        Raises:
+            ValueError: what is given for each is given for another number of them.
+        """
+        columns: list[list] = [as_list(self.dataset_name)]
+        count = len(columns[0])
+        for flag in ("dataset_config", "dataset_revision", "dataset_data_dir", "dataset_weights"):
+            values = as_list(getattr(self, flag)) or [1.0 if flag == "dataset_weights" else None]
+            if count and len(values) not in (1, count):
+                raise ValueError(
+                    f"{flag} has {len(values)} values for {count} names in dataset_name; give one, or {count}"
+                )
+            columns.append(values * count if len(values) == 1 else values)
+        return [Source(*values) for values in zip(*columns, strict=False)]
+
+
+def sources_in(settings: Mapping[str, Any]) -> list[Source]:
+    """The datasets that the settings of a run or an evaluation name."""
+    given = ("dataset_name", "dataset_config", "dataset_revision", "dataset_data_dir", "dataset_weights")
+    return DataArguments(**{flag: settings.get(flag) for flag in given}).sources()
 
 
 @dataclass

@@ -19,7 +19,7 @@ from trl import TrlParser
 
 from tinydpo.errors import UserError
 from tinydpo.launching import machine
-from tinydpo.launching.arguments import row_length_for
+from tinydpo.launching.arguments import as_list, row_length_for
 
 # A revision pinned in a recipe belongs to the recipe's own id: naming another id drops it.
 REVISIONS = {
@@ -110,11 +110,17 @@ class RecipeParser(TrlParser):
                     f"{COMMAND_LINE} --{flag} is given twice; write its values after one, --{flag} A=B C=D"
                 )
         for name, revision in REVISIONS.items():
-            other = self.config.get(name) not in (None, getattr(namespace, name, None))
+            other = name in self.config and as_list(self.config[name]) not in (
+                [],
+                as_list(getattr(namespace, name, None)),
+            )
             if other and revision in self.config and revision not in given:
                 setattr(namespace, revision, self.library_defaults[revision])
         if "bf16" in self.options:  # a training script
             self.fill(namespace, given)
+        for name, value in vars(namespace).items():
+            if name.startswith("dataset_") and isinstance(value, list) and len(value) == 1:
+                setattr(namespace, name, value[0])  # one is one, in a recipe and on the command line
         self.resolved = dict(sorted(vars(namespace).items()))
         return namespace, unknown
 

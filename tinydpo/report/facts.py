@@ -3,6 +3,7 @@
 from typing import Any
 
 from tinydpo.files import public_name
+from tinydpo.launching.arguments import sources_in
 
 
 def provenance(results: dict[str, Any], frontier: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, list]:
@@ -61,5 +62,5 @@ def _speed(results: dict[str, Any]) -> str:
 
 
 def _data(settings: dict[str, Any]) -> str:
-    name = public_name(settings.get("dataset_name") or "", settings.get("dataset_revision"))
-    return " ".join(filter(None, (name, settings.get("dataset_data_dir"))))
+    told = (filter(None, (public_name(one.name, one.revision), one.data_dir)) for one in sources_in(settings))
+    return ", ".join(map(" ".join, told))

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.evaluation.table import Estimate, Row, headline
 from tinydpo.files import public_name, write_whole
+from tinydpo.launching.arguments import sources_in
 from tinydpo.report import figures
 from tinydpo.report.answers import answers
 from tinydpo.report.facts import provenance
@@ -83,7 +84,7 @@ def _datasets(material: Material) -> list[str]:
     """Every data set that the folder's parts name."""
     settings = [part.get("settings", {}) for part in (material.results, material.frontier, material.winrate)]
     settings += [run["config"] for run in material.runs.values()]
-    return [str(each["dataset_name"]) for each in settings if each.get("dataset_name")]
+    return [one.name for each in settings for one in sources_in(each)]
 
 
 def _headline(material: Material) -> list[Row]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.files import public_name
+from tinydpo.launching.arguments import sources_in
 
 
 def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], results: dict[str, Any]) -> None:
@@ -18,12 +19,13 @@ def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], 
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    names = {name: public_name(name) for name in (resolved["dataset_name"], resolved["model_name_or_path"])}
-    dataset, base = (None if Path(name).exists() else name for name in names)  # what the Hub does not have is unlinked
+    datasets, model = sources_in(resolved), resolved["model_name_or_path"]
+    names = {name: public_name(name) for name in (*(one.name for one in datasets), model)}
+    local = {name for name in names if Path(name).exists()}  # what the Hub does not have is unlinked
     data = ModelCardData(
         library_name="transformers",
-        base_model=base,
-        datasets=dataset and [dataset],
+        base_model=None if model in local else model,
+        datasets=list(dict.fromkeys(one.name for one in datasets if one.name not in local)) or None,
         tags=["trl", "dpo" if "beta" in resolved else "sft", "tinydpo"],
     )
     ModelCard.from_template(
@@ -32,7 +34,8 @@ def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], 
         title=f"{folder.parent.name}/{folder.name}",
         run=resolved,
         names=names,
-        local=set(names) - {dataset, base},
+        local=local,
+        datasets=datasets,
         loss=_loss(resolved) if "beta" in resolved else None,
         train=summary["train"],
         results={k: v for k, v in results.items() if isinstance(v, int | float) and _of_model(k)},

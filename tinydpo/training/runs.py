@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from tinydpo.errors import Stopped, UserError, rank
 from tinydpo.files import RUN_CONFIG, read_json, run_of, write_json, write_whole
+from tinydpo.launching.arguments import sources_in
 
 SUMMARY, ENVIRONMENT, FINISHED = "data_summary.json", "environment.json", "train_results.json"
 LOCK = ".lock"
@@ -169,7 +170,7 @@ def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[st
     base = base_record(resolved) if main else {}
     if main and any(folder.glob("checkpoint-*")):
         data, weights = read_json(folder / SUMMARY), read_json(folder / ENVIRONMENT).get("base_sha256")
-        other = [resolved["dataset_name"]] if data and data != summary else []
+        other = [one.name for one in sources_in(resolved)] if data and data != summary else []
         other += [resolved["model_name_or_path"]] if weights and weights != base.get("base_sha256") else []
     if other := broadcast_object_list([other])[0]:
         raise UserError(
