@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         gc.collect()  # a trainer's model and optimizer hold each other
         write_json(folder / "frontier.json", result())
         left = (time.monotonic() - start) / number * (len(missing) - number) / 60
-        print(f"[{number}/{len(missing)}] {run.curve}, β {run.beta:g}: {told}; about {left:.0f} min left", flush=True)
+        print(f"[{number}/{len(missing)}] {run.name}: {told}; about {left:.0f} min left", flush=True)
     if known:
         figures.frontier(result()).savefig(folder / "frontier.png", dpi=150)
         print(table(in_order(known), beside["sft"]))

@@ -41,6 +41,9 @@ class FrontierArguments:
     betas: list[float] = field(
         default_factory=lambda: [0.05, 0.1, 1.0, 5.0], metadata={"help": "A run each, for every loss (the paper's)."}
     )
+    learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "A run each, for every loss and β; by default the recipe's one rate."}
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each adds a run of every loss and β."})
     label_smoothing: float = field(default=0.1, metadata={"help": "ε of conservative DPO: the share of wrong labels."})
     checkpoints: int = field(default=3, metadata={"help": "Points along each run."})
@@ -63,31 +66,35 @@ class FrontierArguments:
             raise ValueError(
                 "checkpoints, best_of, num_prompts and batch_size must be at least 1 and every beta above 0"
             )
-        self.losses, self.betas, self.seeds = (
-            list(dict.fromkeys(given)) for given in (self.losses, self.betas, self.seeds)
-        )
+        if min(self.learning_rates or [1.0]) <= 0:
+            raise ValueError(f"learning_rates must be above 0, got {self.learning_rates}")
+        for axis in ("losses", "betas", "learning_rates", "seeds"):
+            setattr(self, axis, list(dict.fromkeys(getattr(self, axis) or ())) or None)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
 
 
 class Run(NamedTuple):
-    """One training; `loss` is a key of `CURVES`."""
+    """One training; `loss` is a key of `CURVES`, and a `learning_rate` of None is the recipe's."""
 
     name: str
     curve: str
     loss: str
     beta: float
     seed: int
+    learning_rate: float | None = None
 
 
 def plan(args: FrontierArguments) -> Iterator[Run]:
-    """The runs: every loss, β and seed, and the paper's loss at the lowest β on shuffled labels."""
+    """The runs: every loss, β, rate and seed, and the paper's loss at the lowest β on shuffled labels."""
     for seed in args.seeds:
-        for loss in args.losses:
-            for beta in args.betas:
-                yield Run(f"{loss}-beta{beta:g}-seed{seed}", CURVES[loss], loss, beta, seed)
-        lowest = min(args.betas)
-        yield Run(f"shuffled-beta{lowest:g}-seed{seed}", SHUFFLED, "sigmoid", lowest, seed)
+        for rate in args.learning_rates or [None]:
+            end = f"-seed{seed}" if rate is None else f"-lr{rate:g}-seed{seed}"
+            for loss in args.losses:
+                for beta in args.betas:
+                    yield Run(f"{loss}-beta{beta:g}{end}", CURVES[loss], loss, beta, seed, rate)
+            lowest = min(args.betas)
+            yield Run(f"shuffled-beta{lowest:g}{end}", SHUFFLED, "sigmoid", lowest, seed, rate)
 
 
 def loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
@@ -106,12 +113,14 @@ def loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
 def dpo_flags(run: Run, args: FrontierArguments, data: DataArguments, folder: Path) -> list[str]:
     """The command line of scripts/dpo.py for a run, by `folder`/dpo.yaml; shuffled labels are in its shuffled-data."""
     if run.curve == SHUFFLED:
-        kept = {"max_question_length": data.max_question_length, "on_bad_row": data.on_bad_row}
+        same = ("max_question_length", "on_bad_row", "max_train_pairs", "max_test_pairs")
+        kept = {flag: getattr(data, flag) for flag in same}
         data = DataArguments(dataset_name=str(folder / "shuffled-data"), **kept)
     flags = {
         "config": folder / "dpo.yaml", "model_name_or_path": args.model_name_or_path, "output_dir": folder / run.name,
         **{name: value for name, value in asdict(data).items() if value is not None},
-        "beta": run.beta, "seed": run.seed, **loss_flags(run.loss, args.label_smoothing),
+        "beta": run.beta, "seed": run.seed, **({"learning_rate": run.learning_rate} if run.learning_rate else {}),
+        **loss_flags(run.loss, args.label_smoothing),
         "eval_strategy": "no", "save_strategy": "steps", "save_steps": min(0.999999, 1 / args.checkpoints),
         "save_total_limit": args.checkpoints + 1, "disable_tqdm": True,
     }  # fmt: skip
@@ -135,7 +144,7 @@ def settings_of(
     args: FrontierArguments, reward: RewardArguments, data: DataArguments, recipe: dict[str, Any]
 ) -> dict[str, Any]:
     """All that was given that a point depends on, besides its run, as JSON holds it."""
-    of_runs = ("output_dir", "losses", "betas", "seeds", "best_of")
+    of_runs = ("output_dir", "losses", "betas", "learning_rates", "seeds", "best_of")
     kept = {name: value for name, value in asdict(args).items() if name not in of_runs}
     return json.loads(json.dumps(kept | asdict(reward) | asdict(data) | {"recipe": recipe}))
 

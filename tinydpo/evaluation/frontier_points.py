@@ -118,11 +118,16 @@ def finished(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: run["points"] for name, run in runs.items() if run["done"]}
 
 
+def of_run(point: dict[str, Any]) -> tuple[str, float, float, int]:
+    """What tells a point's run from others: its curve, learning rate (0 for the recipe's), β and seed."""
+    return point["curve"], point.get("learning_rate") or 0.0, point["beta"], point["seed"]
+
+
 def in_order(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The points of all runs, method by method."""
     curves = [*CURVES.values(), SHUFFLED]
     points = (point for run in runs.values() for point in run)
-    return sorted(points, key=lambda p: (curves.index(p["curve"]), p["beta"], p["seed"], p["step"]))
+    return sorted(points, key=lambda p: (curves.index(p["curve"]), *of_run(p)[1:], p["step"]))
 
 
 def points_of(run: Run, folder: Path, train: Callable[[Run], None], measure: Measure) -> list[dict[str, Any]]:
@@ -141,6 +146,7 @@ def points_of(run: Run, folder: Path, train: Callable[[Run], None], measure: Mea
     steps = sorted(int(checkpoint.name.split("-")[1]) for checkpoint in folder.glob("checkpoint-*"))
     for step in (step for step in steps if step not in measured):
         point = {"curve": run.curve, "loss": run.loss, "beta": run.beta, "seed": run.seed, "step": step}
+        point |= {"learning_rate": run.learning_rate} if run.learning_rate else {}
         saved["points"].append(point | measure.policy(str(folder / f"checkpoint-{step}")))
         write_json(path, saved)
     if not saved["points"]:
@@ -179,10 +185,10 @@ def table(points: Sequence[dict[str, Any]], sft: dict[str, Any]) -> str:
     lines.append(
         f"{'SFT reference':<18}{'':>6}{'':>7}{0:>9.2f}{'':>7}{sft['reward']:>9.2f} ± {Z95 * sft['reward_se']:.2f}"
     )
-    last = {(point["curve"], point["beta"], point["seed"]): point for point in points}
-    for p in last.values():
+    for p in {of_run(point): point for point in points}.values():
+        rate = f"  learning rate {p['learning_rate']:g}" if "learning_rate" in p else ""
         lines.append(
             f"{p['curve']:<18}{p['beta']:>6g}{p['step']:>7}{p['kl']:>9.2f} ± {Z95 * p['kl_se']:.2f}"
-            f"{p['reward']:>9.2f} ± {Z95 * p['reward_se']:.2f}"
+            f"{p['reward']:>9.2f} ± {Z95 * p['reward_se']:.2f}{rate}"
         )
     return "\n".join(lines)

@@ -143,24 +143,26 @@ def _over_temperature(series: Iterable[tuple[str, str, str, list[tuple[float, fl
 def frontier(result: dict[str, Any]) -> Figure:
     """Reward against KL(policy ‖ reference) as in the DPO paper's Figure 2 (arXiv 2305.18290), a curve a method.
 
-    A curve goes from the SFT model through the last checkpoint of each β, the mean over seeds; earlier checkpoints are
-    faint. Joining these too would draw how one run moves as if it were a trade-off. β stands on the first curve only,
-    bars are 95 % intervals over prompts.
+    A curve, of one learning rate, goes from the SFT model through the last checkpoint of each β, the mean over seeds;
+    earlier checkpoints are faint. Joining these too would draw how one run moves as if it were a trade-off. β stands
+    on the first curve only, bars are 95 % intervals over prompts.
 
     Args:
         result: what `frontier.json` holds.
     """
     figure, axes = _figure(5.4, 4)
     ends: list[tuple[float, float, str, str]] = []
-    sft = result.get("sft")
+    sft, order = result.get("sft"), list(dict.fromkeys(point["curve"] for point in result["points"]))
     if best := result.get("best_of_n"):
         x, y = _columns(best)
         axes.plot(x, y, color=GREY, linestyle="--", linewidth=1, marker=".", markersize=4)
         for point in best[1:]:
             axes.annotate(f"{point['n']}", (point["kl"], point["reward"]), (-4, 0), **_SMALL, color=GREY, ha="right")
         ends.append((x[-1], y[-1], f"best of N = {best[-1]['n']}", GREY))
-    for curve in dict.fromkeys(point["curve"] for point in result["points"]):
-        points = sorted((p for p in result["points"] if p["curve"] == curve), key=lambda p: p["step"])
+    methods: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
+    for point in sorted(result["points"], key=lambda p: p["step"]):
+        methods.setdefault((point["curve"], point.get("learning_rate")), []).append(point)
+    for (curve, rate), points in sorted(methods.items(), key=lambda item: order.index(item[0][0])):
         last = {(p["beta"], p["seed"]): p for p in points}.values()
         colour, marker = METHODS.get(curve, GREY), MARKERS.get(curve, "o")
         axes.plot(*_columns(points), color=colour, linestyle="", marker=marker, markersize=3, alpha=0.35)
@@ -174,10 +176,10 @@ def frontier(result: dict[str, Any]) -> Figure:
         start = [(0.0, sft["reward"])] if sft else []
         x, y = zip(*start, *(mean[:2] for mean in means), strict=True)
         axes.plot(x, y, color=colour, linewidth=1.2, linestyle=":" if curve == "shuffled labels" else "-")
-        if curve == result["points"][0]["curve"]:  # on every curve the labels would cover each other
+        if curve == order[0]:  # on every curve the labels would cover each other
             for kl, reward, beta in means:
                 axes.annotate(f"β {beta:g}", (kl, reward), (-3, 6), **_SMALL, color=colour, ha="right")
-        ends.append((x[-1], y[-1], _short(curve), colour))
+        ends.append((x[-1], y[-1], _short(curve) + (f", {rate:g}" if rate else ""), colour))
     if sft:
         axes.plot(0, sft["reward"], marker="*", markersize=9, color=BLACK)
         axes.annotate("SFT", (0, sft["reward"]), (4, -11), textcoords="offset points", color=BLACK)

@@ -8,6 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
+from tinydpo.evaluation.frontier_points import of_run
 from tinydpo.evaluation.table import Estimate, Row, headline
 from tinydpo.files import public_name, write_whole
 from tinydpo.launching.arguments import sources_in
@@ -181,7 +182,7 @@ def _frontier(result: dict[str, Any]) -> dict[str, Any]:
         "pass at the same KL. Shuffled labels teach nothing and must not rise."
     )
     return {
-        "runs": len({(p["curve"], p["beta"], p["seed"]) for p in points}),
+        "runs": len({of_run(point) for point in points}),
         "seeds": sorted({point["seed"] for point in points}),
         "failed": ", ".join(run["name"] for run in result.get("failed", [])),
         "drawn": _drawn(figures.frontier(result), "frontier", caption),
