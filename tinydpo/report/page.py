@@ -18,6 +18,7 @@ from tinydpo.report.facts import provenance
 from tinydpo.report.figures import Group, svg
 from tinydpo.report.material import Material, gather
 from tinydpo.report.templating import render
+from tinydpo.training.reward_trend import what_rewards_did
 
 REPORT = "report.html"
 MOST_SUBSETS = 20
@@ -66,7 +67,7 @@ def page(material: Material) -> str:
         "pairs": _pairs(material.pairs),
         "frontier": _frontier(material.frontier),
         "win_rates": _win_rates(material.winrate),
-        "training": _training(material.runs),
+        "training": _training(material.runs, material.results.get("kl_per_sequence")),
         "answers": answers(material.samples),
         "provenance": provenance(material.results, material.frontier, material.runs),
     }
@@ -208,12 +209,15 @@ def _win_rates(winrate: dict[str, Any]) -> dict[str, Any]:
     return {"judge": public_name(winrate["judge"]), "drawn": drawn, "rows": rows}
 
 
-def _training(runs: dict[str, dict[str, Any]]) -> dict[str, list[Drawn]]:
+def _training(runs: dict[str, dict[str, Any]], kl: float | None) -> dict[str, tuple[list[Drawn], str]]:
+    """By run, its curves and what its rewards did; `kl` is what the evaluation measured of the last of them."""
     drawn = {}
     for title, run in runs.items():
         if charts := figures.curves(run["log"]):
             named = [(chart, f"{title.lower()}{number}") for number, chart in enumerate(charts)]
-            drawn[title] = [_drawn(chart, prefix, "", chart.axes[0].get_title()) for chart, prefix in named]
+            curves = [_drawn(chart, prefix, "", chart.axes[0].get_title()) for chart, prefix in named]
+            beta = run["config"].get("beta")
+            drawn[title] = curves, what_rewards_did(run["log"], beta, kl) if beta else ""
     return drawn
 
 

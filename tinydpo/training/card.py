@@ -6,9 +6,16 @@ from typing import Any
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.files import public_name
 from tinydpo.launching.arguments import sources_in
+from tinydpo.training.reward_trend import what_rewards_did
 
 
-def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], results: dict[str, Any]) -> None:
+def write_card(
+    folder: Path,
+    resolved: dict[str, Any],
+    summary: dict[str, Any],
+    results: dict[str, Any],
+    log_history: list[dict[str, Any]],
+) -> None:
     """Write `README.md` for a finished run.
 
     Args:
@@ -16,6 +23,7 @@ def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], 
         resolved: every key of the run with its value.
         summary: what fitting did to each split.
         results: the metrics of training and evaluation.
+        log_history: what the trainer logged.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -39,6 +47,7 @@ def write_card(folder: Path, resolved: dict[str, Any], summary: dict[str, Any], 
         loss=_loss(resolved) if "beta" in resolved else None,
         train=summary["train"],
         results={k: v for k, v in results.items() if isinstance(v, int | float) and _of_model(k)},
+        trend=what_rewards_did(log_history, resolved["beta"]) if "beta" in resolved else "",
         notice=CONTENT_NOTICE if is_hh(resolved["dataset_name"]) else None,
     ).save(folder / "README.md")
 

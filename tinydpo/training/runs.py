@@ -199,7 +199,7 @@ def finish(
     trainer.save_state()
     if trainer.is_world_process_zero():
         draw_curves(trainer.state.log_history, folder / "curves.png")
-        write_card(folder, resolved, summary, results)
+        write_card(folder, resolved, summary, results, trainer.state.log_history)
         write_json(folder / FINISHED, results)
         print(f"Done: {folder} holds the model, its card (README.md) and curves.png.")
     if trainer.args.push_to_hub:
