@@ -17,25 +17,30 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The run was told to stop before its end and has saved what it trained.
+    """The run was told to stop before its end, by the signal `by`, and has saved what it trained or was told.
 
     No `Exception`: whoever goes on after one run's mistake, as `frontier.py` does, must not go on after this.
     """
+
+    def __init__(self, sentence: str, by: signal.Signals = signal.SIGTERM):
+        """What was stopped, and how to go on."""
+        super().__init__(sentence)
+        self.by = by
 
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
     """Print a `UserError` as `error: …` on stderr and exit with status 1; any other exception keeps its traceback.
 
-    A full disk, wherever it is met, is told like a `UserError`. A run that was `Stopped` says so and exits with 143,
-    as if SIGTERM had ended it.
+    A full disk, wherever it is met, is told like a `UserError`. A run that was `Stopped` says so and exits as if
+    the signal had ended it: with 143 for SIGTERM, 130 for Ctrl-C.
     """
     try:
         yield
     except Stopped as stop:
         if not rank():
             tell(str(stop))
-        raise SystemExit(128 + signal.SIGTERM) from None
+        raise SystemExit(128 + stop.by) from None
     except Exception as error:
         if not (isinstance(error, UserError) or disk_full(error)):
             raise

@@ -1,13 +1,18 @@
 """Win rates: no verdict is paid for twice, no secret leaks, and rates say no more than they know."""
 
 import importlib.util
+import itertools
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +213,82 @@ def test_concurrency_is_bounded_and_used(tmp_path: Path):
     pairs = [("good", f"bad {i}") for i in range(12)]
     _, server, _ = compare(lambda q, _: time.sleep(0.05) or likes_good(q), tmp_path, pairs, judge_concurrency=3)
     assert server.most_at_once == 3, "--judge_concurrency is not what runs at once"
+
+
+def one_at_a_time(seconds: Callable[[], float]) -> Script:
+    """A server that answers one question at a time, and computes what was given up to the end."""
+    turn = threading.Lock()
+
+    def script(question: str, before: int) -> str:
+        with turn:
+            time.sleep(seconds())
+        return likes_good(question)
+
+    return script
+
+
+def test_a_server_that_answers_one_at_a_time_is_not_asked_in_vain(tmp_path: Path):
+    pairs = [("good", f"bad {i}") for i in range(16)]
+    outcomes, server, _ = compare(one_at_a_time(lambda: 0.1), tmp_path, pairs, judge_timeout=0.6)
+    assert outcomes == [1.0] * 16, "a slow server's verdicts are lost"
+    assert server.most_at_once > 1, "a server is left idle between a reply and the next question"
+    assert len(server.questions) <= 36, (
+        f"32 questions were asked {len(server.questions)} times of a server that could have answered them all in time"
+    )
+
+
+def test_a_server_that_slows_down_gets_time_to_catch_up(tmp_path: Path):
+    answered = itertools.count()
+    slows = one_at_a_time(lambda: 0.05 if next(answered) < 16 else 0.35)
+    pairs = [("good", f"bad {i}") for i in range(12)]
+    outcomes, server, _ = compare(slows, tmp_path, pairs, judge_timeout=0.6)
+    assert outcomes == [1.0] * 12, "a server that slows down is asked until nothing is answered any more"
+    assert len(server.questions) <= 36, f"24 questions were asked {len(server.questions)} times"
+
+
+def test_ctrl_c_is_one_sentence_at_once_and_keeps_the_verdicts(tmp_path: Path):
+    needs_client()
+    asking = """
+import sys
+from pathlib import Path
+from tinydpo.errors import one_sentence
+from tinydpo.evaluation.judge import Judge, JudgeArguments
+with one_sentence():
+    Judge(JudgeArguments(sys.argv[1], "scripted"), Path(sys.argv[2])).verdicts([f"question {i}" for i in range(20)])
+"""
+    reached, over = threading.Event(), threading.Event()
+
+    def hangs_after_five(*_: Any) -> str:
+        if len(server.questions) > 5:
+            reached.set()
+            over.wait(60)
+        return "More helpful: A"
+
+    with judge_server(hangs_after_five) as server:
+        command = [sys.executable, "-c", asking, server.url, str(tmp_path / "verdicts.jsonl")]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=-1, text=True
+        )
+        assert reached.wait(60), "the judge is not asked"
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        err = process.communicate(timeout=60)[1]
+        over.set()
+    kept = (tmp_path / "verdicts.jsonl").read_text().count("\n")
+    assert time.monotonic() - began < 20, "Ctrl-C waits for what is under way"
+    assert process.returncode == 130 and "Traceback" not in err and err.count("\n") == 1, f"Ctrl-C shows {err}"
+    assert 1 <= kept <= 5 and f"{kept} verdicts are kept in {tmp_path}" in err, "what was paid for is lost or not told"
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    needs_client()
+    monkeypatch.setattr("tinydpo.evaluation.pace.EVERY", 0.2)
+    compare(one_at_a_time(lambda: 0.1), tmp_path, PAIRS)
+    said = capfd.readouterr().err.splitlines()
+    assert 1 <= len(said) <= 4, f"what takes 0.6 s, with a line each 0.2 s, says {said}"
+    assert all(re.fullmatch(r"judge: \d of 6 verdicts, \d under way", line) for line in said), f"it says {said}"
 
 
 def test_another_model_or_endpoint_is_asked_anew(tmp_path: Path):

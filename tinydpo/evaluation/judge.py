@@ -4,21 +4,20 @@ The idea is the helpfulness prompt of the DPO paper (arXiv 2305.18290, appendix)
 compares in a sentence, then names one. Every pair is asked in both orders, and every verdict is kept on disk.
 """
 
+import asyncio
 import hashlib
 import json
 import os
 import re
-import threading
+import signal
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tqdm.auto import tqdm
-
-from tinydpo.errors import UserError
+from tinydpo.errors import Stopped, UserError
 
 QUESTION = """\
 Below are a conversation and two replies to its last turn. Which reply helps the person more? Weigh what is said, not \
@@ -53,7 +52,9 @@ class JudgeArguments:
         default=None, metadata={"help": "An endpoint of OpenAI's protocol, such as http://127.0.0.1:8000/v1."}
     )
     judge_model: str | None = field(default=None, metadata={"help": "The judge's name at that endpoint."})
-    judge_concurrency: int = field(default=8, metadata={"help": "Most questions under way at once."})
+    judge_concurrency: int = field(
+        default=8, metadata={"help": "Most questions under way at once; fewer where replies come late."}
+    )
     judge_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for one reply."})
 
     def __post_init__(self):
@@ -109,6 +110,8 @@ class Judge:
         """Read the verdicts given before; nothing is asked yet."""
         try:
             import openai
+
+            from tinydpo.evaluation.pace import Pace
         except ImportError:
             raise UserError(
                 "the judge's client is not installed; `make winrate` installs it, or pip install '.[judge]'"
@@ -116,14 +119,8 @@ class Judge:
         self._key = (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError("the judge's key in the environment holds characters that no key has; set it anew")
-        self._client = openai.OpenAI(
-            base_url=args.judge_base_url,
-            api_key=self._key or "none",  # a local server wants none, the client wants one
-            timeout=args.judge_timeout,
-            max_retries=RETRIES,
-        )
-        self.args, self.cache, self.asked = args, cache, 0
-        self._lock, self._used = threading.Lock(), set()
+        self.args, self.cache, self.asked, self._openai = args, cache, 0, openai
+        self._pace, self._used = Pace(args.judge_concurrency, args.judge_timeout), set()
         self._rows = self._read()
 
     def compare(
@@ -151,24 +148,16 @@ class Judge:
 
         Raises:
             UserError: the judge cannot be asked; the verdicts it has given are kept.
+            Stopped: Ctrl-C; what is under way is not waited for.
         """
-        import openai
-
         keys = [self._hash(question) for question in questions]
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._rows}
         try:
-            with ThreadPoolExecutor(self.args.judge_concurrency) as pool:
-                asked = [pool.submit(self._ask, key, question) for key, question in missing.items()]
-                try:
-                    for done in tqdm(as_completed(asked), desc=desc, total=len(asked), leave=False, disable=None):
-                        done.result()
-                finally:  # what is under way is paid for, so it is waited for and kept; nothing more is asked
-                    pool.shutdown(cancel_futures=True)
-        except (openai.OpenAIError, UserError) as error:
-            raise UserError(
-                f"the judge at {self.args.judge_base_url} {self._told(error)}; {len(self._rows)} verdicts are kept "
-                f"in {self.cache}, the same command goes on from there"
-            ) from None
+            asyncio.run(self._ask_all(missing, desc))
+        except (self._openai.OpenAIError, UserError) as error:
+            raise UserError(f"the judge at {self.args.judge_base_url} {self._told(error)}; {self._kept()}") from None
+        except KeyboardInterrupt:
+            raise Stopped(f"stopped by Ctrl-C; {self._kept()}", signal.SIGINT) from None
         self._used.update(keys)
         return [self._rows[key]["verdict"] for key in keys]
 
@@ -202,8 +191,24 @@ class Judge:
                 file.write("\n")
         return rows
 
-    def _ask(self, key: str, question: str) -> None:
-        reply, verdict, usage = self._reply(question)
+    def _kept(self) -> str:
+        return f"{len(self._rows)} verdicts are kept in {self.cache}, the same command goes on from there"
+
+    async def _ask_all(self, questions: dict[str, str], desc: str) -> None:
+        from tinydpo.evaluation.pace import PacedClient, ask_all
+
+        async with self._openai.AsyncOpenAI(
+            base_url=self.args.judge_base_url,
+            api_key=self._key or "none",  # a local server wants none, the client wants one
+            timeout=self.args.judge_timeout,
+            max_retries=RETRIES,
+            http_client=PacedClient(self._pace),
+        ) as client:
+            await ask_all(partial(self._ask, client), questions.items(), self._pace, desc)
+
+    async def _ask(self, client: Any, item: tuple[str, str]) -> None:
+        key, question = item
+        reply, verdict, usage = await self._reply(client, question)
         row = {
             "key": key,
             "verdict": verdict,
@@ -211,17 +216,15 @@ class Judge:
             "completion_tokens": getattr(usage, "completion_tokens", None) or 0,
         }
         told = {"judge": self.args.judge_model, "question": question, "reply": self._hide(reply)}
-        with self._lock, self.cache.open("a") as file:
+        with self.cache.open("a") as file:
             file.write(json.dumps(row | told) + "\n")
-            self._rows[key] = row
-            self.asked += 1
+        self._rows[key] = row
+        self.asked += 1
 
-    def _reply(self, question: str) -> tuple[str, str, Any]:
+    async def _reply(self, client: Any, question: str) -> tuple[str, str, Any]:
         """The judge's text, its verdict, and the tokens it took if the endpoint counts them."""
-        import openai
-
         try:
-            completion = self._client.chat.completions.create(
+            completion = await client.chat.completions.create(
                 model=self.args.judge_model,
                 messages=[{"role": "user", "content": question}],
                 temperature=0,
@@ -231,7 +234,7 @@ class Judge:
             reply = str(choice.message.content or choice.message.refusal or "")
             cut = choice.finish_reason == "length"  # whatever stands last then, it is not the verdict
             return reply, "invalid" if cut else read_verdict(reply), completion.usage
-        except openai.BadRequestError as error:
+        except self._openai.BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):  # a refusal, by the endpoint
                 return "", "invalid", None
             raise
@@ -240,24 +243,21 @@ class Judge:
 
     def _told(self, error: Exception) -> str:
         """What went wrong and what to do, without the key."""
-        import openai
-
         match error:
-            case openai.AuthenticationError() | openai.PermissionDeniedError():
+            case self._openai.AuthenticationError() | self._openai.PermissionDeniedError():
                 return f"refuses the key ({error.status_code}); set JUDGE_API_KEY or OPENAI_API_KEY to one it accepts"
-            case openai.NotFoundError():
+            case self._openai.NotFoundError():
                 return (
                     f"does not know the address or the model {self.args.judge_model!r} (404); check --judge_base_url, "
                     "which mostly ends in /v1, and --judge_model"
                 )
-            case openai.APITimeoutError():
+            case self._openai.APITimeoutError():
                 return (
-                    f"gave no reply within {self.args.judge_timeout:g} s, {RETRIES + 1} times; raise --judge_timeout "
-                    "or lower --judge_concurrency"
+                    f"gave no reply within {self.args.judge_timeout:g} s, {RETRIES + 1} times; raise --judge_timeout"
                 )
-            case openai.APIStatusError():
+            case self._openai.APIStatusError():
                 return self._hide(f"answers {error.status_code}: {error.message}")[:300]
-            case openai.APIConnectionError():
+            case self._openai.APIConnectionError():
                 return self._hide(f"cannot be reached ({error.__cause__ or error})")
         return self._hide(str(error))
 
