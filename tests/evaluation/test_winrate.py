@@ -120,6 +120,11 @@ def test_garbage_and_refusals_are_invalid_and_kept(said: Any, tmp_path: Path):
         ("More helpful: A\nThat is all.", "invalid"),
         ("More helpful: a", "invalid"),
         ("More helpful: A, B", "invalid"),
+        ("Comparison: B is kinder than A. More helpful: B", "B"),
+        ("A names a shop.\nB does not, so A helps more. **More Helpful:** Reply A.", "A"),
+        ("Both say the same; More helpful: tie", "tie"),
+        ("I cannot say which reply is more helpful: A", "invalid"),
+        ("A. More helpful: B, though A is kinder.", "invalid"),
     ],
 )
 def test_verdicts_are_read_from_the_last_line(said: str, verdict: str):

@@ -39,7 +39,8 @@ what is there.
 Answer in two lines:
 Comparison: <one sentence on which reply helps more, and why>
 More helpful: <A, B or tie>"""
-VERDICT = re.compile(r"\W*(?i:more helpful\W+)?(?i:reply\W+)?(A|B|(?i:tie))\W*")
+# A line of its own or, as small models write it, the label that was asked for at the end of a sentence's line.
+VERDICT = re.compile(r"(?:\A\W*(?:(?i:more helpful)\W+)?|\bMore [Hh]elpful\W*:\W*)(?i:reply\W+)?(A|B|(?i:tie))\W*\Z")
 MAX_TOKENS = 200  # ample for a sentence and the verdict
 RETRIES = 5  # of 429, 5xx, time-outs and lost connections; the client waits longer each time, or as the server asks
 
@@ -76,8 +77,8 @@ class JudgeArguments:
 
 
 def read_verdict(reply: str) -> str:
-    """The reply's last line as "A", "B" or "tie"; anything else, a refusal too, is "invalid"."""
-    match = VERDICT.fullmatch(reply.strip().rpartition("\n")[2])
+    """What the reply's last line is, or ends in: "A", "B" or "tie"; all else, a refusal too, is "invalid"."""
+    match = VERDICT.search(reply.strip().rpartition("\n")[2])
     if match is None:
         return "invalid"
     return match[1] if match[1] in "AB" else "tie"
