@@ -403,6 +403,25 @@ def test_all_invalid_has_no_rate():
     assert comparison([None, None], ["a", "b"], ["c", "d"]) is None, "no verdict at all becomes a win rate"
 
 
+def results_of(*outcomes: float | None, **more: Any) -> dict[str, Any]:
+    """`winrate.json` of one comparison."""
+    answers = ["some answer"] * len(outcomes)
+    figures = {"opponent": "ref", "temperature": 1.0, **comparison(outcomes, answers, answers)}
+    where = {"model_name_or_path": "policy", "ref_model_name_or_path": "ref", "max_length": 128}
+    tokens = {"verdicts_asked": 0, "verdicts_cached": 0, "prompt": 0, "completion": 0}
+    return {"settings": where, "judge": "scripted", "comparisons": [figures], "tokens": tokens, **more}
+
+
+def test_a_rate_that_lacks_many_pairs_says_so_beside_it():
+    rates = [line for line in table(results_of(*[1.0] * 18, *[None] * 7)).splitlines() if "(95 % between" in line]
+    assert len(rates) == 2 and all("28% of the pairs are invalid" in line for line in rates), (
+        f"more than a quarter of the pairs is missing, and the rates stand there as {rates}"
+    )
+    told = table(results_of(*[1.0] * 18, *[None] * 7))
+    assert "would make it 0.720 or 1.000" in told, "it is not said what the missing pairs could make of the rate"
+    assert "of the pairs are invalid" not in table(results_of(*[1.0] * 99, None)), "one pair in a hundred is an alarm"
+
+
 def test_chosen_answers_get_the_room_of_sampled_ones(tiny_tokenizer: Any):
     cut = cut_to_room([" one two three four five", " one"], tiny_tokenizer, 3)
     ids = tiny_tokenizer([" one two three four five"]).input_ids[0]

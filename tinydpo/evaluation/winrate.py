@@ -10,6 +10,7 @@ from tinydpo.evaluation.compared import ComparedModels
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 
 OPPONENTS = {"chosen": "the dataset's chosen answers", "ref": "the reference's answers"}
+MOST_INVALID = 0.05  # of the pairs, unsaid; more of them may be of one kind, which the rate then lacks
 RIDGE = 0.01  # a prior of standard deviation 10 on the logits: felt only where the data alone would say infinity
 
 
@@ -106,6 +107,19 @@ def _sigmoid(z: np.ndarray) -> np.ndarray:
     return (1 + np.tanh(z / 2)) / 2
 
 
+def doubts(comparison: dict[str, Any]) -> list[str]:
+    """What a reader of a comparison's rates has to know beside them."""
+    invalid = comparison["invalid"] / comparison["prompts"]
+    return [f"{invalid:.0%} of the pairs are invalid"] * (invalid > MOST_INVALID)
+
+
+def _had_they_counted(comparison: dict[str, Any]) -> str:
+    if not doubts(comparison):
+        return ""
+    won, (n, invalid) = comparison["wins"] + comparison["ties"] / 2, (comparison["prompts"], comparison["invalid"])
+    return f"; all for one side they would make it {won / n:.3f} or {(won + invalid) / n:.3f}"
+
+
 def table(results: dict[str, Any]) -> str:
     """`winrate.json` as text; where an interval holds one half, it says that no winner can be named."""
     settings, tokens = results["settings"], results["tokens"]
@@ -117,13 +131,14 @@ def table(results: dict[str, Any]) -> str:
         f"answers    at most {room} tokens, the dataset's chosen ones cut there too",
     ]
     for c in results["comparisons"]:
+        beside = "".join(f"; {doubt}" for doubt in doubts(c))
         lines += [
             "",
             f"against {OPPONENTS[c['opponent']]}, temperature {c['temperature']:g}",
-            f"  win rate           {_rate(c['win_rate'], c['win_rate_ci95'])}",
-            f"  length-controlled  {_rate(c['length_controlled_win_rate'], c['length_controlled_ci95'])}",
+            f"  win rate           {_rate(c['win_rate'], c['win_rate_ci95'])}{beside}",
+            f"  length-controlled  {_rate(c['length_controlled_win_rate'], c['length_controlled_ci95'])}{beside}",
             f"  {c['prompts']} prompts: {c['wins']} wins, {c['ties']} ties, {c['losses']} losses, "
-            f"{c['invalid']} invalid (left out)",
+            f"{c['invalid']} invalid (left out{_had_they_counted(c)})",
             f"  mean length {c['mean_length_policy']:.1f} words, the others' {c['mean_length_opponent']:.1f}",
         ]
     lines += [

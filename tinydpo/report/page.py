@@ -10,6 +10,7 @@ from markupsafe import Markup
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.evaluation.frontier_points import of_run
 from tinydpo.evaluation.table import Estimate, Row, headline
+from tinydpo.evaluation.winrate import doubts
 from tinydpo.files import public_name, write_whole
 from tinydpo.launching.arguments import sources_in
 from tinydpo.report import figures
@@ -102,7 +103,8 @@ def _judged(winrate: dict[str, Any]) -> list[Row]:
         Row(
             f"win rate against the {figures.opponent(row)[0]}",
             f"how often {public_name(winrate['judge'])} prefers the policy's answer at temperature "
-            f"{row['temperature']:g}, ties half; raw, and judges like length: see the length-controlled rate below",
+            f"{row['temperature']:g}, ties half; raw, and judges like length: see the length-controlled rate below"
+            + "".join(f"; {doubt}" for doubt in doubts(row)),
             Estimate(row["win_rate"], *row["win_rate_ci95"]),
             chance=0.5,
         )
@@ -199,7 +201,7 @@ def _win_rates(winrate: dict[str, Any]) -> dict[str, Any]:
         held = "–" if controlled is None else Estimate(controlled, *r["length_controlled_ci95"])
         words = f"{r['mean_length_policy']:.0f} to {r['mean_length_opponent']:.0f}"
         counts = (r[kind] for kind in ("wins", "ties", "losses", "invalid"))
-        raw = Estimate(r["win_rate"], *r["win_rate_ci95"])
+        raw = "; ".join([str(Estimate(r["win_rate"], *r["win_rate_ci95"])), *doubts(r)])
         rows.append((figures.opponent(r)[0], f"{r['temperature']:g}", raw, held, *counts, words))
     caption = (
         "How often the judge prefers the policy's answer, ties half, with 95 % intervals; hollow: with the effect of "
