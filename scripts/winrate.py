@@ -1,4 +1,4 @@
-"""Have a judge compare a policy's answers with the dataset's chosen ones and with its reference's.
+"""Have a judge compare a policy's answers with the dataset's chosen ones and its reference's, and judge the judge.
 
     export JUDGE_API_KEY=…    # a local server needs none
     python scripts/winrate.py --config recipes/<recipe folder>/winrate.yaml \
@@ -9,13 +9,15 @@ Several temperatures, as in the DPO paper's Figure 3: add `--temperatures 0.25 0
 
 import gc
 from dataclasses import asdict
+from pathlib import Path
 
 from tinydpo.data.asked import readable
 from tinydpo.data.pairs import load_split
-from tinydpo.errors import UserError, one_sentence
+from tinydpo.errors import one_sentence
 from tinydpo.evaluation import winrate
+from tinydpo.evaluation.calibration import calibrate
 from tinydpo.evaluation.judge import Judge, JudgeArguments
-from tinydpo.evaluation.results import make_folder
+from tinydpo.evaluation.results import add_win_rates, make_folder
 from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
 from tinydpo.files import write_json
 from tinydpo.launching.arguments import DataArguments
@@ -32,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = device_and_dtype(args.dtype)
     tokenizer = args.load_tokenizer()
     held_out = load_split(data, tokenizer, args.max_length, "test")
+    calibration = calibrate(judge, held_out.texts, tokenizer, args.calibration_pairs, args.seed)
     texts, prompts = prompts_to_answer(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
     room = args.max_length // 2
 
@@ -54,21 +57,14 @@ def main(argv: list[str] | None = None) -> None:
     for temperature in args.temperatures:
         policy = answers["policy", temperature]
         for opponent, others in (("chosen", chosen), ("ref", answers["ref", temperature])):
-            desc = f"judge: against {opponent} at {temperature:g}"
-            outcomes = judge.compare(asked["prompt"], policy, others, desc)
-            figures = winrate.comparison(outcomes, policy, others)
-            if figures is None:
-                raise UserError(
-                    f"none of {judging.judge_model}'s verdicts on {len(outcomes)} pairs against {opponent} can be "
-                    f"read; its replies are in {judge.cache}, try another --judge_model"
-                )
-            comparisons.append({"opponent": opponent, "temperature": temperature, **figures})
+            comparisons.append(winrate.judged(judge, asked["prompt"], policy, others, opponent, temperature))
 
     settings = asdict(data) | asdict(judging) | asdict(args) | {"num_prompts": len(prompts), "dtype": str(dtype)[6:]}
-    results = {"settings": settings, "judge": judging.judge_model, "comparisons": comparisons}
-    results["tokens"] = judge.tokens()
+    results = {"settings": settings, "judge": judging.judge_model, "calibration": calibration}
+    results |= {"comparisons": comparisons, "tokens": judge.tokens()}
     print(winrate.table(results))
     write_json(output_dir / "winrate.json", results)
+    add_win_rates(Path(args.model_name_or_path), results)
     print(f"Report: {write_report(output_dir.parent)}")
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from running import ROOT
 
 from tinydpo.errors import UserError, one_sentence
 from tinydpo.evaluation import judge as judge_module
+from tinydpo.evaluation.calibration import agreement
 from tinydpo.evaluation.judge import Judge, JudgeArguments, outcome, read_verdict
 from tinydpo.evaluation.winrate import WinrateArguments, comparison, cut_to_room, length_controlled, table
 from tinydpo.launching.arguments import DataArguments
@@ -42,9 +44,14 @@ def environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
 
 
+def sides_of(question: str) -> tuple[str, str]:
+    """The replies A and B."""
+    return tuple(question.split(f"[reply {name}]\n")[1].split(f"\n[end of reply {name}]")[0] for name in "AB")
+
+
 def likes_good(question: str, before: int = 0) -> str:
     """An honest judge: the reply with "good" in it; a tie if both or neither."""
-    a, b = (question.split(f"[reply {name}]\n")[1].split(f"\n[end of reply {name}]")[0] for name in "AB")
+    a, b = sides_of(question)
     verdict = "tie" if ("good" in a) == ("good" in b) else "A" if "good" in a else "B"
     return f"One of them helps.\nMore helpful: {verdict}"
 
@@ -341,7 +348,8 @@ def test_shipped_recipes_parse_and_impossible_arguments_are_named():
         with pytest.raises(UserError, match="--judge_model is missing"):
             parse(WinrateArguments, JudgeArguments, DataArguments, argv=[*argv, "--judge_model", ""])
     needed = {"model_name_or_path": "p", "ref_model_name_or_path": "r", "output_dir": "o"}
-    for wrong in ({"output_dir": None}, {"num_prompts": 0}, {"temperatures": [0.0]}, {"temperatures": []}):
+    impossible = [{"output_dir": None}, {"num_prompts": 0}, {"temperatures": [0.0]}, {"temperatures": []}]
+    for wrong in (*impossible, {"calibration_pairs": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             WinrateArguments(**{**needed, **wrong})
 
@@ -473,6 +481,72 @@ def test_the_script_end_to_end(task: Path, tiny_model: Path, tmp_path: Path, cap
         run_winrate(*flags(task, tiny_model, out, server.url))
 
 
+def test_a_judge_is_judged_by_the_labels_first(
+    task: Path, tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """One that knows the labels, one that goes by the order, and one against them; the answers are nobody's labels."""
+    rows = map(json.loads, (task / "data/test.jsonl").read_text().splitlines())
+    labels = {tuple(row[side].rpartition("Assistant:")[2].strip() for side in ("chosen", "rejected")) for row in rows}
+    shutil.copytree(tiny_model, policy := tmp_path / "policy")
+    (policy / "README.md").write_text("# Card\n\n## Evaluation\n\nfigures\n\n## Content notice\n\nkept\n")
+    (policy / "train_results.json").write_text("{}")
+
+    def judged_by(said: Callable[[bool, bool], str], name: str, *more: str) -> tuple[dict, list[bool], str]:
+        """The results, for each question whether it was about a labelled pair, and what was printed."""
+
+        def script(question: str, _: int) -> str:
+            a, b = sides_of(question)
+            return f"More helpful: {said((a, b) in labels, (b, a) in labels)}"
+
+        out = tmp_path / name / "winrate"
+        with judge_server(script) as server:
+            run_winrate(*flags(task, policy, out, server.url), *more)
+        about = [bool({sides_of(question), sides_of(question)[::-1]} & labels) for question in server.questions]
+        return json.loads((out / "winrate.json").read_text()), about, capfd.readouterr().out
+
+    knows = lambda a_chosen, b_chosen: "A" if a_chosen else "B" if b_chosen else "tie"  # noqa: E731
+    results, about, printed = judged_by(knows, "knows", "--calibration_pairs", "12")
+    own = results["calibration"]
+    assert (own["pairs"], own["agreed"], own["agreement"], own["turned_share"]) == (12, 12, 1.0, 0.0)
+    assert about[:24] == [True] * 24 and not any(about[24:]), "not the labelled pairs come first, or not they alone"
+    assert "on 1.000 of 12 held-out pairs" in printed and "coin" not in printed, "a judge that agrees is doubted"
+    page, card = (tmp_path / "knows/report.html").read_text(), (policy / "README.md").read_text()
+    assert "on 1.000 of 12 held-out pairs" in page, "the report does not say how far the judge can be trusted"
+    assert "| the judge's agreement | 1.000 (" in card, "the card does not say it"
+    assert "## Evaluation\n\nfigures\n\n## Content notice\n\nkept" in card, "the card's other parts are changed"
+
+    results, _, printed = judged_by(lambda *_: "A", "by-order")
+    assert (results["calibration"]["agreement"], results["calibration"]["turned_share"]) == (0.5, 1.0)
+    rates = [line for line in printed.splitlines() if line.startswith(("  win rate", "  length-controlled"))]
+    assert len(rates) == 4 and all("the judge is not told apart from a coin" in rate for rate in rates), (
+        f"the rates of a judge that only goes by the order stand there as {rates}"
+    )
+    assert "100% of its verdicts turn with the order" in printed, "a judge that goes by the order is not told as such"
+    assert "not told apart from a coin" in (tmp_path / "by-order/report.html").read_text(), "the report hides it"
+    card = (policy / "README.md").read_text()
+    assert card.count("## Win rates by a judge") == 1 and "not told apart from a coin" in card, "the card hides it"
+
+    against = lambda a_chosen, b_chosen: knows(b_chosen, a_chosen)  # noqa: E731
+    assert "the judge sides against the data's labels" in judged_by(against, "against")[2], "it is taken for a judge"
+    results, about, _ = judged_by(knows, "unasked", "--calibration_pairs", "0")
+    assert results["calibration"] is None and not any(about), "--calibration_pairs 0 asks all the same"
+
+
+@given(st.lists(st.tuples(*[st.sampled_from(["A", "B", "tie", "invalid"])] * 2), min_size=1))
+def test_agreement_with_the_labels_counts_every_pair_once(verdicts: list[tuple[str, str]]):
+    figures = agreement(verdicts)
+    invalid = sum("invalid" in pair for pair in verdicts)
+    if invalid == len(verdicts):
+        assert figures is None, "no verdict at all becomes an agreement"
+        return
+    counts = [figures[kind] for kind in ("agreed", "ties", "disagreed", "invalid")]
+    assert sum(counts) == len(verdicts) and counts[3] == invalid, "pairs are lost or doubled"
+    assert figures["agreement"] * (len(verdicts) - invalid) == pytest.approx(counts[0] + counts[1] / 2)
+    swapped = agreement([(second, first) for first, second in verdicts])
+    assert swapped["agreement"] == pytest.approx(1 - figures["agreement"]), "the labels' side has an advantage"
+    assert swapped["turned_share"] == figures["turned_share"]
+
+
 @pytest.mark.slow
 def test_a_real_server_and_model_judge(task: Path, tiny_model: Path, tmp_path: Path):
     pytest.importorskip("uvicorn", reason="needs pip install 'transformers[serving]'")
@@ -503,7 +577,7 @@ def test_a_real_server_and_model_judge(task: Path, tiny_model: Path, tmp_path: P
         server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     out = tmp_path / "run" / "winrate"
     argv = [*flags(task, tiny_model, out, f"http://127.0.0.1:{port}/v1"), "--judge_model", str(model)]
-    argv += ["--num_prompts", "1", "--judge_concurrency", "2", "--judge_timeout", "600"]
+    argv += ["--num_prompts", "1", "--calibration_pairs", "0", "--judge_concurrency", "2", "--judge_timeout", "600"]
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server)
         told = results_or_sentence(argv, out)

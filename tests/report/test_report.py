@@ -273,6 +273,18 @@ def test_content_notice_only_for_hh(folder: Path):
     assert CONTENT_NOTICE in Page(write_report(folder)).text, "HH's text is shown without its content notice"
 
 
+def test_doubts_stand_beside_win_rates(folder: Path):
+    judge = {"pairs": 64, "invalid": 0, "agreement": 0.5, "agreement_ci95": [0.4, 0.6], "turned_share": 0.75}
+    winrate = make_winrate() | {"calibration": judge}
+    winrate["comparisons"][0]["invalid"] = 14
+    (folder / "winrate/winrate.json").write_text(json.dumps(winrate))
+    text = Page(write_report(folder)).text
+    assert text.count("28% of the pairs are invalid") == 2, "a rate without a quarter of its pairs stands there as any"
+    # at each win rate, in the headline and in its table, and once of the judge itself
+    assert text.count("not told apart from a coin") == 5, "a judge that goes by chance is not told as such"
+    assert "75% of its verdicts turn with the order" in text, "it is not said that the judge goes by the order"
+
+
 def test_noise_is_no_win(folder: Path):
     page = Page(write_report(folder))
     told = {row.label: row.says_nothing() for row in headline(RESULTS)}

@@ -23,12 +23,15 @@ def prompts_of(texts: Dataset) -> list[Prompt]:
     return [json.loads(messages) if messages else text for text, messages in zip(*columns, strict=True)]
 
 
-def readable(texts: Dataset, tokenizer: Any) -> dict[str, list[str]]:
-    """`prompt` and `chosen` of such rows as people read them, without the markers of a chat template."""
+def readable(texts: Dataset, tokenizer: Any, *completions: str) -> dict[str, list[str]]:
+    """`prompt` and `completions` (by default `chosen`) of such rows as people read them, without the markers of a chat
+    template."""
     markers = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    columns = (texts[name][:] for name in ("chosen", "templated"))
-    chosen = [re.sub(markers, "", text) if templated else text for text, templated in zip(*columns, strict=True)]
-    return {"prompt": [*map(for_people, prompts_of(texts))], "chosen": chosen}
+    read = {"prompt": [*map(for_people, prompts_of(texts))]}
+    for name in completions or ("chosen",):
+        columns = (texts[name][:], texts["templated"][:])
+        read[name] = [re.sub(markers, "", text) if made else text for text, made in zip(*columns, strict=True)]
+    return read
 
 
 def dialogue(messages: list[Message]) -> str:

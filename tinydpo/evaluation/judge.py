@@ -127,22 +127,24 @@ class Judge:
     def compare(
         self, prompts: Sequence[str], policy: Sequence[str], opponent: Sequence[str], desc: str = "judge"
     ) -> list[float | None]:
-        """The `outcome` of each of n pairs of answers, each asked in both orders; equal answers tie unasked.
+        """The `outcome` of each of n pairs of answers, from `both_orders`."""
+        return [outcome(*pair) for pair in self.both_orders(prompts, policy, opponent, desc)]
+
+    def both_orders(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], desc: str = "judge"
+    ) -> list[tuple[str, str]]:
+        """The verdicts on each of n pairs of answers, the first as A, then as B; equal answers tie unasked.
 
         Raises:
             UserError: the judge cannot be asked; the verdicts it has given are kept.
         """
-        texts = [[text.strip() for text in row] for row in zip(prompts, policy, opponent, strict=True)]
-        differ = [i for i, (_, mine, other) in enumerate(texts) if mine != other]
+        texts = [[text.strip() for text in row] for row in zip(prompts, first, second, strict=True)]
         questions = []
-        for prompt, mine, other in (texts[i] for i in differ):
-            questions.append(QUESTION.format(prompt=prompt, a=mine, b=other))
-            questions.append(QUESTION.format(prompt=prompt, a=other, b=mine))
-        verdicts = self.verdicts(questions, desc)
-        outcomes: list[float | None] = [0.5] * len(texts)
-        for i, first, second in zip(differ, verdicts[::2], verdicts[1::2], strict=True):
-            outcomes[i] = outcome(first, second)
-        return outcomes
+        for prompt, a, b in texts:
+            if a != b:
+                questions += [QUESTION.format(prompt=prompt, a=a, b=b), QUESTION.format(prompt=prompt, a=b, b=a)]
+        given = iter(self.verdicts(questions, desc))
+        return [("tie", "tie") if a == b else (next(given), next(given)) for _, a, b in texts]
 
     def verdicts(self, questions: Sequence[str], desc: str = "judge") -> list[str]:
         """Each question's verdict, as `read_verdict` has it; only those never asked before are asked.
@@ -161,6 +163,13 @@ class Judge:
             raise Stopped(f"stopped by Ctrl-C; {self._kept()}", signal.SIGINT) from None
         self._used.update(keys)
         return [self._rows[key]["verdict"] for key in keys]
+
+    def unreadable(self, pairs: str) -> UserError:
+        """What to say where not one verdict on `pairs` is valid."""
+        return UserError(
+            f"none of {self.args.judge_model}'s verdicts on {pairs} can be read; its replies are in {self.cache}, try "
+            "another --judge_model"
+        )
 
     def tokens(self) -> dict[str, int]:
         """Tokens behind the verdicts given out, cached ones too, and how many of these were asked now or before."""

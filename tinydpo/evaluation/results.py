@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from tinydpo.errors import UserError
-from tinydpo.evaluation.table import headline, trained_on
+from tinydpo.evaluation import winrate
+from tinydpo.evaluation.table import Row, headline, trained_on
 from tinydpo.files import write_json, write_whole
 
 
@@ -45,17 +46,37 @@ def add_evaluation(run: Path, results: dict[str, Any]) -> None:
         run: the policy; where it is no finished run's folder, nothing is written.
         results: `eval_results.json`.
     """
-    card = run / "README.md"
-    if not (card.is_file() and (run / "train_results.json").is_file()):
-        return
-    heading, settings = "## Evaluation", results["settings"]
-    lines = [heading, "", f"{results['pairs']} held-out pairs, {settings['num_prompts']} held-out prompts, β"]
+    settings = results["settings"]
+    lines = [f"{results['pairs']} held-out pairs, {settings['num_prompts']} held-out prompts, β"]
     lines[-1] += f" {results['beta']:g}, seed {settings['seed']}; in brackets 95 % intervals."
     lines += ["", trained_on(results)] if trained_on(results) else []
     lines += ["", "| | policy | reference | |", "| --- | --- | --- | --- |"]
-    for row in headline(results):
-        meaning = row.meaning.replace("\n", " ") + "; no winner can be named" * row.says_nothing()
-        lines.append(f"| {row.label} | {row.policy} | {row.ref or ''} | {meaning.replace('|', '/')} |")
+    lines += [f"| {row.label} | {row.policy} | {row.ref or ''} | {_meaning(row)} |" for row in headline(results)]
+    _put_section(run, "## Evaluation", lines)
+
+
+def add_win_rates(run: Path, results: dict[str, Any]) -> None:
+    """Put a judge's win rates, and how far it can be trusted, into a policy's model card, as `add_evaluation` does.
+
+    Args:
+        run: the policy.
+        results: `winrate.json`.
+    """
+    settings = results["settings"]
+    lines = [f"{settings['num_prompts']} held-out prompts, seed {settings['seed']}; in brackets 95 % intervals."]
+    lines += ["", "| | | |", "| --- | --- | --- |"]
+    lines += [f"| {row.label} | {row.policy} | {_meaning(row)} |" for row in winrate.headline(results)]
+    _put_section(run, "## Win rates by a judge", lines)
+
+
+def _meaning(row: Row) -> str:
+    return (row.meaning.replace("\n", " ") + f"; {row.nothing}" * row.says_nothing()).replace("|", "/")
+
+
+def _put_section(run: Path, heading: str, lines: Sequence[str]) -> None:
+    card = run / "README.md"
+    if not (card.is_file() and (run / "train_results.json").is_file()):
+        return
     before, _, after = card.read_text(encoding="utf-8").partition(f"{heading}\n")
     kept = "".join(after.partition("\n## ")[1:])
-    write_whole(card, before.rstrip("\n") + "\n\n" + "\n".join(lines) + "\n" + kept)
+    write_whole(card, "\n".join([before.rstrip("\n"), "", heading, "", *lines]) + "\n" + kept)

@@ -23,7 +23,8 @@ class Estimate(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A figure of the policy, the reference's beside it, and what they mean; `chance` is its value under no effect."""
+    """A figure of the policy, the reference's beside it, and what they mean; `chance` is its value under no effect,
+    and `nothing` what to say where its interval holds that."""
 
     label: str
     meaning: str
@@ -31,6 +32,7 @@ class Row(NamedTuple):
     ref: Estimate | None = None
     chance: float | None = None
     unit: str = ""
+    nothing: str = "no winner can be named"
 
     def says_nothing(self) -> bool:
         """Whether the interval holds what chance would give."""
@@ -116,7 +118,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{'':<25}{'policy':>8}{'reference':>11}",
     ]
-    for label, meaning, policy, ref, chance, unit in headline(results):
+    for label, meaning, policy, ref, chance, unit, _ in headline(results):
         if chance == 0.5:
             meaning += ";\n" + beside_chance(policy[1:])
         elif ref is None and policy.low is not None:

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from tinydpo.evaluation.compared import ComparedModels
+from tinydpo.evaluation.judge import Judge
 from tinydpo.evaluation.metrics import Z95, wilson_interval
+from tinydpo.evaluation.table import Estimate, Row
+from tinydpo.files import public_name
 
 OPPONENTS = {"chosen": "the dataset's chosen answers", "ref": "the reference's answers"}
 MOST_INVALID = 0.05  # of the pairs, unsaid; more of them may be of one kind, which the rate then lacks
@@ -21,6 +24,10 @@ class WinrateArguments(ComparedModels):
     temperatures: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Both models sample at each; the judge is asked for each."}
     )
+    calibration_pairs: int = field(
+        default=64,
+        metadata={"help": "Labelled pairs that the judge is asked about first, two questions for each; 0: none."},
+    )
 
     def __post_init__(self):
         """Refuse what cannot be sampled, too (ValueError)."""
@@ -28,12 +35,33 @@ class WinrateArguments(ComparedModels):
         if not self.temperatures or min(self.temperatures) <= 0:
             raise ValueError(f"temperatures must be above 0, got {self.temperatures}")
         self.temperatures = sorted(set(self.temperatures))
+        if self.calibration_pairs < 0:
+            raise ValueError(f"calibration_pairs must be at least 0, got {self.calibration_pairs}")
 
 
 def cut_to_room(texts: Sequence[str], tokenizer: Any, room: int) -> list[str]:
     """Answers cut to the `room` tokens that a sampled answer has; whole, the dataset's would have an advantage."""
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
     return tokenizer.batch_decode([one[:room] for one in ids], skip_special_tokens=True)
+
+
+def judged(
+    judge: Judge,
+    prompts: Sequence[str],
+    policy: Sequence[str],
+    others: Sequence[str],
+    opponent: str,
+    temperature: float,
+) -> dict[str, Any]:
+    """The `comparison` of the policy's answers with an opponent's (a key of `OPPONENTS`), asked of a judge.
+
+    Raises:
+        UserError: the judge cannot be asked, or none of its verdicts can be read.
+    """
+    outcomes = judge.compare(prompts, policy, others, f"judge: against {opponent} at {temperature:g}")
+    if (figures := comparison(outcomes, policy, others)) is None:
+        raise judge.unreadable(f"{len(outcomes)} pairs against {opponent}")
+    return {"opponent": opponent, "temperature": temperature, **figures}
 
 
 def comparison(
@@ -107,17 +135,63 @@ def _sigmoid(z: np.ndarray) -> np.ndarray:
     return (1 + np.tanh(z / 2)) / 2
 
 
-def doubts(comparison: dict[str, Any]) -> list[str]:
-    """What a reader of a comparison's rates has to know beside them."""
+def doubts(results: dict[str, Any], comparison: dict[str, Any]) -> str:
+    """What a reader of a comparison's rates has to know beside them, each after a semicolon."""
     invalid = comparison["invalid"] / comparison["prompts"]
-    return [f"{invalid:.0%} of the pairs are invalid"] * (invalid > MOST_INVALID)
+    told = [f"{invalid:.0%} of the pairs are invalid"] if invalid > MOST_INVALID else []
+    if calibration := results.get("calibration"):
+        low, high = calibration["agreement_ci95"]
+        if high < 0.5:
+            told.append("the judge sides against the data's labels")
+        elif low <= 0.5:
+            told.append("the judge is not told apart from a coin")
+    return "".join(f"; {one}" for one in told)
 
 
 def _had_they_counted(comparison: dict[str, Any]) -> str:
-    if not doubts(comparison):
+    n, invalid = comparison["prompts"], comparison["invalid"]
+    if invalid <= MOST_INVALID * n:
         return ""
-    won, (n, invalid) = comparison["wins"] + comparison["ties"] / 2, (comparison["prompts"], comparison["invalid"])
+    won = comparison["wins"] + comparison["ties"] / 2
     return f"; all for one side they would make it {won / n:.3f} or {(won + invalid) / n:.3f}"
+
+
+def itself(calibration: dict[str, Any]) -> str:
+    """What a calibration says of the judge, in words that follow its name."""
+    c, (low, high) = calibration, calibration["agreement_ci95"]
+    return (
+        f"sides with the data's labels on {c['agreement']:.3f} of {c['pairs']} held-out pairs (ties half, 95 % "
+        f"between {low:.3f} and {high:.3f}); {c['turned_share']:.0%} of its verdicts turn with the order, "
+        f"{c['invalid']} are invalid"
+    )
+
+
+def headline(results: dict[str, Any]) -> list[Row]:
+    """The figures of `winrate.json` for those who read no table: the judge's own, then a win rate a comparison."""
+    judge, rows = public_name(results["judge"]), []
+    if c := results.get("calibration"):
+        rows.append(
+            Row(
+                "the judge's agreement",
+                f"how often {judge} sides with the data's labels on {c['pairs']} held-out pairs, ties half; "
+                f"{c['turned_share']:.0%} of its verdicts turn with the order",
+                Estimate(c["agreement"], *c["agreement_ci95"]),
+                chance=0.5,
+                nothing="it is not told apart from a coin",
+            )
+        )
+    for c in results["comparisons"]:
+        controlled = Estimate(c["length_controlled_win_rate"], *c["length_controlled_ci95"])
+        rows.append(
+            Row(
+                f"win rate against {OPPONENTS.get(c['opponent'], c['opponent'])}",
+                f"how often {judge} prefers the policy's answer at temperature {c['temperature']:g}, ties half; "
+                f"judges like length: length-controlled it is {controlled}{doubts(results, c)}",
+                Estimate(c["win_rate"], *c["win_rate_ci95"]),
+                chance=0.5,
+            )
+        )
+    return rows
 
 
 def table(results: dict[str, Any]) -> str:
@@ -130,8 +204,11 @@ def table(results: dict[str, Any]) -> str:
         f"judge      {results['judge']}, asked in both orders; ties, and verdicts that go by the order, count half",
         f"answers    at most {room} tokens, the dataset's chosen ones cut there too",
     ]
+    if calibration := results.get("calibration"):
+        first, more = itself(calibration).split("; ")
+        lines[3:3] = [f"           {first};", f"           {more}"]
     for c in results["comparisons"]:
-        beside = "".join(f"; {doubt}" for doubt in doubts(c))
+        beside = doubts(results, c)
         lines += [
             "",
             f"against {OPPONENTS[c['opponent']]}, temperature {c['temperature']:g}",

@@ -8,9 +8,9 @@ import numpy as np
 from markupsafe import Markup
 
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
+from tinydpo.evaluation import winrate as winrates
 from tinydpo.evaluation.frontier_points import of_run
 from tinydpo.evaluation.table import Estimate, Row, headline
-from tinydpo.evaluation.winrate import doubts
 from tinydpo.files import public_name, write_whole
 from tinydpo.launching.arguments import sources_in
 from tinydpo.report import figures
@@ -96,20 +96,12 @@ def _headline(material: Material) -> list[Row]:
 
 def _judged(winrate: dict[str, Any]) -> list[Row]:
     """Win rates by the judge as headline figures: for each opponent the temperature nearest to 1."""
+    if not winrate:
+        return []
     nearest: dict[str, dict[str, Any]] = {}
-    for row in sorted(winrate.get("comparisons", []), key=lambda row: -abs(row["temperature"] - 1)):
+    for row in sorted(winrate["comparisons"], key=lambda row: -abs(row["temperature"] - 1)):
         nearest[row["opponent"]] = row
-    return [
-        Row(
-            f"win rate against the {figures.opponent(row)[0]}",
-            f"how often {public_name(winrate['judge'])} prefers the policy's answer at temperature "
-            f"{row['temperature']:g}, ties half; raw, and judges like length: see the length-controlled rate below"
-            + "".join(f"; {doubt}" for doubt in doubts(row)),
-            Estimate(row["win_rate"], *row["win_rate_ci95"]),
-            chance=0.5,
-        )
-        for row in nearest.values()
-    ]
+    return winrates.headline(winrate | {"comparisons": [*nearest.values()]})
 
 
 def _card(row: Row) -> dict[str, Any]:
@@ -123,6 +115,7 @@ def _card(row: Row) -> dict[str, Any]:
         "beside": beside,
         "meaning": f"{meaning[0].upper()}{meaning[1:]}.",
         "noise": row.says_nothing(),
+        "nothing": row.nothing,
         "chance": None if row.chance is None else f"{row.chance:g}",
     }
 
@@ -201,14 +194,15 @@ def _win_rates(winrate: dict[str, Any]) -> dict[str, Any]:
         held = "–" if controlled is None else Estimate(controlled, *r["length_controlled_ci95"])
         words = f"{r['mean_length_policy']:.0f} to {r['mean_length_opponent']:.0f}"
         counts = (r[kind] for kind in ("wins", "ties", "losses", "invalid"))
-        raw = "; ".join([str(Estimate(r["win_rate"], *r["win_rate_ci95"])), *doubts(r)])
+        raw = f"{Estimate(r['win_rate'], *r['win_rate_ci95'])}{winrates.doubts(winrate, r)}"
         rows.append((figures.opponent(r)[0], f"{r['temperature']:g}", raw, held, *counts, words))
     caption = (
         "How often the judge prefers the policy's answer, ties half, with 95 % intervals; hollow: with the effect of "
         "length taken out. An interval that holds 0.5 names no winner."
     )
     drawn = _drawn(figures.win_rates(winrate["comparisons"]), "winrates", caption)
-    return {"judge": public_name(winrate["judge"]), "drawn": drawn, "rows": rows}
+    itself = winrates.itself(winrate["calibration"]) if winrate.get("calibration") else ""
+    return {"judge": public_name(winrate["judge"]), "itself": itself, "drawn": drawn, "rows": rows}
 
 
 def _training(runs: dict[str, dict[str, Any]], kl: float | None) -> dict[str, tuple[list[Drawn], str]]:
