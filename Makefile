@@ -12,7 +12,7 @@ ASKED       = $(or $(shell sed -n 's/^$(1): *\([0-9]*\).*/\1/p' $(ACCELERATE) 2>
 THREADS     = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) * $(call ASKED,num_machines) / $(call ASKED,num_processes) )); echo $$(( n > 1 ? n : 1 )))
 LAUNCH      = $(if $(wildcard $(ACCELERATE)),,$(error ACCELERATE=$(ACCELERATE): there is no such file, see accelerate_configs/)).venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE) $(NODE)
 TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE) $(ARGS)
-# The model that a DPO recipe starts from, unless ARGS name another.
+# The model that a DPO or reward recipe starts from, unless ARGS name another.
 START       = $(if $(findstring --model_name_or_path,$(ARGS)),,$(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(RECIPE)/$(STAGE).yaml))
 
 # That model, trained first where it is missing; a run that was cut short there (run_config.yaml, no results) goes on.
@@ -23,13 +23,14 @@ LAUNCHER   := $(if $(shell grep -s DEEPSPEED $(ACCELERATE)),.venv/deepspeed,inst
 
 sft inspect:         STAGE = sft
 dpo:                 STAGE = dpo
+reward:              STAGE = reward
 evaluate playground: STAGE = evaluate
 frontier:            STAGE = frontier
 winrate:             STAGE = winrate
 merge:               STAGE = dpo-lora
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft dpo merge evaluate frontier winrate report playground inspect bench speedrun test test-all lint clean
+.PHONY: help install quickstart sft dpo reward merge evaluate frontier winrate report playground inspect bench speedrun test test-all lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -57,6 +58,10 @@ sft: $(LAUNCHER) ## Fine-tune GPT-2 Medium on HH's preferred answers
 dpo: $(LAUNCHER) ## Preference-tune it with DPO (runs the SFT it starts from first if that is missing)
 	+@$(NEEDS_START)
 	$(LAUNCH) scripts/dpo.py $(TRAIN)
+
+reward: $(LAUNCHER) ## Train a reward model on the same pairs, to hold the implicit reward against
+	+@$(NEEDS_START)
+	$(LAUNCH) scripts/reward.py $(TRAIN)
 
 merge: install ## Put a LoRA adapter into its base's weights: a plain checkpoint
 	$(PYTHON) scripts/merge.py --model_name_or_path runs/$(notdir $(RECIPE))/$(STAGE) --output_dir runs/$(notdir $(RECIPE))/$(STAGE)-merged $(ARGS)

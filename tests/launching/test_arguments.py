@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import ROOT
-from trl import DPOConfig, ModelConfig, SFTConfig
+from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from tinydpo.errors import UserError, one_sentence
 from tinydpo.launching.arguments import DataArguments, RunArguments
@@ -18,6 +18,7 @@ from tinydpo.launching.parsing import parse, parse_resolved
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 DPO = (DataArguments, RunArguments, DPOConfig, ModelConfig)
 SFT = (DataArguments, RunArguments, SFTConfig, ModelConfig)
+REWARD = (DataArguments, RunArguments, RewardConfig, ModelConfig)
 
 
 @pytest.fixture
@@ -294,7 +295,7 @@ def test_every_shipped_recipe_parses(path: Path):
         parsed = parse(FrontierArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
         assert Path(keys["dpo_config"]).parent.name == path.parent.name, "a frontier of another recipe's runs"
     else:
-        types = SFT if path.name.startswith("sft") else DPO
+        types = {"sft": SFT, "reward": REWARD}.get(path.stem.split("-")[0], DPO)
         parsed = parse(*types, argv=["--config", str(path)])
         batch = parsed[2].per_device_train_batch_size * parsed[2].gradient_accumulation_steps
         assert batch == keys["pairs_per_step"] == parsed[1].pairs_per_step
@@ -314,7 +315,7 @@ def test_another_script_may_read_a_training_recipe():
         parse(DataArguments, argv=[*argv, "--learning_rate", "1"], ignored=SFT[1:])
 
 
-@pytest.mark.parametrize("types", [SFT, DPO], ids=["sft", "dpo"])
+@pytest.mark.parametrize("types", [SFT, DPO, REWARD], ids=["sft", "dpo", "reward"])
 def test_help_lists_every_flag(types: tuple, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(*types, argv=["--help"])

@@ -11,7 +11,7 @@ import pytest
 from running import ROOT, run
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from trl import DPOConfig, ModelConfig, SFTConfig
+from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments, RunArguments
@@ -19,7 +19,14 @@ from tinydpo.launching.machine import SHARDING
 from tinydpo.launching.parsing import parse_resolved
 from tinydpo.launching.refused import REFUSED, refuse
 
-FLAGS = {field.name for config in (DPOConfig, SFTConfig, ModelConfig) for field in fields(config) if field.init}
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig}
+
+
+def flags_of(*configs: type) -> set[str]:
+    return {field.name for config in configs for field in fields(config) if field.init}
+
+
+FLAGS = flags_of(*CONFIGS.values(), ModelConfig)
 
 # What this project decides, changes or relies on, by the test that shows it.
 ACTS = {
@@ -31,6 +38,7 @@ ACTS = {
     "f_divergence_type f_alpha_divergence_coef discopop_tau use_weighting sync_ref_model ref_model_sync_steps "
     "ref_model_mixup_alpha precompute_ref_log_probs",
     "engine/test_packed_models.py::test_attention_without_4d_masks_is_refused": "attn_implementation",
+    "engine/test_reward.py::test_a_step_is_that_of_trl": "center_rewards_coefficient",
     "engine/test_shared_prefix.py::test_dropout_is_one_sentence_and_its_advice_works": "disable_dropout",
     "launching/test_arguments.py::test_both_names_of_activation_checkpointing_work": "activation_checkpointing "
     "gradient_checkpointing",
@@ -80,7 +88,7 @@ PASSED_ON = """
     use_dora use_rslora warmup_steps weight_decay
 """
 
-# A case for each flag that is refused, the flag first: always, or in this company.
+# A case for each flag that is refused, the flag first: always, or in this company. "all" are the scripts that know it.
 CASES = """
 sft  --packing true
 sft  --packing_strategy wrapped
@@ -91,62 +99,62 @@ sft  --shuffle_dataset true
 sft  --assistant_only_loss true
 sft  --metric_for_best_model rewards/accuracies
 sft  --label_smoothing_factor 0.1 --loss_type dft
-both --truncation_mode keep_end
-both --padding_free true
-both --pad_to_multiple_of 64
-both --pad_token !
-both --length_column_name tokens
-both --prediction_loss_only true
-both --include_for_metrics loss
-both --batch_eval_metrics true
-both --eval_do_concat_batches false
-both --eval_accumulation_steps 1
-both --label_names x
-both --bf16_full_eval true --use_cpu true
-both --fp16_full_eval true
-both --do_train true
-both --do_eval true
-both --do_predict true
-both --save_only_model true
-both --enable_jit_checkpoint true
-both --auto_find_batch_size true
-both --accelerator_config {"split_batches":true}
-both --parallelism_config {"tp_size":2}
-both --fsdp full_shard
-both --fsdp_config {"version":2}
-both --deepspeed zero.json
-both --dataset_num_proc 0
-both --dataloader_drop_last true
-both --dataloader_persistent_workers true
-both --dataloader_multiprocessing_context spawn
-both --activation_offloading true --use_cpu true
-both --use_liger_kernel true
-both --liger_kernel_config {"rope":true}
-both --use_cache true
-both --neftune_noise_alpha 5
-both --lora_r 4
-both --lora_alpha 4
-both --lora_dropout 0.1
-both --lora_dropout 0.1 --use_peft true
-both --lora_target_modules all-linear
-both --lora_target_parameters x
-both --lora_modules_to_save ln_f
-both --lora_task_type SEQ_CLS --use_peft true
-both --use_rslora true
-both --use_dora true
-both --load_in_4bit true
-both --load_in_8bit true
-both --bnb_4bit_quant_type fp4 --use_peft true
-both --use_bnb_nested_quant true
-both --bnb_4bit_quant_storage uint8
-both --warmup_steps 5 --lr_scheduler_type constant
-both --lr_scheduler_kwargs {"num_cycles":2} --lr_scheduler_type constant
-both --metric_for_best_model nope
-both --activation_checkpointing_kwargs {"use_reentrant":true}
-both --load_best_model_at_end true --eval_strategy no --save_strategy no
-both --save_strategy best --eval_strategy no
-both --num_train_epochs 0
-both --debug tpu_metrics_debug
+all  --truncation_mode keep_end
+all  --padding_free true
+all  --pad_to_multiple_of 64
+all  --pad_token !
+all  --length_column_name tokens
+all  --prediction_loss_only true
+all  --include_for_metrics loss
+all  --batch_eval_metrics true
+all  --eval_do_concat_batches false
+all  --eval_accumulation_steps 1
+all  --label_names x
+all  --bf16_full_eval true --use_cpu true
+all  --fp16_full_eval true
+all  --do_train true
+all  --do_eval true
+all  --do_predict true
+all  --save_only_model true
+all  --enable_jit_checkpoint true
+all  --auto_find_batch_size true
+all  --accelerator_config {"split_batches":true}
+all  --parallelism_config {"tp_size":2}
+all  --fsdp full_shard
+all  --fsdp_config {"version":2}
+all  --deepspeed zero.json
+all  --dataset_num_proc 0
+all  --dataloader_drop_last true
+all  --dataloader_persistent_workers true
+all  --dataloader_multiprocessing_context spawn
+all  --activation_offloading true --use_cpu true
+all  --use_liger_kernel true
+all  --liger_kernel_config {"rope":true}
+all  --use_cache true
+all  --neftune_noise_alpha 5
+all  --lora_r 4
+all  --lora_alpha 4
+all  --lora_dropout 0.1
+all  --lora_dropout 0.1 --use_peft true
+all  --lora_target_modules all-linear
+all  --lora_target_parameters x
+all  --lora_modules_to_save ln_f
+all  --lora_task_type SEQ_CLS --use_peft true
+all  --use_rslora true
+all  --use_dora true
+all  --load_in_4bit true
+all  --load_in_8bit true
+all  --bnb_4bit_quant_type fp4 --use_peft true
+all  --use_bnb_nested_quant true
+all  --bnb_4bit_quant_storage uint8
+all  --warmup_steps 5 --lr_scheduler_type constant
+all  --lr_scheduler_kwargs {"num_cycles":2} --lr_scheduler_type constant
+all  --metric_for_best_model nope
+all  --activation_checkpointing_kwargs {"use_reentrant":true}
+all  --load_best_model_at_end true --eval_strategy no --save_strategy no
+all  --save_strategy best --eval_strategy no
+all  --num_train_epochs 0
+all  --debug tpu_metrics_debug
 dpo  --precompute_ref_batch_size 0
 dpo  --loss_type sigmoidd
 dpo  --loss_type sigmoid exo_pair
@@ -165,6 +173,10 @@ dpo  --ref_model_sync_steps 0 --sync_ref_model true
 dpo  --sync_ref_model true --precompute_ref_log_probs true
 dpo  --sync_ref_model true --use_peft true
 dpo  --train_sampling_strategy batch_rebalance
+reward --train_sampling_strategy batch_rebalance
+reward --label_smoothing_factor 0.1
+reward --use_peft true
+reward --metric_for_best_model rewards/accuracies
 """.strip().splitlines()
 
 
@@ -204,7 +216,8 @@ def test_the_test_of_a_flag_exists(named: str):
 def test_what_has_no_effect_is_refused_before_anything_is_loaded(case: str, tmp_path: Path):
     which, *argv = case.split()
     flag = argv[0].removeprefix("--")
-    for script in ("sft", "dpo") if which == "both" else (which,):
+    scripts = [name for name, config in CONFIGS.items() if flag in flags_of(config, ModelConfig)]
+    for script in scripts if which == "all" else (which,):
         told = refusal(script, *argv, "--output_dir", str(tmp_path / "run"))
         assert flag in told.split(",")[0].split(";")[0], f"the sentence is not about {flag}: {told}"
         assert not (tmp_path / "run").exists(), "a refused run left a folder behind"
@@ -216,10 +229,10 @@ def test_every_refusal_has_its_case():
 
 
 def test_what_is_left_as_it_is_is_not_refused():
-    recipes = [path for path in (ROOT / "recipes").glob("*/*.yaml") if path.name.startswith(("sft", "dpo"))]
+    recipes = [path for path in (ROOT / "recipes").glob("*/*.yaml") if path.name.startswith(tuple(CONFIGS))]
     assert len(recipes) > 5, "they lie elsewhere: nothing is tried here"
     for path in recipes:
-        config = SFTConfig if path.name.startswith("sft") else DPOConfig
+        config = next(config for name, config in CONFIGS.items() if path.name.startswith(name))
         types = (DataArguments, RunArguments, config, ModelConfig)
         _, resolved = parse_resolved(*types, argv=["--config", str(path)])
         refuse(resolved, config, ModelConfig)
@@ -270,14 +283,14 @@ def test_an_optimizer_that_can_be_made_goes_on(tmp_path: Path):
         assert "no/model" in told, f"{argv} is refused: {told}"
 
 
-@pytest.mark.parametrize("script", ["sft", "dpo"])
+@pytest.mark.parametrize("script", CONFIGS)
 def test_metrics_that_may_choose_the_best_are_those_of_an_evaluation(
     script: str, tiny_model: Path, task: Path, tmp_path: Path
 ):
-    from tinydpo.launching.refused import DPO_METRICS, METRICS
+    from tinydpo.launching.refused import DPO_METRICS, METRICS, REWARD_METRICS
 
     run(script, "--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--output_dir", tmp_path / "run",
         "--max_steps", "1", "--save_strategy", "no")  # fmt: skip
     results = json.loads((tmp_path / "run/train_results.json").read_text())
-    known = (METRICS | (DPO_METRICS if script == "dpo" else set())) - {"aux_loss"}
+    known = {"sft": METRICS, "dpo": METRICS | DPO_METRICS, "reward": REWARD_METRICS}[script] - {"aux_loss"}
     assert {f"eval_{name}" for name in known} <= set(results), "a metric that is allowed is never there"

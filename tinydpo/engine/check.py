@@ -74,15 +74,20 @@ def full_row(trees: Sequence[Tree], row_length: int) -> list[Tree]:
 
 
 def check_same(
-    model: PreTrainedModel, together: Callable[[], torch.Tensor], alone: Callable[[], torch.Tensor], dtype: torch.dtype
+    model: PreTrainedModel,
+    together: Callable[[], torch.Tensor],
+    alone: Callable[[], torch.Tensor],
+    dtype: torch.dtype,
+    of: str = "log-probs",
 ) -> None:
     """Refuse a model whose packed rows differ from its plain forward by more than rounding.
 
     Args:
-        model: the causal LM, without gradients.
-        together: computes token log-probs from a full packed row, of any shape.
+        model: without gradients.
+        together: computes token log-probs, or what else `of` says, from a full packed row, of any shape.
         alone: computes the same from the plain forward.
         dtype: what both round to: float32, or what weights or a sharded run are kept in.
+        of: what they compute, in a word.
 
     Raises:
         UserError: they differ, or packed rows cannot be computed at all.
@@ -97,7 +102,7 @@ def check_same(
         told = f"where one rounding to {str(dtype).removeprefix('torch.')} makes {rounding:.2g}"
     if not off <= allowed:
         raise UserError(
-            f"{type(model).__name__} gives other log-probs in packed rows than alone (by {off:.2g} nats a token, "
+            f"{type(model).__name__} gives other {of} in packed rows than alone (by {off:.2g} on average, "
             f"{told}): it does not go by position_ids and a 4-D mask; {INSTEAD}"
         )
 

@@ -7,7 +7,7 @@ all processes. accelerate fills the last batches of an epoch with rows from its 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -49,11 +49,13 @@ class CountsAlike:
 
     unit: str  # what a metric is a mean over, where `units` does not say otherwise
     units: ClassVar[dict[str, str]] = {}
+    extremes: ClassVar[dict[str, Callable]] = {}  # metrics that are no means: how two of them become one
 
     def __init__(self, *args: Any, **kwargs: Any):
         """TRL's own arguments."""
         super().__init__(*args, **kwargs)
         self._tallies: dict[str, Counter] = {"train": Counter(), "eval": Counter()}
+        self._extremes: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
 
     def count(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | int]:
         """How much of each unit a batch holds."""
@@ -105,13 +107,16 @@ class CountsAlike:
         mine = {name: lambda tensor: tensor for name in ("gather", "gather_for_metrics")}
         with patch.multiple(self.accelerator, **mine):
             given = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, parts = self.weighted(given[0] if return_outputs else given, counts, num_items_in_batch)
+        step = num_items_in_batch if mode == "train" else None
+        loss, parts = self.weighted(given[0] if return_outputs else given, counts, step)
         metrics = {name: values[-1] for name, values in self._metrics[mode].items() if name != "num_tokens"}
         self._metrics[mode].clear()
         if spare:
             loss, self._total_train_tokens = loss * 0, before
         else:
             weights = {unit: float(count) for unit, count in counts.items()}
+            for name in self.extremes:
+                self._widen(self._extremes[mode], name, metrics.pop(name))
             means = [(name, self.units.get(name, self.unit), value) for name, value in metrics.items()]
             if mode == "eval":  # a training step's loss is transformers' to log
                 means += [("loss", unit, float(value)) for unit, value in parts.items()]
@@ -120,20 +125,27 @@ class CountsAlike:
             tally.update({(name, unit): value * weights[unit] for name, unit, value in means})
         return (loss, given[1]) if return_outputs else loss
 
+    def _widen(self, known: dict[str, float], name: str, value: float) -> None:
+        known[name] = self.extremes[name](known.get(name, value), value)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's, with each metric (evaluation: and the loss) as one mean over all processes' pairs or tokens."""
         mode = "train" if self.model.training else "eval"
-        tally, tokens = Counter(), 0
-        for theirs, seen in gather_object([(self._tallies[mode], self._total_train_tokens)]):
+        tally, extremes, tokens = Counter(), {}, 0
+        mine = (self._tallies[mode], self._extremes[mode], self._total_train_tokens)
+        for theirs, bounds, seen in gather_object([mine]):
             tally.update(theirs)
             tokens += seen
+            for name, value in bounds.items():
+                self._widen(extremes, name, value)
         means: dict[str, float] = defaultdict(float)
         for key in [key for key in tally if isinstance(key, tuple)]:
             means[key[0]] += tally[key] / (tally[key[1]] or 1)  # a loss can have a mean of pairs and one of tokens
         if means:
             means["num_tokens"] = tokens
-        self._metrics[mode].update({name: [mean] for name, mean in means.items()})
+        self._metrics[mode].update({name: [value] for name, value in (means | extremes).items()})
         self._tallies[mode].clear()
+        self._extremes[mode] = {}
         super().log(logs, *args, **kwargs)
 
 
@@ -177,6 +189,27 @@ class PairsAlike(CountsAlike):
             return loss.sum() - 2 * rest, {PAIRS: parts[0] + rest, CHOSEN: parts[1]}
         share = torch.stack([torch.as_tensor(counts[unit], device=step.device) for unit in (PAIRS, CHOSEN)]) / step
         return (parts * share).sum() + rest / self.current_gradient_accumulation_steps, {}
+
+
+class RewardsAlike(CountsAlike):
+    """`CountsAlike` for `RewardTrainer`, whose loss is a mean over pairs."""
+
+    loss_is_scaled_for_ga = True
+    unit = PAIRS
+    extremes: ClassVar[dict[str, Callable]] = {"min_reward": min, "max_reward": max}
+
+    def count(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor | int]:
+        """Pairs."""
+        return {PAIRS: len(inputs["input_ids"]) // 2}
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """Pairs of an optimizer step, as a process has them on average, ()."""
+        pairs = sum(self.count(batch)[PAIRS] for batch in batch_samples if SPARE not in batch)
+        return self.accelerator.reduce(torch.tensor(float(pairs), device=device), "mean")
+
+    def weighted(self, loss: torch.Tensor, counts: dict[str, Any], step: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        """See `CountsAlike`."""
+        return (loss, {PAIRS: loss}) if step is None else (loss * counts[PAIRS] / step, {})
 
 
 class TokensAlike(CountsAlike):

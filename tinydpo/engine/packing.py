@@ -55,14 +55,16 @@ def pack(
         rows: which trees stand in which row, by index; by default `assign_rows` says.
 
     Returns:
-        int64 tensors, four of shape (rows, length) and two flat:
+        int64 tensors, four of shape (rows, length) and three flat:
             `input_ids`: the tokens, 0 where a row is padded;
             `position_ids`: each token's place in its own sequence;
             `segment_ids`: which prompt or completion a token belongs to, -1 for padding;
             `prefix_ids`: the segment of its prompt;
             `predicts`: for every completion token, first completions of all trees first, then all second ones …, the
             flat index into (rows · length) of the token that predicts it;
-            `targets`: those completion tokens.
+            `targets`: those completion tokens;
+            `lasts`: for every completion, in that order, the flat index of its last token (of the prompt's, where it
+            is empty).
     """
     lengths = [len(prompt) + sum(map(len, completions)) for prompt, completions in trees]
     if rows is None:
@@ -84,20 +86,21 @@ def pack(
                 prefix_ids += [index * segments] * len(tokens)
         laid.append((ids, positions, segment_ids, prefix_ids))
     length = -(-max(len(ids) for ids, *_ in laid) // MULTIPLE) * MULTIPLE
-    predicts, targets = [], []
+    predicts, targets, lasts = [], [], []
     for part in range(segments - 1):
         for index, (_, completions) in enumerate(trees):
             if part < len(completions):
                 row, start, last = starts[index, part]
-                places = [last, *range(start, start + len(completions[part]))]  # the last token predicts nothing
-                predicts += [row * length + place for place in places[:-1]]
+                places = [row * length + at for at in (last, *range(start, start + len(completions[part])))]
+                predicts += places[:-1]  # the last token predicts nothing
                 targets += completions[part]
+                lasts.append(places[-1])
     names, fills = ("input_ids", "position_ids", "segment_ids", "prefix_ids"), (0, 0, -1, -1)
     packed = {
         name: torch.tensor([row[k] + [fill] * (length - len(row[k])) for row in laid])
         for k, (name, fill) in enumerate(zip(names, fills, strict=True))
     }
-    flat = {"predicts": predicts, "targets": targets}
+    flat = {"predicts": predicts, "targets": targets, "lasts": lasts}
     return packed | {name: torch.tensor(values, dtype=torch.long) for name, values in flat.items()}
 
 

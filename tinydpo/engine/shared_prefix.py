@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,9 +70,10 @@ class PackedLanguageModeling(PackedCollator, DataCollatorForLanguageModeling):
 
 
 class PackedTrainer:
-    """What both trainers below share: the collator, the model's forward, and the check before the first step."""
+    """What packed trainers share: the collator, the model's forward, and the check before the first step."""
 
     collator: type
+    checks = "log-probs"  # what `checked` gives
 
     def __init__(self, *given: Any, args: TrainingArguments, row_length: int, processing_class: Any, **kwargs: Any):
         """TRL's own arguments, and `row_length`: the most tokens in a packed row.
@@ -90,7 +92,7 @@ class PackedTrainer:
         models = [self.model, getattr(self, "ref_model", None)]
         models = [self.accelerator.unwrap_model(model) for model in models if model is not None]
         for model in models:
-            pack_forward(model, self.data_collator.row_length)
+            self.pack_model(model, self.data_collator.row_length)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those compute nothing before their first step
             before = self.model.training
             for mode in (False, True):
@@ -114,19 +116,25 @@ class PackedTrainer:
         batch = collator([rows[i % len(rows)] for i in range(len(trees))])
         batch["packed"] = pack(trees, collator.row_length, rows=[list(range(len(trees)))])
         batch = self._prepare_inputs(batch)
-        mask = batch.get("completion_mask")
-        labels = batch["labels"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
-        plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        plain |= {"labels": labels, "fused_lm_head": True, "use_cache": False}
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled  # in their own precision, whatever is asked here
         dtype = short_dtype(lm) or (_compute_dtype(self.args) if split else torch.float32)
         with exactly(lm) if dtype == torch.float32 else self.accelerator.autocast():
-            check_same(
-                lm,
-                lambda: model(**plain, packed=batch["packed"]).log_probs[labels[:, 1:] != -100],
-                lambda: model(**plain).log_probs[labels[:, 1:] != -100],
-                dtype,
-            )
+            alone = partial(self.checked, model, batch)
+            check_same(lm, partial(alone, packed=batch["packed"]), alone, dtype, self.checks)
+
+    @staticmethod
+    def pack_model(model: PreTrainedModel, row_length: int) -> None:
+        """Have a model compute `packed` rows, see `pack_forward`."""
+        pack_forward(model, row_length)
+
+    @staticmethod
+    def checked(model: torch.nn.Module, batch: dict[str, Any], **packed: Any) -> torch.Tensor:
+        """What must be the same of a batch both ways: here the answers' token log-probs."""
+        mask = batch.get("completion_mask")
+        labels = batch["labels"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")} | packed
+        output = model(**given, labels=labels, fused_lm_head=True, use_cache=False)
+        return output.log_probs[labels[:, 1:] != -100]
 
 
 class SharedPrefixDPOTrainer(PackedTrainer, FittedDPOTrainer):
@@ -221,7 +229,7 @@ def _packed_forward(
         output = fused_forward(
             input_ids=packed["input_ids"],
             position_ids=packed["position_ids"],
-            attention_mask=additive_mask(packed["segment_ids"], packed["prefix_ids"], _mask_dtype(model)),
+            attention_mask=additive_mask(packed["segment_ids"], packed["prefix_ids"], mask_dtype(model)),
             shift_labels=packed["targets"][None],  # as labels[:, 1:][answers], without waiting for a GPU
             fused_lm_head=True,
             **kwargs,
@@ -248,7 +256,8 @@ def _compute_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def _mask_dtype(model: PreTrainedModel) -> torch.dtype:
+def mask_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What a model's attention adds a mask in."""
     device = model.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 

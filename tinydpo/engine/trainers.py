@@ -50,21 +50,23 @@ class Counted:
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's, counted."""
+        self.counted = self.counted.plus(Counts() if inputs.get(SPARE) else self.computed(inputs))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def computed(self, inputs: dict[str, Any]) -> Counts:
+        """What a batch is to compute."""
         rows, packed, mask = inputs["input_ids"], inputs.get("packed"), inputs.get("attention_mask")
         completions = inputs.get("completion_mask")  # SFT's batches have labels
         pairs = len(rows) if completions is None else len(rows) // 2
         if packed:
-            step = Counts(pairs, packed["tokens"], packed["targets"].numel(), packed["input_ids"].numel())
-        elif completions is not None:
+            return Counts(pairs, packed["tokens"], packed["targets"].numel(), packed["input_ids"].numel())
+        if completions is not None:
             scored, prompts = completions.sum(), (mask - completions)[:pairs].sum()
-            step = Counts(pairs, prompts + scored, scored)
-        else:
-            scored = (inputs["labels"][:, 1:] != -100).sum()
-            free = mask is None  # `--packing`: all examples stand in one row
-            examples, tokens = (inputs["position_ids"].eq(0).sum(), rows.numel()) if free else (pairs, mask.sum())
-            step = Counts(examples, tokens, scored)
-        self.counted = self.counted.plus(Counts() if inputs.get(SPARE) else step)
-        return super().training_step(model, inputs, *args, **kwargs)
+            return Counts(pairs, prompts + scored, scored)
+        scored = (inputs["labels"][:, 1:] != -100).sum()
+        free = mask is None  # `--packing`: all examples stand in one row
+        examples, tokens = (inputs["position_ids"].eq(0).sum(), rows.numel()) if free else (pairs, mask.sum())
+        return Counts(examples, tokens, scored)
 
 
 class FittedDPOTrainer(WholeCheckpoints, ByLength, Float32Head, Counted, PairsAlike, DPOTrainer):

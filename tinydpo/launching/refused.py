@@ -22,6 +22,7 @@ DPO_METRICS = {
     *(f"{of}/{side}" for of in ("rewards", "logps", "logits") for side in ("chosen", "rejected")),
     "rewards/accuracies", "rewards/margins",
 }  # fmt: skip
+REWARD_METRICS = {"loss", "num_tokens", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"}
 SMOOTHED, SORTED = {"exo_pair", "robust", "aot", "aot_unpaired"}, {"aot", "aot_unpaired"}
 Run = dict[str, Any]  # every key of a run with its value
 
@@ -38,7 +39,26 @@ def _losses(run: Run) -> set[str]:
     return set(run["loss_type"]) if isinstance(run["loss_type"], list) else set()  # SFT's is one, TRL checks it
 
 
+def _is_dpo(run: Run) -> bool:
+    return "beta" in run
+
+
+def _is_reward(run: Run) -> bool:
+    return "center_rewards_coefficient" in run
+
+
+def _metrics(run: Run) -> set[str]:
+    return REWARD_METRICS if _is_reward(run) else METRICS | (DPO_METRICS if _is_dpo(run) else set())
+
+
 REFUSED = (
+    Refused(
+        "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
+        "lora_task_type use_rslora use_dora load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant "
+        "bnb_4bit_quant_storage use_peft",
+        "but a reward model is trained and saved whole, to load as one; leave it out",
+        _is_reward,
+    ),
     # Rows are read, cut, tokenized and packed before TRL sees them.
     Refused("truncation_mode", "but pairs are fitted to max_length by a rule of their own (README); leave it out"),
     Refused("padding_free", "but packed rows hold no padding already; leave it out"),
@@ -155,10 +175,7 @@ REFUSED = (
     Refused(
         "metric_for_best_model",
         "which no evaluation while training gives (eval_loss is one; train_results.json holds them all)",
-        lambda run: (
-            run["metric_for_best_model"].removeprefix("eval_")
-            not in METRICS | (DPO_METRICS if "beta" in run else set())
-        ),
+        lambda run: run["metric_for_best_model"].removeprefix("eval_") not in _metrics(run),
     ),
     # DPO's loss.
     Refused("loss_type", f"but DPO's losses are {', '.join(sorted(LOSSES))}", lambda run: bool(_losses(run) - LOSSES)),
@@ -183,12 +200,12 @@ REFUSED = (
     Refused(
         "label_smoothing_factor",
         "which DPO does not read; pass --label_smoothing, with a loss that does (docs/losses.md)",
-        lambda run: "beta" in run,
+        _is_dpo,
     ),
     Refused(
         "label_smoothing_factor",
-        "which the dft loss does not read; leave it out",
-        lambda run: run["loss_type"] == "dft",
+        "which neither the dft loss nor a reward model's reads; leave it out",
+        lambda run: run.get("loss_type") == "dft" or _is_reward(run),
     ),
     Refused(
         "f_divergence_type",
@@ -229,9 +246,9 @@ REFUSED = (
     ),
     Refused(
         "train_sampling_strategy",
-        "whose batches hold uneven numbers of pairs, of which DPO's loss would count those in small batches for more; "
-        "group_by_length saves padding too",
-        lambda run: run["train_sampling_strategy"] == "batch_rebalance" and "beta" in run,
+        "whose batches hold uneven numbers of pairs, of which a loss over pairs would count those in small batches "
+        "for more; group_by_length saves padding too",
+        lambda run: run["train_sampling_strategy"] == "batch_rebalance" and (_is_dpo(run) or _is_reward(run)),
     ),
 )
 

@@ -63,6 +63,13 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
+def pad_with_end(tokenizer: Any, templated: bool) -> Any:
+    """The tokenizer, padding with the token that training puts at the end of an answer (see `end_token`): a reward
+    model then scores an answer by its last word, be it whole or cut."""
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_token(tokenizer, templated))
+    return tokenizer
+
+
 def sample_plainly(model: Any, tokenizer: Any) -> None:
     """Have a saved model sample from its own distribution, and stop as it has learned to.
 

@@ -30,11 +30,14 @@ def write_card(
     datasets, model = sources_in(resolved), resolved["model_name_or_path"]
     names = {name: public_name(name) for name in (*(one.name for one in datasets), model)}
     local = {name for name in names if Path(name).exists()}  # what the Hub does not have is unlinked
+    explicit = "center_rewards_coefficient" in resolved
+    kind = "reward-model" if explicit else "dpo" if "beta" in resolved else "sft"
     data = ModelCardData(
         library_name="transformers",
         base_model=None if model in local else model,
         datasets=list(dict.fromkeys(one.name for one in datasets if one.name not in local)) or None,
-        tags=["trl", "dpo" if "beta" in resolved else "sft", "tinydpo"],
+        pipeline_tag="text-classification" if kind == "reward-model" else None,
+        tags=["trl", kind, "tinydpo"],
     )
     ModelCard.from_template(
         data,
@@ -44,6 +47,7 @@ def write_card(
         names=names,
         local=local,
         datasets=datasets,
+        kind=kind,
         loss=_loss(resolved) if "beta" in resolved else None,
         train=summary["train"],
         results={k: v for k, v in results.items() if isinstance(v, int | float) and _of_model(k)},

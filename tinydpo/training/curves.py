@@ -16,6 +16,8 @@ PANELS = [
     ("Loss", "nats", _both("loss")),
     ("Reward accuracy", "share of pairs", _both("rewards/accuracies")),
     ("Reward margin", "beta × nats", _both("rewards/margins")),
+    ("Accuracy", "share of pairs", _both("accuracy")),  # of an explicit reward model
+    ("Margin", "chosen minus rejected", _both("margin")),
     ("Rewards", "beta × nats", [("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)]),
 ]  # fmt: skip
 

@@ -194,7 +194,8 @@ def finish(
 
     if trainer.eval_dataset is not None:
         results |= trainer.evaluate()
-    sample_plainly(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
+    if (model := trainer.accelerator.unwrap_model(trainer.model)).can_generate():
+        sample_plainly(model, trainer.processing_class)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -209,7 +210,12 @@ def finish(
 def trained_on_turns(model: str) -> bool | None:
     """Whether a chat template wrote the rows that `model` was trained on, most of them; None where no run says so."""
     rows = read_json(run_of(model) / SUMMARY).get("train", {})
-    return 2 * rows["templated"] > rows["pairs_in"] if "templated" in rows else None
+    return on_turns(rows) if "templated" in rows else None
+
+
+def on_turns(rows: dict[str, Any]) -> bool:
+    """Whether a chat template wrote most rows of a split, by its summary."""
+    return 2 * rows["templated"] > rows["pairs_in"]
 
 
 def environment(seed: int) -> dict[str, Any]:

@@ -32,10 +32,10 @@ def forward_flop(model: Any, tokens: float, scored: float) -> float:
 
     The count of docs/performance.md ("The floor"); attention scores, about 1 % at 128 tokens, are left out.
     """
-    head = model.get_output_embeddings().weight
+    head = getattr(model.get_output_embeddings(), "weight", None)  # none in a reward model
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     blocks = sum(_size(weight) for weight in model.parameters() if id(weight) not in embeddings | {id(head)})
-    return 2 * blocks * tokens + 2 * _size(head) * scored
+    return 2 * blocks * tokens + (0 if head is None else 2 * _size(head) * scored)
 
 
 def _size(weight: torch.Tensor) -> int:
