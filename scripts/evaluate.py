@@ -14,10 +14,10 @@ from tinydpo.data.asked import readable
 from tinydpo.data.pairs import load_split
 from tinydpo.engine.logps import pair_logps, token_logps
 from tinydpo.errors import one_sentence
-from tinydpo.evaluation import metrics
+from tinydpo.evaluation import explicit, metrics
 from tinydpo.evaluation.compared import EvaluateArguments
 from tinydpo.evaluation.results import by_row, make_folder, save
-from tinydpo.evaluation.rewards import RewardArguments, load_rewards, scores_of
+from tinydpo.evaluation.rewards import RewardArguments, each_score, load_rewards
 from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
 from tinydpo.evaluation.table import side_by_side, table
 from tinydpo.launching.arguments import DataArguments
@@ -51,19 +51,19 @@ def main(argv: list[str] | None = None) -> None:
         del model
         gc.collect()
 
-    results = metrics.pair_metrics(logps["policy"], logps["ref"], args.beta)
-    results["trained_share"] = args.trained_share(held_out.texts)
-    results |= metrics.kl_metrics(answer_logps["policy"], answer_logps["ref"])
-    results |= metrics.length_metrics(answers["policy"], answers["ref"])
+    results = metrics.pair_metrics(**logps, beta=args.beta) | {"trained_share": args.trained_share(held_out.texts)}
+    results |= metrics.kl_metrics(*answer_logps.values()) | metrics.length_metrics(**answers)
     written = {role: answers[role].texts(tokenizer) for role in args.models}
     columns = readable(texts, tokenizer) | written | {f"ended_{role}": answers[role].ended for role in args.models}
     if functions:
-        scores = {role: scores_of(functions, texts, written[role], answers[role].ids) for role in args.models}
-        results |= metrics.reward_metrics(scores["policy"], scores["ref"])
+        each = {role: each_score(functions, texts, written[role], answers[role].ids) for role in args.models}
+        scores = {role: rewards.sum(0) for role, rewards in each.items()}
+        results |= metrics.reward_metrics(**scores) | explicit.agreement(reward, each)
         columns |= {f"reward_{role}": scores[role] for role in args.models}
     columns["token_rewards"] = metrics.token_rewards(answer_logps["policy"], answer_logps["ref"], args.beta)
     columns["pieces"] = [pieces(tokenizer, ids) for ids in answers["policy"].ids]
-    pairs = metrics.pair_rewards(logps["policy"], logps["ref"], args.beta)
+    pairs = metrics.pair_rewards(**logps, beta=args.beta)
+    results |= explicit.beside_implicit(reward, functions, held_out, tokenizer, pairs["margin"])
     if "subset" in held_out.pairs.column_names:
         pairs["subset"] = held_out.pairs["subset"][:]
     used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from tinydpo.data.asked import Prompt, dialogue, prompts_of
 from tinydpo.errors import UserError
 from tinydpo.evaluation.sampling import cut_prompt
+from tinydpo.models.ending import without_end
 from tinydpo.models.pretrained import load_as, load_tokenizer
 
 RewardFunction = Callable[..., list[float]]
@@ -84,6 +85,9 @@ def load_reward_model(name: str, revision: str | None, device: str, batch_size: 
     tokenizer.padding_side = "right"  # GPT-2's positions count padding on the left
     model.config.pad_token_id = tokenizer.pad_token_id  # by it the model finds each text's last token
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 4096)
+    # One of scripts/reward.py says so itself: it knows no longer texts, and none that go on behind an answer's end.
+    fitted_to = getattr(model.config, "fitted_to", None)
+    longest = fitted_to or longest
 
     def encode(prompt: Prompt, completion: Prompt) -> dict[str, list[int]]:
         whole = prompt + completion
@@ -91,6 +95,7 @@ def load_reward_model(name: str, revision: str | None, device: str, batch_size: 
             text = whole if isinstance(whole, str) else dialogue(whole)
             return dict(tokenizer(text, truncation=True, max_length=longest))
         text = tokenizer.apply_chat_template(whole, tokenize=False)  # with the begin token, where there is one
+        text = without_end(tokenizer, text) if fitted_to else text
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return {"input_ids": cut_prompt(ids, longest, tokenizer.bos_token_id)}
 
@@ -126,8 +131,17 @@ def load_reward(name: str) -> RewardFunction:
     return reward
 
 
+def each_score(functions: Sequence[RewardFunction], *answers: Any) -> np.ndarray:
+    """`scores_of` answers by each function alone, (functions, n)."""
+    return np.stack([scores_of([function], *answers) for function in functions])
+
+
 def scores_of(
-    functions: Sequence[RewardFunction], texts: Dataset, written: Sequence[str], ids: Sequence[Sequence[int]]
+    functions: Sequence[RewardFunction],
+    texts: Dataset,
+    written: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    prompts: list[Prompt] | None = None,
 ) -> np.ndarray:
     """`rewards` of answers to rows with the columns of `dialogues.TEXTS`.
 
@@ -136,8 +150,9 @@ def scores_of(
         texts: n rows.
         written: an answer to each, in words.
         ids: its tokens.
+        prompts: what was answered, by default the rows' own prompts, whole.
     """
-    prompts, templated = prompts_of(texts), texts["templated"][:]
+    prompts, templated = prompts or prompts_of(texts), texts["templated"][:]
 
     def completions() -> Iterator[Prompt]:
         for prompt, said, by_template in zip(prompts, written, templated, strict=True):

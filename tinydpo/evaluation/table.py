@@ -21,6 +21,12 @@ class Estimate(NamedTuple):
         """The figure, its interval in brackets."""
         return f"{self.value:.3f}" + ("" if self.low is None else f" ({self.low:.3f} to {self.high:.3f})")
 
+    def spread(self) -> str:
+        """The interval: ± half of it where it is as wide to both sides."""
+        low, value, high = self.low, self.value, self.high
+        even = abs(high - 2 * value + low) < 1e-9
+        return f"± {high - value:.3f}" if even else f"95 % between {low:.3f} and {high:.3f}"
+
 
 class Row(NamedTuple):
     """A figure of the policy, the reference's beside it, and what they mean; `chance` is its value under no effect,
@@ -91,6 +97,21 @@ def headline(results: dict[str, Any]) -> list[Row]:
         Row("mean answer length", f"tokens with the end token, of at most {room}", *both("mean_length")),
         Row("ended by themselves", f"share of answers with an end token within {room} tokens", *share("ended")),
     ]
+    if "explicit_accuracy" in r:
+        rows[1:1] = [
+            Row(
+                "reward model's accuracy",
+                "share of the same pairs whose chosen it scores higher",
+                Estimate(r["explicit_accuracy"], *r["explicit_accuracy_ci95"]),
+                chance=0.5,
+            ),
+            Row(
+                "implicit less explicit",
+                "reward accuracy less the reward model's, on the same pairs (paired bootstrap)",
+                Estimate(r["implicit_minus_explicit"], *r["implicit_minus_explicit_ci95"]),
+                chance=0.0,
+            ),
+        ]
     if "win_rate_vs_ref" in r:
         names = [*(settings.get("reward_funcs") or []), Path(settings.get("reward_model_name_or_path") or "").name]
         rows += [
@@ -102,6 +123,15 @@ def headline(results: dict[str, Any]) -> list[Row]:
                 chance=0.5,
             ),
         ]
+    if "rank_correlation" in r:
+        rows.append(
+            Row(
+                "rank correlation",
+                "Spearman's, of the reward model with the reward functions, over both\nmodels' answers",
+                Estimate(r["rank_correlation"], *r["rank_correlation_ci95"]),
+                chance=0.0,
+            )
+        )
     return rows
 
 
@@ -122,7 +152,7 @@ def table(results: dict[str, Any]) -> str:
         if chance == 0.5:
             meaning += ";\n" + beside_chance(policy[1:])
         elif ref is None and policy.low is not None:
-            meaning = f"± {policy.high - policy.value:.3f}{' ' * bool(unit)}{unit}: {meaning}"
+            meaning = f"{policy.spread()}{' ' * bool(unit)}{unit}: {meaning}"
         first, *more = meaning.split("\n")
         lines.append(f"{label:<25}{policy.value:>8.3f}{f'{ref.value:.3f}' if ref else '':>11}   {first}")
         lines.extend(" " * 47 + text for text in more)
