@@ -150,6 +150,16 @@ def test_a_step_does_not_depend_on_its_micro_batches(trainer: Callable, pairs: D
             assert off < 1e-3, f"{batch} pairs at a time train otherwise: {name}'s gradient is off by {off:.1e}"
 
 
+def test_scores_are_float32_whatever_the_blocks_compute_in(trainer: Callable, pairs: Dataset):
+    made = trainer(PackedRewardTrainer, pairs, bf16=True)
+    with torch.no_grad(), made.accelerator.autocast():
+        scores = made.model(**inputs(made)).logits
+    assert scores.dtype == torch.float32, f"two scores differ by steps of {scores.dtype}"
+    exact = trainer(PackedRewardTrainer, pairs)
+    with torch.no_grad():
+        assert 0 < (scores - exact.model(**inputs(exact)).logits).abs().max() < 0.1, "nothing was in bfloat16, or all"
+
+
 def test_a_model_that_ignores_positions_is_refused(models: dict[str, str], trainer: Callable, pairs: Dataset):
     model = AutoModelForSequenceClassification.from_pretrained(models["gpt2"], num_labels=1)
     plain = model.transformer.forward

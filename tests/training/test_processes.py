@@ -77,7 +77,8 @@ def test_two_processes_count_every_pair_of_short_steps_alike(task, tiny_model, t
     short = ["--pairs_per_step", "8", "--per_device_train_batch_size", "4", "--max_steps", "8", "--eval_strategy",
              "steps", "--eval_steps", "4", "--per_device_eval_batch_size", "4", "--learning_rate", "1e-3",
              "--optim", "sgd", "--dataset_name", data, "--model_name_or_path", tiny_model]  # fmt: skip
-    for script, flags in {"sft": [], "dpo": ["--loss_type", "sigmoid", "sft", "--loss_weights", "1", "0.5"]}.items():
+    two_losses = ["--loss_type", "sigmoid", "sft", "--loss_weights", "1", "0.5"]
+    for script, flags in {"sft": [], "dpo": two_losses, "reward": []}.items():
         for config in ("cpu", "multi_cpu"):
             done = launch(config, script, *short, *flags, "--output_dir", tmp_path / f"{script}-{config}")
             assert done.returncode == 0, f"{script} under {config}.yaml fails:\n{done.stdout}{done.stderr}"
