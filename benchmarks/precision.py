@@ -3,8 +3,8 @@
     python benchmarks/precision.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name my_pairs.jsonl
     python benchmarks/precision.py --dataset_name my_pairs.jsonl --tokenizer_name openai-community/gpt2   # tiny GPT-2s
 
-The policy is the model with noise on its weights that moves the margins about as far as DPO does; the reference is the
-model itself. "bf16 logits" is what a head under autocast, as the blocks are, gives.
+The reference is the model; the policy is `--policy`, trained from it, or the model with noise on its weights.
+"bf16 logits" is what a head under autocast, as the blocks are, gives.
 """
 
 import functools
@@ -39,6 +39,7 @@ class PrecisionArguments:
     """What to measure."""
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id; by default tiny random GPT-2s."})
+    policy: str | None = field(default=None, metadata={"help": "With --model: a policy that began from it."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Without --model: folder or Hub id."})
     pairs: int = field(default=200, metadata={"help": "Held-out pairs."})
     noise: float = field(default=0.02, metadata={"help": "Of the policy's weights, in their standard deviations."})
@@ -74,14 +75,16 @@ def noisy(model: PreTrainedModel, noise: float) -> PreTrainedModel:
     return model
 
 
-def measure(make: Callable[[], PreTrainedModel], pairs: Dataset, noise: float) -> dict[str, dict[str, float]]:
+def measure(
+    make: Callable[[], PreTrainedModel], pairs: Dataset, noise: float, policy: str | None = None
+) -> dict[str, dict[str, float]]:
     """By way of computing: figures of the evaluation, and how far each margin is from float32's (root mean square)."""
     results, exact = {}, None
     for way, prepare in WAYS.items():
         with short_products():
             both: list[PairLogps] = [
                 pair_logps(prepare(model), pairs, row_length=ROW if way != "bf16 logits" else None)
-                for model in (noisy(make(), noise), make())
+                for model in (load_model(policy) if policy else noisy(make(), noise), make())
             ]
         margins = pair_rewards(*both, BETA)["margin"]
         exact = margins if exact is None else exact
@@ -111,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(pairs)} held-out pairs, β {BETA}\n\n| model | computed in | margins off by | of | accuracy | NLL |")
     print("| --- | --- | --- | --- | --- | --- |")
     for model, make in makers.items():
-        for way, row in measure(make, pairs, args.noise).items():
+        for way, row in measure(make, pairs, args.noise, args.policy).items():
             print(
                 f"| {model} | {way} | {row['margin error']:.4f} | {row['margin']:.3f} | {row['reward accuracy']:.3f} "
                 f"| {row['NLL']:.4f} |",

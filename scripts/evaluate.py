@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     columns["pieces"] = [pieces(tokenizer, ids) for ids in answers["policy"].ids]
     pairs = metrics.pair_rewards(**logps, beta=args.beta)
     results |= explicit.beside_implicit(reward, functions, held_out, tokenizer, pairs["margin"])
+    results |= metrics.accuracy_by_cut(pairs["margin"], held_out.pairs["whole"][:])
     if "subset" in held_out.pairs.column_names:
         pairs["subset"] = held_out.pairs["subset"][:]
     used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}

@@ -203,3 +203,17 @@ def test_another_budget_or_tokenizer_is_another_cache():
         for tokenizer, *budget in ((words(True), 32, 16), (words(False), 33, 16), (words(False), 32, 17))
     }
     assert len(others | {first}) == 4, "a changed budget or tokenizer is given the old tokens"
+
+
+def test_which_answers_were_cut_is_told():
+    """A whole answer's end token beside a cut one says nothing of what people prefer."""
+    short, long = numbered(5, 100), numbered(90, 200)
+    sides = {
+        "both": (short, numbered(7)),
+        "chosen": (short, long),
+        "rejected": (long, short),
+        "neither": (long, long + " w1"),
+    }
+    rows = [{**PAIR, "chosen": chosen, "rejected": rejected} for chosen, rejected in sides.values()]
+    told = fit(texts(*rows, {**PAIR, "rejected": None}), words(bos=False), 32, 16, workers=1)["whole"][:]
+    assert told == [*sides, None], "evaluation counts pairs of whole answers as cut, or the other way"

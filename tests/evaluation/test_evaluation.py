@@ -21,7 +21,14 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from tinydpo.engine.logps import PairLogps, pair_logps, token_logps
 from tinydpo.errors import UserError
 from tinydpo.evaluation.compared import EvaluateArguments, check_same_vocabulary
-from tinydpo.evaluation.metrics import kl_metrics, length_metrics, pair_metrics, reward_metrics, wilson_interval
+from tinydpo.evaluation.metrics import (
+    accuracy_by_cut,
+    kl_metrics,
+    length_metrics,
+    pair_metrics,
+    reward_metrics,
+    wilson_interval,
+)
 from tinydpo.evaluation.rewards import load_reward, rewards
 from tinydpo.evaluation.sampling import cached_answers, choose_prompts, cut_answer, cut_prompt, sample_answers
 from tinydpo.evaluation.table import beside_chance, side_by_side, table
@@ -192,6 +199,15 @@ def test_pair_metrics_properties(rows: list[tuple[float, ...]], beta: float):
     itself = pair_metrics(policy, policy, beta)
     assert itself["reward_accuracy"] == 0, "a policy equal to its reference prefers nothing: every pair is a tie"
     assert itself["dpo_loss"] == pytest.approx(math.log(2)), "the loss of an untrained policy must be ln 2"
+
+
+def test_pairs_with_a_cut_answer_are_counted_apart():
+    margins, whole = np.array([1.0, -1.0, 0.0, 2.0, 3.0]), ["both", "both", "both", "chosen", "neither"]
+    told = accuracy_by_cut(margins, whole)
+    assert (told["reward_accuracy_whole"], told["reward_accuracy_whole_pairs"]) == (1 / 3, 3), "a tie counts as right"
+    assert (told["reward_accuracy_cut"], told["reward_accuracy_cut_pairs"]) == (1, 2), "cut pairs are lost"
+    assert told["reward_accuracy_cut_ci95"] == list(wilson_interval(2, 2))
+    assert "reward_accuracy_cut" not in accuracy_by_cut(margins[:3], whole[:3]), "a share of no pairs is told"
 
 
 def test_kl_is_zero_against_itself_and_positive_against_another():

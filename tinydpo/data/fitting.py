@@ -17,6 +17,7 @@ from tinydpo.errors import UserError
 from tinydpo.models.ending import end_token
 
 Ids = list[int]
+WHOLE = {(True, True): "both", (True, False): "chosen", (False, True): "rejected", (False, False): "neither"}
 COUNTS = ("prompt_tokens", "completion_tokens", "longest_tokens", "stock_completion_tokens")
 FITTED = Features(
     {
@@ -26,6 +27,7 @@ FITTED = Features(
         "subset": Value("string"),
         "dropped": Value("string"),  # why the pair carries no signal, else null
         "question_whole": Value("bool"),
+        "whole": Value("string"),  # which answers were not cut: both, chosen, rejected, neither; null for one alone
         "stock_kept": Value("bool"),  # whether the stock rule (keep the first tokens) would have kept the pair
         **{name: Value("int32") for name in COUNTS},  # before fitting, BOS and end tokens included;
         # longest: prompt and longer completion; stock: after its cut
@@ -108,6 +110,7 @@ def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: in
                 prompt[len(first) :], question, answers, end=end, bos=first,
                 max_length=max_length, max_question_length=max_question_length,
             )  # fmt: skip
+            whole = [len(part) > len(answer) for part, answer in zip(fitted, answers, strict=True)]
             stock = first_tokens(prompt, [[*answer, end] for answer in answers], max_length)
             empty = not all(answers)  # a blank is an answer: some of HH's prefer it, or not, to words
             rows.append(
@@ -118,6 +121,7 @@ def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: in
                     "subset": batch["subset"][i],
                     "dropped": _reason(batch["broken"][i], empty, fitted_prompt, fitted),
                     "question_whole": len(fitted_prompt) - len(first) >= question,
+                    "whole": None if alone else WHOLE[tuple(whole)],
                     "stock_kept": not empty and all(stock) and (alone or stock[0] != stock[1]),
                     "prompt_tokens": len(prompt),
                     "completion_tokens": sum(len(answer) + 1 for answer in answers) if not batch["broken"][i] else 0,

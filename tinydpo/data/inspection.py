@@ -56,6 +56,7 @@ def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, exa
         *([f"  drawn from {summary['drawn_from']:,} (--max_{name}_pairs)"] if "drawn_from" in summary else []),
         *([f"  not taken as it stands: {_notes(summary['notes'])}"] if summary["notes"] else []),
         *(f"  {what:<24}{ours:>16}{theirs:>20}".rstrip() for what, ours, theirs in rows),
+        *([f"  answers not cut: {_shares(summary['answers_whole'])}"] if summary["answers_whole"] else []),
         f"  token positions a pair: {positions['padded']:.0f} padded to {max_length}, "
         f"{positions['unpadded']:.1f} unpadded, {positions['shared_prefix']:.1f} with the prompt once",
         "  tokens of prompt and longer completion, before fitting:",
@@ -67,6 +68,11 @@ def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, exa
             text = tokenizer.decode(pair[f"{part}_ids"]).replace("\n", "\\n")
             lines.append(f"  {part:>8} ({len(pair[f'{part}_ids']):>3}) {text}")
     return "\n".join(lines)
+
+
+def _shares(whole: Mapping[str, float]) -> str:
+    names = {"both": "both", "chosen": "the chosen alone", "rejected": "the rejected alone", "neither": "neither"}
+    return ", ".join(f"{names[which]} {share:.1%}" for which, share in whole.items())
 
 
 def _counts(numbers: Mapping[str, int]) -> str:

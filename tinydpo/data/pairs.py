@@ -13,7 +13,7 @@ from datasets import Dataset
 from trl.trainer.utils import global_then_local_main_first
 
 from tinydpo.data.dialogues import to_texts
-from tinydpo.data.fitting import fit
+from tinydpo.data.fitting import WHOLE, fit
 from tinydpo.data.held_out import IN_TRAIN_TOO, in_train_too
 from tinydpo.data.records import Names
 from tinydpo.data.sources import draw_pairs, load_records, quiet
@@ -27,7 +27,7 @@ LARGE = 8_000  # rows from which more processes are worth their start
 @dataclass
 class FittedSplit:
     """One split: `texts` (the columns of `dialogues.TEXTS`, kept pairs only), `pairs` in the same order with columns
-    `prompt_ids`, `chosen_ids`, `rejected_ids` and, where the data has them, `subset`; and what fitting did."""
+    `prompt_ids`, `chosen_ids`, `rejected_ids`, `whole` and, where there are some, `subset`; and what fitting did."""
 
     texts: Dataset
     pairs: Dataset
@@ -108,7 +108,7 @@ def _fit_split(
     kept = np.flatnonzero(pc.is_null(fitted.with_format("arrow")[:]["dropped"]))
     if not len(kept):
         raise UserError(f"{data.names}: no pair of the {split} split is left, dropped: {summary['dropped']}")
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids", "whole"]
     if any(subset is not None for subset in fitted.unique("subset")):
         columns.append("subset")
     return FittedSplit(texts.select(kept), fitted.select(kept).select_columns(columns), summary)
@@ -136,7 +136,8 @@ def summarize(fitted: Dataset, max_length: int) -> dict[str, Any]:
 
     Returns:
         Counts (`pairs_in`, `pairs_kept`, `dropped` by reason), shares from 0 to 1 of what all pairs held before
-        (dropped pairs count as 0, end tokens count), `sha256` of all tokens in order, `tokens_per_pair` in token
+        (dropped pairs count as 0, end tokens count), `answers_whole` (shares of kept pairs), `sha256` of all tokens in
+        order, `tokens_per_pair` in token
         positions, `stock`, and `lengths`.
     """
     table = fitted.with_format("arrow")[:]  # on disk: 160,000 pairs as Python lists are gigabytes
@@ -146,6 +147,7 @@ def summarize(fitted: Dataset, max_length: int) -> dict[str, Any]:
     )
     before, longest, all_tokens = (table[f"{n}_tokens"].to_numpy() for n in ("prompt", "longest", "completion"))
     stock_kept, whole = table["stock_kept"].to_numpy(), table["question_whole"].to_numpy()
+    answers_whole = table["whole"].filter(table["dropped"].is_null()).drop_null().to_numpy()
     answers = 1 + (rejected[kept] > 0)  # SFT rows may have one completion
     longest = longest[all_tokens > 0]  # broken rows have no length
 
@@ -169,6 +171,7 @@ def summarize(fitted: Dataset, max_length: int) -> dict[str, Any]:
         "completion_tokens_kept": share((chosen + rejected)[kept], all_tokens),
         "prompt_tokens_kept": share(prompt[kept], before),
         "questions_whole": mean(kept & whole),
+        "answers_whole": {name: mean(answers_whole == name) for name in WHOLE.values()} if len(answers_whole) else {},
         "tokens_per_pair": {
             "padded": mean(answers * max_length),
             "unpadded": mean(answers * prompt[kept] + (chosen + rejected)[kept]),

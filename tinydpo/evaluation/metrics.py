@@ -1,6 +1,7 @@
 """The figures of an evaluation, as functions of log-probs, answers and rewards: arithmetic only, no model."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -58,6 +59,22 @@ def pair_metrics(policy: PairLogps, ref: PairLogps, beta: float) -> dict[str, An
         "raw_likelihood_accuracy_policy": float((policy.chosen > policy.rejected).mean()),
         "raw_likelihood_accuracy_ref": float((ref.chosen > ref.rejected).mean()),
     }
+
+
+def accuracy_by_cut(margins: np.ndarray, whole: Sequence[str]) -> dict[str, Any]:
+    """Reward accuracy of n pairs, apart where `max_length` left both answers whole (`whole` is "both") and where not.
+
+    Returns:
+        `reward_accuracy_whole` and `reward_accuracy_cut`, each with its `_ci95` and `_pairs`; of no pairs, nothing.
+    """
+    right, both = margins > 0, np.array([which == "both" for which in whole])
+    results: dict[str, Any] = {}
+    for name, part in (("whole", right[both]), ("cut", right[~both])):
+        if len(part):
+            key = f"reward_accuracy_{name}"
+            interval = list(wilson_interval(int(part.sum()), len(part)))
+            results |= {key: float(part.mean()), f"{key}_ci95": interval, f"{key}_pairs": len(part)}
+    return results
 
 
 def standard_error(values: np.ndarray) -> float:

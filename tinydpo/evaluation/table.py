@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 
+CUT = (("whole", "both whole", "with both answers whole"), ("cut", "one cut", "with an answer that max_length cuts"))
+
 
 class Estimate(NamedTuple):
     """A figure and, where there is one, its 95 % interval."""
@@ -67,6 +69,16 @@ def headline(results: dict[str, Any]) -> list[Row]:
             "share of pairs whose chosen has the higher implicit reward\n(β log π/π_ref; ties count as wrong)",
             Estimate(r["reward_accuracy"], *r["reward_accuracy_ci95"]),
             chance=0.5,
+        ),
+        *(
+            Row(
+                f"… {which}",
+                f"the same over {r[f'reward_accuracy_{name}_pairs']} pairs, {meaning}",
+                Estimate(r[f"reward_accuracy_{name}"], *r[f"reward_accuracy_{name}_ci95"]),
+                chance=0.5,
+            )
+            for name, which, meaning in CUT
+            if {"reward_accuracy_whole", "reward_accuracy_cut"} <= r.keys()
         ),
         Row(
             "reward margin",
