@@ -132,6 +132,7 @@ def test_garbage_and_refusals_are_invalid_and_kept(said: Any, tmp_path: Path):
         ("Both say the same; More helpful: tie", "tie"),
         ("I cannot say which reply is more helpful: A", "invalid"),
         ("A. More helpful: B, though A is kinder.", "invalid"),
+        ("The answer to the question is:\n\n[reply B]", "invalid"),
     ],
 )
 def test_verdicts_are_read_from_the_last_line(said: str, verdict: str):

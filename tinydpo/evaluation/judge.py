@@ -40,7 +40,10 @@ Answer in two lines:
 Comparison: <one sentence on which reply helps more, and why>
 More helpful: <A, B or tie>"""
 # A line of its own or, as small models write it, the label that was asked for at the end of a sentence's line.
-VERDICT = re.compile(r"(?:\A\W*(?:(?i:more helpful)\W+)?|\bMore [Hh]elpful\W*:\W*)(?i:reply\W+)?(A|B|(?i:tie))\W*\Z")
+# "[reply B]" is the question's own marker, which the smallest repeat.
+VERDICT = re.compile(
+    r"(?:\A(?!\[reply)\W*(?:(?i:more helpful)\W+)?|\bMore [Hh]elpful\W*:\W*)(?i:reply\W+)?(A|B|(?i:tie))\W*\Z"
+)
 MAX_TOKENS = 200  # ample for a sentence and the verdict
 RETRIES = 5  # of 429, 5xx, time-outs and lost connections; the client waits longer each time, or as the server asks
 

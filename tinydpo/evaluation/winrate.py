@@ -162,7 +162,7 @@ def itself(calibration: dict[str, Any]) -> str:
     return (
         f"sides with the data's labels on {c['agreement']:.3f} of {c['pairs']} held-out pairs (ties half, 95 % "
         f"between {low:.3f} and {high:.3f}); {c['turned_share']:.0%} of its verdicts turn with the order, "
-        f"{c['invalid']} are invalid"
+        f"{c['invalid']} pairs are invalid"
     )
 
 
