@@ -119,7 +119,7 @@ def headline(results: dict[str, Any]) -> list[Row]:
             ),
             Row(
                 "implicit less explicit",
-                "reward accuracy less the reward model's, on the same pairs (paired bootstrap)",
+                "reward accuracy less the reward model's,\non the same pairs (paired bootstrap)",
                 Estimate(r["implicit_minus_explicit"], *r["implicit_minus_explicit_ci95"]),
                 chance=0.0,
             ),
@@ -139,7 +139,7 @@ def headline(results: dict[str, Any]) -> list[Row]:
         rows.append(
             Row(
                 "rank correlation",
-                "Spearman's, of the reward model with the reward functions, over both\nmodels' answers",
+                "Spearman's, of the reward\nmodel with the reward functions, over both models' answers",
                 Estimate(r["rank_correlation"], *r["rank_correlation_ci95"]),
                 chance=0.0,
             )
