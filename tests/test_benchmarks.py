@@ -13,6 +13,7 @@ from running import BIN, ROOT, call
 from tinydpo.models.precision import fast_bf16
 
 
+@pytest.mark.slow
 def test_throughput_holds_tinydpo_against_its_peers(tmp_path: Path):
     """One step of a toy model: far from the documented ratios, but never slower or larger than stock TRL."""
     done = call(sys.executable, "benchmarks/throughput.py", "--model", "gpt2-tiny", "--steps", "1", "--threads", "1",
@@ -28,6 +29,7 @@ def test_throughput_holds_tinydpo_against_its_peers(tmp_path: Path):
     assert len(table) == 1, f"the Markdown table lacks tinydpo's row:\n{done.stdout}"
 
 
+@pytest.mark.slow
 def test_throughput_in_bf16(tmp_path: Path):
     """On a machine without it too, where it only says that it is slow."""
     done = call(sys.executable, "benchmarks/throughput.py", "--model", "gpt2-tiny", "--steps", "1", "--threads", "1",

@@ -63,6 +63,7 @@ def test_accelerates_way_of_asking_is_taken_over(monkeypatch: pytest.MonkeyPatch
     assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ, "accelerate compiles the model a second time, as a whole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"activation_checkpointing": True}, {"peft_config": LoraConfig()}], ids=["checkpointing", "adapters"]
 )

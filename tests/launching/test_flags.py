@@ -283,6 +283,7 @@ def test_an_optimizer_that_can_be_made_goes_on(tmp_path: Path):
         assert "no/model" in told, f"{argv} is refused: {told}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", CONFIGS)
 def test_metrics_that_may_choose_the_best_are_those_of_an_evaluation(
     script: str, tiny_model: Path, task: Path, tmp_path: Path

@@ -74,7 +74,7 @@ def cut_short(command: list[Any], whole: Path, tmp_path_factory: pytest.TempPath
 FILES = [WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
+@pytest.mark.parametrize("damage", ["missing", pytest.param("truncated", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_set_aside(
     name: str, damage: str, command: list[Any], whole: Path, cut_short: Path, tmp_path: Path

@@ -66,6 +66,7 @@ def test_two_processes_give_the_losses_of_one(task, tiny_model, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_pair_of_short_steps_alike(task, tiny_model, tmp_path):
     """Over 26 pairs, 8 a step and 4 at a time: the last step of an epoch leaves the second process none, and so does
     the last round of 17 held-out pairs."""
