@@ -1,4 +1,4 @@
-"""Preference-tune a fine-tuned model with DPO; policy and reference both start from its checkpoint.
+"""Preference-tune a fine-tuned model with DPO; its checkpoint is the reference too, unless another is named.
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/dpo.py \
         --config recipes/gpt2-medium-hh/dpo.yaml --beta 0.3
@@ -10,7 +10,7 @@ act, here and in the recipe, or are refused (--help).
 from functools import partial
 
 from tinydpo.errors import one_sentence
-from tinydpo.launching.arguments import DataArguments, RunArguments
+from tinydpo.launching.arguments import DataArguments, ReferenceArguments, RunArguments
 from tinydpo.launching.parsing import parse_resolved
 from tinydpo.training.peers import told_of_lost_peers
 
@@ -18,26 +18,30 @@ from tinydpo.training.peers import told_of_lost_peers
 def main(argv: list[str] | None = None) -> None:
     from trl import DPOConfig, ModelConfig
 
-    types = (DataArguments, RunArguments, DPOConfig, ModelConfig)
-    (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
+    types = (DataArguments, RunArguments, DPOConfig, ModelConfig, ReferenceArguments)
+    (data, run, training, model, _), resolved = parse_resolved(*types, argv=argv)
 
     from tinydpo.engine.shared_prefix import SharedPrefixDPOTrainer
     from tinydpo.engine.trainers import FittedDPOTrainer
     from tinydpo.models import adapters
+    from tinydpo.training.reference import load_reference
     from tinydpo.training.runs import train
     from tinydpo.training.start import build, start
 
     if (given := start(data, run, training, model, resolved)) is None:
         return
+    configs = adapters.configs(model)
+    reference = load_reference(resolved, training, configs["quantization_config"])
     engine = partial(SharedPrefixDPOTrainer, row_length=run.row_length) if run.shared_prefix else FittedDPOTrainer
     trainer = build(
         lambda: engine(
             model=model.model_name_or_path,
+            ref_model=reference,
             args=training,
             train_dataset=given.train,
             eval_dataset=given.test,
             processing_class=given.tokenizer,
-            **adapters.configs(model),
+            **configs,
         ),
         model,
     )

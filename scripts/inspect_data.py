@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinydpo.errors import UserError, one_sentence
-from tinydpo.launching.arguments import DataArguments, RunArguments
+from tinydpo.launching.arguments import DataArguments, ReferenceArguments, RunArguments
 from tinydpo.launching.parsing import parse
 
 
@@ -27,7 +27,7 @@ class InspectArguments:
 def main(argv: list[str] | None = None) -> None:
     from trl import DPOConfig, ModelConfig, SFTConfig
 
-    recipe = (SFTConfig, DPOConfig, ModelConfig, RunArguments)
+    recipe = (SFTConfig, DPOConfig, ModelConfig, RunArguments, ReferenceArguments)
     look, data = parse(InspectArguments, DataArguments, argv=argv, ignored=recipe)
     if look.json and not Path(look.json).absolute().parent.is_dir():
         raise UserError(f"--json {look.json}: the folder does not exist; make it first")

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from tinydpo.engine.logps import PairLogps, pair_logps, token_logps
 from tinydpo.errors import UserError
-from tinydpo.evaluation.compared import EvaluateArguments, check_same_vocabulary
+from tinydpo.evaluation.compared import EvaluateArguments
 from tinydpo.evaluation.metrics import (
     accuracy_by_cut,
     kl_metrics,
@@ -32,6 +32,7 @@ from tinydpo.evaluation.metrics import (
 from tinydpo.evaluation.rewards import load_reward, rewards
 from tinydpo.evaluation.sampling import cached_answers, choose_prompts, cut_answer, cut_prompt, sample_answers
 from tinydpo.evaluation.table import beside_chance, side_by_side, table
+from tinydpo.models.pretrained import check_same_vocabulary
 
 GPT2_TOKENIZER = ROOT.parent / "shared" / "gpt2-tokenizer"
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -172,6 +172,7 @@ dpo  --ref_model_sync_steps 1
 dpo  --ref_model_sync_steps 0 --sync_ref_model true
 dpo  --sync_ref_model true --precompute_ref_log_probs true
 dpo  --sync_ref_model true --use_peft true
+dpo  --sync_ref_model true --ref_model_name_or_path no/other
 dpo  --train_sampling_strategy batch_rebalance
 reward --train_sampling_strategy batch_rebalance
 reward --label_smoothing_factor 0.1

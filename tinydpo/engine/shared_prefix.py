@@ -98,16 +98,18 @@ class PackedTrainer:
             for mode in (False, True):
                 self._check(self.model.train(mode))
             self.model.train(before)
+            for reference in models[1:]:  # it may be of another kind
+                self._check(reference)
         for model in models if self._compile else ():
             compile_blocks(_causal_lm(model), self._compile)
         self._compile = None
 
     @torch.no_grad()
     def _check(self, model: torch.nn.Module) -> None:
-        """Hold one full row of the run's own data against the plain forward, once in each mode."""
-        if model.training in self._checked:
+        """Hold one full row of the run's own data against the plain forward, once a model and mode."""
+        if (mode := (model is getattr(self, "ref_model", None), model.training)) in self._checked:
             return
-        self._checked.add(model.training)
+        self._checked.add(mode)
         lm, collator = _causal_lm(self.accelerator.unwrap_model(model)), self.data_collator
         if model.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
             raise UserError(f"packed rows need dropout off; leave --disable_dropout true, or {INSTEAD}")
@@ -157,6 +159,8 @@ class SharedPrefixDPOTrainer(PackedTrainer, FittedDPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self._check(model)
+        if self.ref_model is not None:
+            self._check(self.ref_model)
         return super()._compute_loss(model, inputs, return_outputs)
 
 

@@ -85,8 +85,8 @@ class FittedDPOTrainer(WholeCheckpoints, ByLength, Float32Head, Counted, PairsAl
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """TRL's own, with all that changes the log-probs in the cache's key, not data and weights alone."""
-        if is_deepspeed_zero3_enabled() and self.ref_model is None and isinstance(self._precompute_model_hash, str):
-            self._precompute_model_hash = hash_split(self.model)
+        if is_deepspeed_zero3_enabled() and isinstance(self._precompute_model_hash, str):
+            self._precompute_model_hash = hash_split(self.ref_model or self.model)
         weights = self._precompute_model_hash
         args = self.args
         precision = (args.bf16, args.fp16, args.tf32, self.model.config._attn_implementation)

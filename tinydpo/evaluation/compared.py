@@ -11,10 +11,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tinydpo.data.trained import trained_share
-from tinydpo.errors import UserError
 from tinydpo.files import read_run_config
 from tinydpo.launching.arguments import RowArguments, row_length_for
-from tinydpo.models.pretrained import differing_tokens, load_tokenizer
+from tinydpo.models.pretrained import check_same_vocabulary, load_tokenizer
 
 
 @dataclass
@@ -101,16 +100,3 @@ class EvaluateArguments(RowArguments, ComparedModels):
                 "beta and temperature must be above 0, top_k at least 0 and top_p between 0 and 1, "
                 f"got {self.beta}, {self.temperature}, {self.top_k} and {self.top_p}"
             )
-
-
-def check_same_vocabulary(policy: PreTrainedTokenizerBase, ref: PreTrainedTokenizerBase) -> None:
-    """Log-probs of the same token ids can be compared only where the ids mean the same tokens.
-
-    Raises:
-        UserError: the two vocabularies differ.
-    """
-    if differ := differing_tokens(policy, ref):
-        raise UserError(
-            f"policy and reference have different vocabularies ({len(differ)} tokens differ, such as {differ[0]!r}); "
-            "pass as --ref_model_name_or_path the model that the policy was trained from"
-        )

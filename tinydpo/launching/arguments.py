@@ -214,3 +214,26 @@ class RunArguments(RowArguments):
         """Refuse what cannot be meant (ValueError)."""
         if self.eval_pairs < 1:
             raise ValueError(f"eval_pairs must be at least 1, got {self.eval_pairs}; --eval_strategy no turns it off")
+
+
+@dataclass
+class ReferenceArguments:
+    """What a DPO run is held against, where that is another model than the one it starts from."""
+
+    ref_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The reference: folder or Hub id; by default the model that training starts from. For rounds, "
+            "which start from the last policy and keep the first SFT model."
+        },
+    )
+    ref_model_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of a reference on the Hub."}
+    )
+
+    def __post_init__(self):
+        """Refuse what cannot be meant (ValueError)."""
+        if self.ref_model_revision and not self.ref_model_name_or_path:
+            raise ValueError(
+                f"ref_model_revision is {self.ref_model_revision}, of no model; pass --ref_model_name_or_path as well"
+            )

@@ -245,6 +245,11 @@ REFUSED = (
         lambda run: run["use_peft"],
     ),
     Refused(
+        "sync_ref_model",
+        "but --ref_model_name_or_path names a reference that stands still; leave one of the two out",
+        lambda run: bool(run.get("ref_model_name_or_path")),
+    ),
+    Refused(
         "train_sampling_strategy",
         "whose batches hold uneven numbers of pairs, of which a loss over pairs would count those in small batches "
         "for more; group_by_length saves padding too",

@@ -52,11 +52,7 @@ def configs(model_args: Any) -> dict[str, Any]:
     from trl import get_peft_config, get_quantization_config
 
     name = model_args.model_name_or_path
-    if (Path(name) / CONFIG).exists():
-        raise UserError(
-            f"{name} is an adapter, and training starts from a plain checkpoint: put it into its base's weights with "
-            f"`scripts/merge.py --model_name_or_path {name} --output_dir {name}-merged`, and start from that folder"
-        )
+    refuse_adapter(name, "training starts from a plain checkpoint", "start from that folder")
     quantization, peft = get_quantization_config(model_args), get_peft_config(model_args)
     if quantization is not None:
         import bitsandbytes.nn.modules
@@ -67,6 +63,15 @@ def configs(model_args: Any) -> dict[str, Any]:
         if not Path(name).exists():
             peft.revision = model_args.model_revision  # or the adapter would name its base without it
     return {"quantization_config": quantization, "peft_config": peft}
+
+
+def refuse_adapter(name: str, needed: str, instead: str) -> None:
+    """Refuse a local adapter where TRL would load a model (UserError that says how to make one of it)."""
+    if (Path(name) / CONFIG).exists():
+        raise UserError(
+            f"{name} is an adapter, and {needed}: put it into its base's weights with "
+            f"`scripts/merge.py --model_name_or_path {name} --output_dir {name}-merged`, and {instead}"
+        )
 
 
 def base_record(resolved: dict[str, Any]) -> dict[str, str]:

@@ -38,6 +38,23 @@ def differing_tokens(one: Any, other: Any) -> list[str]:
     return sorted({token for token, _ in one.get_vocab().items() ^ other.get_vocab().items()})
 
 
+def check_same_vocabulary(policy: Any, ref: Any) -> None:
+    """Log-probs of the same token ids can be compared only where the ids mean the same tokens.
+
+    Args:
+        policy: its tokenizer.
+        ref: the reference's.
+
+    Raises:
+        UserError: the two vocabularies differ.
+    """
+    if differ := differing_tokens(policy, ref):
+        raise UserError(
+            f"policy and reference have different vocabularies ({len(differ)} tokens differ, such as {differ[0]!r}); "
+            "pass as --ref_model_name_or_path a model of the policy's vocabulary, such as the one it was trained from"
+        )
+
+
 def load_as(architecture: Any, name: str, revision: str | None, device: Any = None) -> tuple[Any, dict[str, Any]]:
     """Load a model in float32 and eval mode, and transformers' report of missing and unexpected weights.
 

@@ -28,7 +28,9 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     datasets, model = sources_in(resolved), resolved["model_name_or_path"]
-    names = {name: public_name(name) for name in (*(one.name for one in datasets), model)}
+    reference = resolved.get("ref_model_name_or_path")
+    named = [*(one.name for one in datasets), model, *[reference] * bool(reference)]
+    names = {name: public_name(name) for name in named}
     local = {name for name in names if Path(name).exists()}  # what the Hub does not have is unlinked
     explicit = "center_rewards_coefficient" in resolved
     kind = "reward-model" if explicit else "dpo" if "beta" in resolved else "sft"

@@ -165,13 +165,15 @@ def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[st
 
     from tinydpo.data.trained import write_trained
     from tinydpo.models.adapters import base_record
+    from tinydpo.training.reference import reference_record
 
     main, other = trainer.is_world_process_zero(), []
-    base = base_record(resolved) if main else {}
+    weights = base_record(resolved) | reference_record(resolved) if main else {}
     if main and any(folder.glob("checkpoint-*")):
-        data, weights = read_json(folder / SUMMARY), read_json(folder / ENVIRONMENT).get("base_sha256")
+        data, before = read_json(folder / SUMMARY), read_json(folder / ENVIRONMENT)
         other = [one.name for one in sources_in(resolved)] if data and data != summary else []
-        other += [resolved["model_name_or_path"]] if weights and weights != base.get("base_sha256") else []
+        for name, digest in (("model_name_or_path", "base_sha256"), ("ref_model_name_or_path", "ref_sha256")):
+            other += [resolved[name]] if before.get(digest) and before[digest] != weights.get(digest) else []
     if other := broadcast_object_list([other])[0]:
         raise UserError(
             f"{other[0]} has changed since the run in {folder} began; delete that, or pass another --output_dir"
@@ -181,7 +183,7 @@ def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[st
     write_whole(folder / RUN_CONFIG, yaml.safe_dump(_plain(resolved)))
     write_json(folder / SUMMARY, summary)
     write_trained(folder, texts)
-    write_json(folder / ENVIRONMENT, environment(trainer.args.seed) | base)
+    write_json(folder / ENVIRONMENT, environment(trainer.args.seed) | weights)
 
 
 def finish(

@@ -16,7 +16,8 @@ from tinydpo.launching.machine import prepare
 from tinydpo.launching.refused import refuse
 from tinydpo.launching.rehearsal import rehearse
 from tinydpo.models.hub import patiently, told_plainly
-from tinydpo.models.pretrained import load_tokenizer
+from tinydpo.models.pretrained import check_same_vocabulary, load_tokenizer
+from tinydpo.training.reference import other_reference
 from tinydpo.training.runs import FINISHED, is_finished
 
 Trainer = TypeVar("Trainer")
@@ -66,6 +67,10 @@ def start(
     name, revision = model.model_name_or_path, model.model_revision
     tokenizer = as_asked(load_tokenizer(name, revision, training.trust_remote_code), training)
     check_model(name, revision, tokenizer, training.max_length, training.trust_remote_code)
+    if reference := other_reference(resolved):
+        theirs = load_tokenizer(*reference, training.trust_remote_code)
+        check_same_vocabulary(tokenizer, theirs)
+        check_model(*reference, tokenizer, training.max_length, training.trust_remote_code)
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs, training.dataset_num_proc)
     summary = {name: split.summary for name, split in splits.items()}
     if not rank() and (line := told(summary)):

@@ -1,0 +1,129 @@
+"""A reference other than the model that DPO starts from: what the loss is measured against, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from running import log, run
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from tinydpo.data.pairs import load_pairs
+from tinydpo.errors import UserError
+from tinydpo.launching.arguments import DataArguments
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ONE_STEP = ["--max_steps", "1", "--pairs_per_step", "96", "--per_device_train_batch_size", "96", "--eval_strategy",
+            "no", "--save_strategy", "no"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, moved some nats away from itself."""
+    model, generator = AutoModelForCausalLM.from_pretrained(tiny_model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("reference") / "policy"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another kind with the policy's vocabulary."""
+    folder, end = tmp_path_factory.mktemp("reference") / "llama", tiny_tokenizer.eos_token_id
+    torch.manual_seed(2)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), max_position_embeddings=192, eos_token_id=end, initializer_range=0.3, **shape
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def dpo(policy: Path, task: Path, folder: Path, ref: Path, *flags: str) -> None:
+    run("dpo", "--model_name_or_path", policy, "--ref_model_name_or_path", ref, "--dataset_name", task / "data",
+        "--output_dir", folder, *flags)  # fmt: skip
+
+
+@torch.no_grad()
+def log_ratio(model: Any, pair: dict[str, list[int]]) -> float:
+    """Log p(chosen) − log p(rejected), each sequence alone."""
+    logps = []
+    for side in ("chosen_ids", "rejected_ids"):
+        ids = torch.tensor([pair["prompt_ids"] + pair[side]])
+        tokens = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
+        logps.append(float(tokens[0, len(pair["prompt_ids"]) - 1 :].double().sum()))
+    return logps[0] - logps[1]
+
+
+def loss_directly(policy: Path, ref: Path, task: Path, beta: float) -> float:
+    """Eq. 7 of arXiv 2305.18290 over all training pairs."""
+    data = DataArguments(dataset_name=str(task / "data"))
+    pairs = load_pairs(data, AutoTokenizer.from_pretrained(policy), 128)["train"].pairs
+    one, other = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (policy, ref))
+    return float(-F.logsigmoid(torch.tensor([beta * (log_ratio(one, p) - log_ratio(other, p)) for p in pairs])).mean())
+
+
+@pytest.mark.parametrize("other", ["tiny_model", "llama"])
+@pytest.mark.parametrize("shared_prefix", ["true", "false"])
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_the_first_loss_is_that_of_the_two_models(
+    other: str, shared_prefix: str, cached: str, policy: Path, task: Path, tmp_path: Path,
+    request: pytest.FixtureRequest,
+):  # fmt: skip
+    ref = request.getfixturevalue(other)
+    wanted = loss_directly(policy, ref, task, 0.5)
+    assert abs(wanted - 0.6931) > 0.01, "the two models are too near for this to show anything"
+    flags = ["--shared_prefix", shared_prefix, "--precompute_ref_log_probs", cached, "--beta", "0.5"]
+    dpo(policy, task, tmp_path / "run", ref, *ONE_STEP, *flags)
+    assert log(tmp_path / "run", "loss")[0] == pytest.approx(wanted, abs=1e-4), "the loss has another reference"
+
+
+def test_an_adapter_has_it_too_and_the_cache_knows_it(policy: Path, tiny_model: Path, task: Path, tmp_path: Path):
+    flags = [*ONE_STEP, "--beta", "0.5", "--precompute_ref_log_probs", "true", "--use_peft", "true", "--lora_r", "4"]
+    flags += ["--disable_dropout", "true", "--lora_dropout", "0"]
+    dpo(policy, task, tmp_path / "own", policy, *flags)
+    assert log(tmp_path / "own", "loss")[0] == pytest.approx(0.6931, abs=1e-4), "it starts away from itself"
+    dpo(policy, task, tmp_path / "other", tiny_model, *flags)
+    wanted = loss_directly(policy, tiny_model, task, 0.5)
+    assert log(tmp_path / "other", "loss")[0] == pytest.approx(wanted, abs=1e-4), "an adapter's base is the reference"
+
+
+def test_a_run_is_bound_to_its_reference(policy: Path, tiny_model: Path, llama: Path, task: Path, tmp_path: Path):
+    ref = Path(shutil.copytree(tiny_model, tmp_path / "sft"))
+    flags = [policy, task, tmp_path / "run", ref, "--max_steps", "2", "--save_steps", "1", "--eval_strategy", "no"]
+    dpo(*flags)
+    card = (tmp_path / "run/README.md").read_text()
+    assert "| Starts from | `policy`" in card and "| Reference | `sft`" in card, "the card names one of the two alone"
+    with pytest.raises(UserError, match=r"ref_model_name_or_path: .*sft.*llama"):
+        dpo(*flags[:3], llama, *flags[4:])
+    (tmp_path / "run/train_results.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    shutil.copy(policy / "model.safetensors", ref / "model.safetensors")
+    with pytest.raises(UserError, match=r"sft has changed since the run"):
+        dpo(*flags)
+    shutil.copy(tiny_model / "model.safetensors", ref / "model.safetensors")
+    dpo(*flags)
+    assert json.loads((tmp_path / "run/train_results.json").read_text())["epoch"] > 0, "it does not go on"
+
+
+def test_what_cannot_be_compared_is_one_sentence(policy: Path, tiny_model: Path, task: Path, tmp_path: Path):
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(UserError, match=r"different vocabularies.*<new>.*--ref_model_name_or_path"):
+        dpo(policy, task, tmp_path / "run", other)
+    with pytest.raises(UserError, match="no/such/model"):
+        dpo(policy, task, tmp_path / "run", "no/such/model")
+    with pytest.raises(UserError, match=r"ref_model_revision is main.*--ref_model_name_or_path"):
+        run("dpo", "--model_name_or_path", policy, "--dataset_name", task / "data", "--output_dir", tmp_path / "run",
+            "--ref_model_revision", "main")  # fmt: skip
+    assert not (tmp_path / "run").exists(), "a refused run left a folder behind"
