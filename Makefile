@@ -26,11 +26,12 @@ dpo:                 STAGE = dpo
 reward:              STAGE = reward
 evaluate playground: STAGE = evaluate
 frontier:            STAGE = frontier
+pairs:               STAGE = pairs
 winrate:             STAGE = winrate
 merge:               STAGE = dpo-lora
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft dpo reward merge evaluate frontier winrate report playground inspect bench speedrun test test-all lint clean
+.PHONY: help install quickstart sft dpo reward merge pairs evaluate frontier winrate report playground inspect bench speedrun test test-all lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -62,6 +63,10 @@ dpo: $(LAUNCHER) ## Preference-tune it with DPO (runs the SFT it starts from fir
 reward: $(LAUNCHER) ## Train a reward model on the same pairs, to hold the implicit reward against
 	+@$(NEEDS_START)
 	$(LAUNCH) scripts/reward.py $(TRAIN)
+
+pairs: install ## The policy's own answers, scored and paired: on-policy data for `make dpo`
+	+@$(NEEDS_START)
+	$(PYTHON) scripts/sample_pairs.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
 merge: install ## Put a LoRA adapter into its base's weights: a plain checkpoint
 	$(PYTHON) scripts/merge.py --model_name_or_path runs/$(notdir $(RECIPE))/$(STAGE) --output_dir runs/$(notdir $(RECIPE))/$(STAGE)-merged $(ARGS)

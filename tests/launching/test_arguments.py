@@ -294,6 +294,11 @@ def test_every_shipped_recipe_parses(path: Path):
 
         parsed = parse(FrontierArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
         assert Path(keys["dpo_config"]).parent.name == path.parent.name, "a frontier of another recipe's runs"
+    elif path.name == "pairs.yaml":
+        from tinydpo.evaluation.on_policy import PairsArguments
+        from tinydpo.evaluation.rewards import RewardArguments
+
+        parsed = parse(PairsArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
     else:
         types = {"sft": SFT, "reward": REWARD}.get(path.stem.split("-")[0], DPO)
         parsed = parse(*types, argv=["--config", str(path)])

@@ -8,7 +8,7 @@ texts. A reward model reads messages in its own chat template, never in the poli
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,21 @@ def scores_of(
     """
     prompts, templated = prompts or prompts_of(texts), texts["templated"][:]
 
-    def completions() -> Iterator[Prompt]:
-        for prompt, said, by_template in zip(prompts, written, templated, strict=True):
-            # HH's form has a space before an answer's words, which are the message.
-            content = said if by_template else said.removeprefix(" ")
-            yield said if isinstance(prompt, str) else [{"role": "assistant", "content": content}]
+    completions = [*map(completion_of, prompts, written, templated)]
+    return rewards(functions, prompts, completions, completion_ids=list(ids))
 
-    return rewards(functions, prompts, list(completions()), completion_ids=list(ids))
+
+def completion_of(prompt: Prompt, said: str, templated: bool) -> Prompt:
+    """An answer as the data have it: a message after messages, else a text.
+
+    Args:
+        prompt: what was answered.
+        said: the answer in words, as the model wrote them after the prompt.
+        templated: whether a chat template wrote that. HH's form has a space before an answer's words, which are the
+            message.
+    """
+    content = said if templated else said.removeprefix(" ")
+    return said if isinstance(prompt, str) else [{"role": "assistant", "content": content}]
 
 
 def rewards(

@@ -86,6 +86,22 @@ def margin_histogram(margins: Sequence[float]) -> Figure:
 
 
 @styled
+def reward_histogram(
+    every: Sequence[float], chosen: Sequence[float], rejected: Sequence[float], reward: str
+) -> Figure:
+    """Rewards of all sampled answers, and of those that became the chosen and the rejected side of a pair."""
+    figure, axes = _figure()
+    edges = np.histogram_bin_edges(np.asarray(every, dtype=float), 40)
+    for values, name, colour, line in (
+        (every, "all answers", GREY, "-"), (chosen, "chosen", BLUE, "-"), (rejected, "rejected", ORANGE, "--"),
+    ):  # fmt: skip
+        axes.hist(values, edges, histtype="step", color=colour, linestyle=line, label=name)
+    axes.legend(frameon=False)
+    axes.set(xlabel=f"reward: {_short(reward, 60)}", ylabel="answers")
+    return figure
+
+
+@styled
 def accuracy_by(groups: Sequence[Group]) -> Figure:
     """Reward accuracy of each group with its 95 % Wilson interval, beside chance."""
     figure, axes = _figure(4.6, 1.0 + 0.32 * len(groups))

@@ -1,0 +1,60 @@
+"""Let a policy answer the prompts of the train split, score its answers, and pair the better with the worse.
+
+    python scripts/sample_pairs.py --config recipes/quickstart/pairs.yaml --samples_per_prompt 16
+
+`make pairs` runs the same, and the SFT before it where that is missing. What it writes is what `--dataset_name` takes
+(docs/on-policy.md). Cut short, the same command goes on.
+"""
+
+import json
+import os
+
+from tinydpo.data.pairs import load_split
+from tinydpo.errors import UserError, one_sentence
+from tinydpo.evaluation import on_policy
+from tinydpo.evaluation.results import make_folder
+from tinydpo.evaluation.rewards import RewardArguments, load_rewards
+from tinydpo.evaluation.sampling import prompts_to_answer
+from tinydpo.files import write_json, write_whole
+from tinydpo.launching.arguments import DataArguments
+from tinydpo.launching.machine import device_and_dtype
+from tinydpo.launching.parsing import parse
+from tinydpo.models.loading import load_model
+from tinydpo.models.pretrained import load_tokenizer
+from tinydpo.report import figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, reward, data = parse(on_policy.PairsArguments, RewardArguments, DataArguments, argv=argv)
+    device, dtype = device_and_dtype(args.dtype)
+    folder, settings = make_folder(args.output_dir), on_policy.settings_of(args, reward, data)
+    if on_policy.is_made(folder, settings):
+        return
+    if not (functions := load_rewards(reward, device, args.batch_size)):
+        raise UserError("pairs need a reward: pass --reward_funcs or --reward_model_name_or_path")
+    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
+    texts = load_split(data, tokenizer, args.max_length, "train").texts
+    texts, prompts = prompts_to_answer(texts, tokenizer, args.max_length, args.num_prompts, args.seed)
+    model = load_model(args.model_name_or_path, args.model_revision, dtype=dtype, device=device)
+    answers = on_policy.score(functions, texts, on_policy.sample(model, tokenizer, prompts, args), tokenizer)
+
+    rows = on_policy.rows_of(texts, answers, args.pair_by, data.test_split_size)
+    counts = on_policy.counted(answers, rows, args.pair_by)
+    for split, pairs in rows.items():
+        lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+        write_whole(folder / f"{split}.jsonl", "".join(lines))
+    both = [*rows["train"], *rows["test"]]
+    columns = ([row[name] for row in both] for name in ("reward_chosen", "reward_rejected"))
+    half = folder / ".rewards.png.half"
+    every = [answer.reward for scored in answers for answer in scored]
+    figures.reward_histogram(every, *columns, reward.name()).savefig(half, format="png", dpi=150)
+    os.replace(half, folder / "rewards.png")
+    write_whole(folder / "README.md", on_policy.card(folder, settings, reward, counts))
+    write_json(folder / on_policy.MADE, {"settings": settings, "counts": counts})
+    print("\n".join(f"{name.replace('_', ' '):<28}{value:>10,.6g}" for name, value in counts.items()))
+    print(f"Done: {folder} holds train.jsonl, test.jsonl, their card (README.md) and rewards.png.")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,0 +1,160 @@
+"""On-policy pairs: the better above the worse by a known reward, prompts on one side, the same bytes however cut."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from runpy import run_path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from running import ROOT, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tinydpo.data.embedded_task import gold_reward
+from tinydpo.data.held_out import IN_TRAIN_TOO
+from tinydpo.data.pairs import load_pairs
+from tinydpo.errors import UserError
+from tinydpo.evaluation import on_policy, sampling
+from tinydpo.evaluation.on_policy import Scored, pairs_of
+from tinydpo.launching.arguments import DataArguments
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FILES = ("train.jsonl", "test.jsonl", "README.md", "rewards.png")
+ANSWERS = st.lists(
+    st.builds(Scored, st.sampled_from(["a", "b", "c", "d", " "]), st.booleans(), st.integers(-2, 2).map(float)),
+    max_size=8,
+)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny random model, made to end an answer after some twenty tokens."""
+    model, folder = AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path_factory.mktemp("policy") / "sft"
+    end = model.transformer.wte.weight[model.config.eos_token_id]
+    with torch.no_grad():
+        model.transformer.ln_f.bias.copy_(4.3 * end / end.square().sum())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def sample_pairs(policy: Path, data: Path, folder: Path, *flags: str) -> dict[str, list[dict[str, Any]]]:
+    given = {"model_name_or_path": policy, "dataset_name": data, "output_dir": folder, "num_prompts": 24,
+             "samples_per_prompt": 4, "test_split_size": 0.25, "max_length": 96}  # fmt: skip
+    argv = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    reward = [] if "--reward_funcs" in flags else ["--reward_funcs", "tinydpo.data.embedded_task.gold_reward"]
+    run_path(str(ROOT / "scripts/sample_pairs.py"))["main"]([*argv, *reward, *flags])
+    read = {split: (folder / f"{split}.jsonl").read_text().splitlines() for split in ("train", "test")}
+    return {split: [*map(json.loads, lines)] for split, lines in read.items()}
+
+
+@given(ANSWERS)
+def test_a_pair_is_of_unlike_answers_the_better_first(answers: list[Scored]):
+    every = pairs_of(answers, "all")
+    for better, worse in every:
+        assert better.reward > worse.reward, "the worse answer is the chosen one"
+        assert better.ended, "chosen is an answer that ran out of room: training would put an end in its middle"
+        assert better.text != worse.text and better.text.strip() and worse.text.strip()
+    assert not [pair for pair, count in Counter((b.text, w.text) for b, w in every).items() if count > 1]
+    best = pairs_of(answers, "best_worst")
+    assert len(best) == bool(every), "a prompt with unlike answers gives no pair, or several"
+    widest = max((better.reward - worse.reward for better, worse in every), default=None)
+    assert not best or best[0][0].reward - best[0][1].reward == widest, "not the best against the worst"
+
+
+def test_pairs_are_right_and_train(policy: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    rows = sample_pairs(policy, task / "data", tmp_path / "pairs")
+    assert len(rows["train"]) > 8 and len(rows["test"]) > 2, "too few pairs to show anything"
+    for row in (*rows["train"], *rows["test"]):
+        scores = gold_reward([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
+        assert scores == pytest.approx([row["reward_chosen"], row["reward_rejected"]]), "not the answers' own rewards"
+        assert scores[0] > scores[1], "the worse answer is the chosen one"
+    prompts = {split: [row["prompt"] for row in rows[split]] for split in rows}
+    assert not set(prompts["train"]) & set(prompts["test"]), "a prompt is trained on and held out"
+    assert len(set(prompts["train"])) == len(prompts["train"]), "best against worst gave a prompt several pairs"
+    asked = [json.loads(line)["chosen"] for line in (task / "data/train.jsonl").read_text().splitlines()]
+    for prompt in prompts["train"] + prompts["test"]:
+        assert any(dialogue.startswith(prompt) for dialogue in asked), "a prompt is not one of the train split"
+    card, made = (
+        (tmp_path / "pairs/README.md").read_text(),
+        json.loads((tmp_path / "pairs" / on_policy.MADE).read_text()),
+    )
+    assert "gold_reward" in card and made["settings"]["weights"][:12] in card and "seed 0" in card
+    assert str(tmp_path) not in card, "the card leaks a path"
+    assert made["counts"]["train_pairs"] == len(rows["train"]) and made["counts"]["answers"] == 24 * 4
+    again = load_pairs(DataArguments(dataset_name=str(tmp_path / "pairs")), AutoTokenizer.from_pretrained(policy), 96)
+    assert [again[split].summary["pairs_kept"] for split in rows] == [len(rows[split]) for split in rows]
+    assert IN_TRAIN_TOO not in again["test"].summary["notes"]
+    run("dpo", "--model_name_or_path", policy, "--dataset_name", tmp_path / "pairs", "--output_dir", tmp_path / "dpo",
+        "--max_steps", "1", "--save_strategy", "no")  # fmt: skip
+    capsys.readouterr()
+    sample_pairs(policy, task / "data", tmp_path / "pairs")
+    assert "holds these pairs" in capsys.readouterr().out, "whole pairs were made again"
+    with pytest.raises(UserError, match=r"seed: 0.*seed: 1.*--output_dir"):
+        sample_pairs(policy, task / "data", tmp_path / "pairs", "--seed", "1")
+
+
+def test_the_same_seed_gives_the_same_bytes_however_often_it_is_cut(
+    policy: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(on_policy, "AT_ONCE", 8)
+    answer, made = sampling.sample_answers, []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        if len(made) == 2 and cut:
+            raise KeyboardInterrupt
+        made.append(1)
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(sampling, "sample_answers", counting)
+    flags, cut = ["--seed", "7", "--pair_by", "all"], True
+    with pytest.raises(KeyboardInterrupt):
+        sample_pairs(policy, task / "data", tmp_path / "one/pairs", *flags)
+    assert not [name for name in FILES if (tmp_path / "one/pairs" / name).exists()], "half of the pairs were written"
+    cut = False
+    rows = sample_pairs(policy, task / "data", tmp_path / "one/pairs", *flags)
+    assert len(made) == 3, "what was sampled before the cut was sampled again"
+    assert len(rows["train"]) > 24, "all pairs are no more than one a prompt"
+    shutil.rmtree(Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers")
+    sample_pairs(policy, task / "data", tmp_path / "two/pairs", *flags)
+    assert len(made) == 6, "the second run was to sample for itself"
+    for name in FILES:
+        one, two = ((tmp_path / folder / "pairs" / name).read_bytes() for folder in ("one", "two"))
+        assert one.replace(b"one/", b"two/") == two, f"{name} differs between two runs of one seed"
+
+
+def test_messages_stay_messages(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def words(prompts, completions, **kwargs):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    said = [[{"role": "assistant", "content": word}] for word in ("Yes.", "No.")]
+    asked = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Is {i} odd?"}] for i in range(24)
+    ]
+    lines = [json.dumps({"prompt": prompt, "chosen": said[0], "rejected": said[1]}) for prompt in asked]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    flags = ["--reward_funcs", "my_rewards.words"]
+    rows = sample_pairs(policy, tmp_path / "data.jsonl", tmp_path / "pairs", *flags)
+    for row in (*rows["train"], *rows["test"]):
+        assert row["prompt"] in asked, "a conversation became a text"
+        for side in ("chosen", "rejected"):
+            [message] = row[side]
+            assert message["role"] == "assistant" and len(message["content"]) == row[f"reward_{side}"]
+
+
+def test_what_gives_no_pairs_is_one_sentence(
+    policy: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "my_flat.py").write_text("def flat(prompts, **kwargs):\n    return [1.0] * len(prompts)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"24 prompts gave 0 pairs to train on"):
+        sample_pairs(policy, task / "data", tmp_path / "pairs", "--reward_funcs", "my_flat.flat")
+    with pytest.raises(UserError, match=r"samples_per_prompt must be at least 2"):
+        sample_pairs(policy, task / "data", tmp_path / "pairs", "--samples_per_prompt", "1")
+    assert not list((tmp_path / "pairs").glob("*")), "something half-made was left behind"
