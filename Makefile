@@ -5,6 +5,7 @@ ARGS       ?=
 # What differs between the machines of one run: "--machine_rank 1 --main_process_ip 10.0.0.1" (docs/scaling.md)
 NODE       ?=
 SEED       ?= 0
+ROUNDS     ?= 2
 SHELL      := /bin/bash
 PYTHON     := .venv/bin/python
 # Said outright, because accelerate otherwise says at every start on a CPU that it chose the number itself.
@@ -27,11 +28,12 @@ reward:              STAGE = reward
 evaluate playground: STAGE = evaluate
 frontier:            STAGE = frontier
 pairs:               STAGE = pairs
+round:               STAGE = dpo
 winrate:             STAGE = winrate
 merge:               STAGE = dpo-lora
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft dpo reward merge pairs evaluate frontier winrate report playground inspect bench speedrun test test-all lint clean
+.PHONY: help install quickstart sft dpo reward merge pairs round evaluate frontier winrate report playground inspect bench speedrun test test-all lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -67,6 +69,10 @@ reward: $(LAUNCHER) ## Train a reward model on the same pairs, to hold the impli
 pairs: install ## The policy's own answers, scored and paired: on-policy data for `make dpo`
 	+@$(NEEDS_START)
 	$(PYTHON) scripts/sample_pairs.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
+
+round: install ## On-policy rounds (ROUNDS=2): pairs, DPO, evaluation, and a table
+	+@$(NEEDS_START)
+	$(PYTHON) scripts/round.py --recipe $(RECIPE) --rounds $(ROUNDS) $(ARGS)
 
 merge: install ## Put a LoRA adapter into its base's weights: a plain checkpoint
 	$(PYTHON) scripts/merge.py --model_name_or_path runs/$(notdir $(RECIPE))/$(STAGE) --output_dir runs/$(notdir $(RECIPE))/$(STAGE)-merged $(ARGS)

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from running import ROOT, run
@@ -158,3 +159,45 @@ def test_what_gives_no_pairs_is_one_sentence(
     with pytest.raises(UserError, match=r"samples_per_prompt must be at least 2"):
         sample_pairs(policy, task / "data", tmp_path / "pairs", "--samples_per_prompt", "1")
     assert not list((tmp_path / "pairs").glob("*")), "something half-made was left behind"
+
+
+@pytest.mark.slow
+def test_rounds_go_on_and_keep_their_first_reference(
+    policy: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    recipe = tmp_path / "recipe"
+    recipe.mkdir()
+    small = {"pairs": {"num_prompts": 24, "samples_per_prompt": 4, "test_split_size": 0.25, "batch_size": 64},
+             "dpo": {"max_steps": 2, "learning_rate": 1e-3, "eval_strategy": "no", "activation_checkpointing": False},
+             "evaluate": {"num_prompts": 16}}  # fmt: skip
+    for name, changed in small.items():
+        given = yaml.safe_load((ROOT / f"recipes/quickstart/{name}.yaml").read_text())
+        (recipe / f"{name}.yaml").write_text(yaml.safe_dump(given | changed))
+
+    def rounds(count: int) -> str:
+        argv = ["--recipe", recipe, "--rounds", count, "--output_dir", tmp_path / "runs", "--seed", "3"]
+        argv += ["--model_name_or_path", policy, "--dataset_name", task / "data"]
+        run_path(str(ROOT / "scripts/round.py"))["main"]([*map(str, argv)])
+        return capsys.readouterr().out
+
+    rounds(1)
+    files = ["pairs/train.jsonl", "dpo/model.safetensors", "evaluation/eval_results.json"]
+    before = [(tmp_path / "runs/round-1" / name).stat().st_mtime_ns for name in files]
+    told = rounds(2)
+    assert [(tmp_path / "runs/round-1" / name).stat().st_mtime_ns for name in files] == before, "a round came twice"
+    second = yaml.safe_load((tmp_path / "runs/round-2/dpo/run_config.yaml").read_text())
+    assert second["model_name_or_path"] == str(tmp_path / "runs/round-1/dpo"), "it does not go on from the last policy"
+    assert second["ref_model_name_or_path"] == str(policy), "the reference moves with the rounds"
+    assert second["dataset_name"] == str(tmp_path / "runs/round-2/pairs"), "it trains on another policy's answers"
+    asked = json.loads((tmp_path / "runs/round-2/pairs" / on_policy.MADE).read_text())["settings"]
+    assert asked["model_name_or_path"] == str(tmp_path / "runs/round-1/dpo"), "not the last policy's answers"
+    lines = json.loads((tmp_path / "runs/rounds.json").read_text())["rounds"]
+    assert [line["name"] for line in lines] == ["SFT", "round-1", "round-2"]
+    for line in lines[1:]:
+        of_sft = json.loads((tmp_path / "runs" / line["name"] / "evaluation/eval_results.json").read_text())
+        assert of_sft["settings"]["ref_model_name_or_path"] == str(policy), "KL is not from the SFT model"
+        assert line["kl"] == of_sft["kl_per_sequence"] and line["reward"] == of_sft["reward_policy"]
+    over = json.loads((tmp_path / "runs/round-2/evaluation-before/eval_results.json").read_text())
+    assert over["settings"]["ref_model_name_or_path"] == str(tmp_path / "runs/round-1/dpo")
+    assert lines[2]["over_before"] == over["win_rate_vs_ref"], "not the win rate over the round before"
+    assert all(line["name"] in told for line in lines), "the table lacks a round"

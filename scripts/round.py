@@ -1,0 +1,42 @@
+"""On-policy rounds: the last policy answers, its answers become pairs, DPO goes on from it, and it is measured.
+
+    python scripts/round.py --recipe recipes/quickstart --rounds 2
+
+`make round` runs the same, and the SFT before it where that is missing. The stages are the real scripts, their
+commands are printed; what is made is not made again, so that the same command goes on wherever it was cut short.
+"""
+
+import gc
+import runpy
+from pathlib import Path
+
+from tinydpo.errors import one_sentence
+from tinydpo.evaluation import rounds
+from tinydpo.evaluation.results import make_folder
+from tinydpo.files import write_json
+from tinydpo.launching.parsing import parse
+
+
+def stage(script: str, argv: list[str]) -> None:
+    print(f"\n$ python scripts/{script}.py {' '.join(argv)}", flush=True)
+    runpy.run_path(str(Path(__file__).with_name(f"{script}.py")))["main"](argv)
+    gc.collect()  # a trainer's model and optimizer hold each other
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = parse(rounds.RoundArguments, argv=argv)
+    plan, folder = rounds.plan(args), make_folder(args.output_dir)
+    for one in plan:
+        stage("sample_pairs", one.pairs_flags())
+        stage("dpo", one.dpo_flags())
+        for made, flags in one.evaluations().items():
+            if not one.is_evaluated(made):
+                stage("evaluate", flags)
+    figures = rounds.figures_of(plan)
+    write_json(folder / "rounds.json", {"rounds": figures})
+    print(f"\n{rounds.table(figures)}\nFigures: {folder / 'rounds.json'}")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()
