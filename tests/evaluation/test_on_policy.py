@@ -26,6 +26,10 @@ from tinydpo.launching.arguments import DataArguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = ("train.jsonl", "test.jsonl", "README.md", "rewards.png")
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 ANSWERS = st.lists(
     st.builds(Scored, st.sampled_from(["a", "b", "c", "d", " "]), st.booleans(), st.integers(-2, 2).map(float)),
     max_size=8,
@@ -129,7 +133,12 @@ def test_the_same_seed_gives_the_same_bytes_however_often_it_is_cut(
         assert one.replace(b"one/", b"two/") == two, f"{name} differs between two runs of one seed"
 
 
-def test_messages_stay_messages(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["HH's form", "chat template"])
+def test_messages_stay_messages(template: str | None, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    policy = Path(shutil.copytree(policy, tmp_path / "policy"))
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(policy)
     (tmp_path / "my_rewards.py").write_text(
         "def words(prompts, completions, **kwargs):\n    return [float(len(c[0]['content'])) for c in completions]\n"
     )
@@ -147,6 +156,8 @@ def test_messages_stay_messages(policy: Path, tmp_path: Path, monkeypatch: pytes
         for side in ("chosen", "rejected"):
             [message] = row[side]
             assert message["role"] == "assistant" and len(message["content"]) == row[f"reward_{side}"]
+    again = load_pairs(DataArguments(dataset_name=str(tmp_path / "pairs")), tokenizer, 96)["train"]
+    assert again.summary["pairs_kept"] == len(rows["train"]) and bool(again.summary["templated"]) == bool(template)
 
 
 def test_what_gives_no_pairs_is_one_sentence(
