@@ -13,10 +13,11 @@ from datasets import Dataset
 from trl.trainer.utils import global_then_local_main_first
 
 from tinydpo.data.dialogues import to_texts
+from tinydpo.data.draws import draw_pairs
 from tinydpo.data.fitting import WHOLE, fit
 from tinydpo.data.held_out import IN_TRAIN_TOO, in_train_too
 from tinydpo.data.records import Names
-from tinydpo.data.sources import draw_pairs, load_records, quiet
+from tinydpo.data.sources import load_records, quiet
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
 from tinydpo.launching.machine import cores

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets.config
-import numpy as np
 from datasets import (
     Dataset,
     DatasetDict,
@@ -33,6 +32,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
+from tinydpo.data.draws import draw, labels
 from tinydpo.data.held_out import hold_out
 from tinydpo.data.records import Names, parse
 from tinydpo.errors import UserError
@@ -61,7 +61,7 @@ STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of every whole Arrow file in the cac
 def load_records(data: DataArguments) -> DatasetDict:
     """Read the train and the held-out records; what is held out of train are whole prompts.
 
-    Several datasets follow one another, told apart by `subset`; `drawn` says how many of them `--max_*_pairs` leave.
+    Several datasets follow one another, told apart by `subset`.
 
     Returns:
         A `DatasetDict` with keys `train` and `test`; columns `file`, `row` (from 1), `subset` (the folder of a dataset
@@ -75,36 +75,9 @@ def load_records(data: DataArguments) -> DatasetDict:
             "dataset_name is not set; give a Hub id, a folder or a file, for example --dataset_name my.jsonl"
         )
     sources = data.sources()
-    parts = [_records(data, source, label) for source, label in zip(sources, _labels(sources), strict=True)]
-    train = concatenate_datasets([_draw(part["train"], one.weight) for one, part in zip(sources, parts, strict=True)])
+    parts = [_records(data, source, label) for source, label in zip(sources, labels(sources), strict=True)]
+    train = concatenate_datasets([draw(part["train"], one.weight) for one, part in zip(sources, parts, strict=True)])
     return DatasetDict({"train": train, "test": concatenate_datasets([part["test"] for part in parts])})
-
-
-def draw_pairs(records: Dataset, most: int | None) -> Dataset:
-    """At most so many records, in their order: a choice that depends on the data alone."""
-    return _draw(records, 1.0 if most is None else min(1.0, most / len(records)))
-
-
-def _draw(records: Dataset, share: float) -> Dataset:
-    if share == 1:
-        return records
-    drawn = np.random.default_rng(HOLD_OUT_SEED).permutation(len(records))[: max(1, round(share * len(records)))]
-    return records.select(np.sort(drawn))
-
-
-def _labels(sources: list[Source]) -> list[str]:
-    """A name for each of several datasets: as short as tells them apart; of one, none."""
-    if len(sources) == 1:
-        return [""]
-    names = [source.name.rstrip("/") for source in sources]
-    for labels in (
-        [Path(source.data_dir or name).name.split(".")[0] for source, name in zip(sources, names, strict=True)],
-        ["/".join(filter(None, (name, source.data_dir))) for source, name in zip(sources, names, strict=True)],
-    ):
-        if len(set(labels)) == len(labels):
-            return labels
-    twice = next(label for label in labels if labels.count(label) > 1)
-    raise UserError(f"dataset_name has {twice} twice, so that its rows would count twice; name it once")
 
 
 def _records(data: DataArguments, source: Source, label: str) -> DatasetDict:
