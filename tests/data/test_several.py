@@ -94,6 +94,11 @@ def test_what_cannot_be_meant_is_one_sentence(flags: list[str], sentence: str):
         parse(DataArguments, argv=["--dataset_name", "a", "b", *flags])
 
 
+def test_a_share_of_one_dataset(two: list[str], tiny_tokenizer: Any):
+    (data,) = parse(DataArguments, argv=["--dataset_name", two[0], "--dataset_weights", "0.5"])
+    assert len(load_pairs(data, tiny_tokenizer, 128)["train"].pairs) == 20, "half of 40 rows is another number"
+
+
 def test_one_dataset_twice_is_one_sentence(two: list[str], tiny_tokenizer: Any):
     with pytest.raises(UserError, match=r"has .*peas twice, so that its rows would count twice"):
         load(tiny_tokenizer, dataset_name=[two[0], two[0]])

@@ -9,6 +9,7 @@ COLUMNS = (
     "prompt", "chosen", "rejected", "completion", "messages", "system", "tools", "chat_template_kwargs", "subset",
 )  # fmt: skip
 IN_MESSAGES = ("role", "content")
+OF_EACH = ("dataset_name", "dataset_config", "dataset_revision", "dataset_data_dir")  # one, or one for each dataset
 
 
 def row_length_for(max_length: int, asked: int | None) -> int:
@@ -44,6 +45,11 @@ def renames(pairs: list[str] | None) -> dict[str, str]:
 def as_list(value: str | list | None) -> list:
     """A flag that takes one or several, as a YAML file holds it, as a list."""
     return [value] if isinstance(value, str) else list(value or ())
+
+
+def one_or_list(values: list) -> Any:
+    """Several as a list, one as itself, none as None: as recipes write them."""
+    return values if len(values) > 1 else next(iter(values), None)
 
 
 class Source(NamedTuple):
@@ -119,9 +125,8 @@ class DataArguments:
 
     def __post_init__(self):
         """Refuse what cannot be meant (ValueError)."""
-        for flag in ("dataset_name", "dataset_config", "dataset_revision", "dataset_data_dir"):
-            values = as_list(getattr(self, flag))
-            setattr(self, flag, values if len(values) > 1 else next(iter(values), None))  # one is one, as recipes say
+        for flag in OF_EACH:
+            setattr(self, flag, one_or_list(as_list(getattr(self, flag))))
         if not all(0 < weight <= 1 for weight in self.dataset_weights or ()):
             raise ValueError(f"dataset_weights are shares above 0 and up to 1, got {self.dataset_weights}")
         for flag in ("max_train_pairs", "max_test_pairs"):
@@ -155,7 +160,7 @@ class DataArguments:
         """
         columns: list[list] = [as_list(self.dataset_name)]
         count = len(columns[0])
-        for flag in ("dataset_config", "dataset_revision", "dataset_data_dir", "dataset_weights"):
+        for flag in (*OF_EACH[1:], "dataset_weights"):
             values = as_list(getattr(self, flag)) or [1.0 if flag == "dataset_weights" else None]
             if count and len(values) not in (1, count):
                 raise ValueError(
@@ -167,8 +172,7 @@ class DataArguments:
 
 def sources_in(settings: Mapping[str, Any]) -> list[Source]:
     """The datasets that the settings of a run or an evaluation name."""
-    given = ("dataset_name", "dataset_config", "dataset_revision", "dataset_data_dir", "dataset_weights")
-    return DataArguments(**{flag: settings.get(flag) for flag in given}).sources()
+    return DataArguments(**{flag: settings.get(flag) for flag in (*OF_EACH, "dataset_weights")}).sources()
 
 
 @dataclass

@@ -19,7 +19,7 @@ from trl import TrlParser
 
 from tinydpo.errors import UserError
 from tinydpo.launching import machine
-from tinydpo.launching.arguments import as_list, row_length_for
+from tinydpo.launching.arguments import OF_EACH, as_list, one_or_list, row_length_for
 
 # A revision pinned in a recipe belongs to the recipe's own id: naming another id drops it.
 REVISIONS = {
@@ -118,9 +118,9 @@ class RecipeParser(TrlParser):
                 setattr(namespace, revision, self.library_defaults[revision])
         if "bf16" in self.options:  # a training script
             self.fill(namespace, given)
-        for name, value in vars(namespace).items():
-            if name.startswith("dataset_") and isinstance(value, list) and len(value) == 1:
-                setattr(namespace, name, value[0])  # one is one, in a recipe and on the command line
+        for name in OF_EACH:
+            if isinstance(value := getattr(namespace, name, None), list):
+                setattr(namespace, name, one_or_list(value))  # alike from a recipe and from the command line
         self.resolved = dict(sorted(vars(namespace).items()))
         return namespace, unknown
 
