@@ -6,8 +6,8 @@
 (docs/on-policy.md). Cut short, the same command goes on.
 """
 
+import io
 import json
-import os
 
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError, one_sentence
@@ -45,10 +45,9 @@ def main(argv: list[str] | None = None) -> None:
         write_whole(folder / f"{split}.jsonl", "".join(lines))
     both = [*rows["train"], *rows["test"]]
     columns = ([row[name] for row in both] for name in ("reward_chosen", "reward_rejected"))
-    half = folder / ".rewards.png.half"
     every = [answer.reward for scored in answers for answer in scored]
-    figures.reward_histogram(every, *columns, reward.name()).savefig(half, format="png", dpi=150)
-    os.replace(half, folder / "rewards.png")
+    figures.reward_histogram(every, *columns, reward.name()).savefig(png := io.BytesIO(), format="png", dpi=150)
+    write_whole(folder / "rewards.png", png.getvalue())
     write_whole(folder / "README.md", on_policy.card(folder, settings, reward, counts))
     write_json(folder / on_policy.MADE, {"settings": settings, "counts": counts})
     print("\n".join(f"{name.replace('_', ' '):<28}{value:>10,.6g}" for name, value in counts.items()))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text whole or not at all; half a character, which a tokenizer may leave, as a question mark."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; half a character, which a tokenizer may leave, as a question mark."""
     half = path.with_name(f".{path.name}.half")
-    half.write_bytes(text.encode("utf-8", errors="replace"))
+    half.write_bytes(content.encode("utf-8", errors="replace") if isinstance(content, str) else content)
     os.replace(half, path)
 
 
@@ -31,6 +32,11 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
         UserError: it cannot be read, is no object, or lacks one of the keys `needed`.
     """
     return _object(path, _text(path), needed) if path.is_file() else {}
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], but: Set[str] = frozenset()) -> str | None:
+    """The first key by the alphabet, none of `but`, that two records do not hold alike; None where there is none."""
+    return next((key for key in sorted({*before, *now} - but) if before.get(key) != now.get(key)), None)
 
 
 def read_jsonl(path: Path, *needed: str) -> list[dict[str, Any]]:

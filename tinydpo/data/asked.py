@@ -9,9 +9,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from tinydpo.data.dialogues import ASSISTANT, HUMAN
+from tinydpo.data.conversations import Message
+from tinydpo.data.dialogues import ASSISTANT, HUMAN, special_tokens
 
-Message = dict[str, Any]
 Prompt = str | list[Message]
 NAMES = {"user": HUMAN, "assistant": ASSISTANT}
 TURN = re.compile("|".join(map(re.escape, NAMES.values())))
@@ -26,11 +26,11 @@ def prompts_of(texts: Dataset) -> list[Prompt]:
 def readable(texts: Dataset, tokenizer: Any, *completions: str) -> dict[str, list[str]]:
     """`prompt` and `completions` (by default `chosen`) of such rows as people read them, without the markers of a chat
     template."""
-    markers = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    markers = special_tokens(tokenizer)
     read = {"prompt": [*map(for_people, prompts_of(texts))]}
     for name in completions or ("chosen",):
         columns = (texts[name][:], texts["templated"][:])
-        read[name] = [re.sub(markers, "", text) if made else text for text, made in zip(*columns, strict=True)]
+        read[name] = [markers.sub("", text) if made else text for text, made in zip(*columns, strict=True)]
     return read
 
 

@@ -184,7 +184,7 @@ def _check_known(form: Form, tokenizer: Any) -> None:
 
 
 def _check_special(words: str, tokenizer: Any) -> None:
-    if found := _special_tokens(tokenizer).search(words):
+    if found := special_tokens(tokenizer).search(words):
         told = f"expected messages without the model's special token {found.group()!r} in their text"
         raise BrokenRow(f"{told}: between the template's own it would be read as that token")
 
@@ -213,7 +213,8 @@ def _hh_turn(message: Message) -> str:
 
 
 @cache
-def _special_tokens(tokenizer: Any) -> re.Pattern:
+def special_tokens(tokenizer: Any) -> re.Pattern:
+    """Any of a tokenizer's special tokens in a text."""
     tokens = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(tokens) or r"(?!)")
 

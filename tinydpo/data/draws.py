@@ -8,14 +8,14 @@ from datasets import Dataset
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import Source
 
-SEED = 42  # not the run's: every stage must draw the same rows
+HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must draw and hold out the same rows
 
 
 def draw(records: Dataset, share: float) -> Dataset:
     """A share of the records (at least one), in their order: a choice that depends on the data alone."""
     if share == 1:
         return records
-    drawn = np.random.default_rng(SEED).permutation(len(records))[: max(1, round(share * len(records)))]
+    drawn = np.random.default_rng(HOLD_OUT_SEED).permutation(len(records))[: max(1, round(share * len(records)))]
     return records.select(np.sort(drawn))
 
 

@@ -32,14 +32,13 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from tinydpo.data.draws import draw, labels
+from tinydpo.data.draws import HOLD_OUT_SEED, draw, labels
 from tinydpo.data.held_out import hold_out
 from tinydpo.data.records import Names, parse
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments, Source
 from tinydpo.models.hub import download_dataset
 
-HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must hold out the same rows
 RECORDS = Features(
     {"file": Value("string"), "row": Value("int64"), "subset": Value("string"), "record": Value("binary")}
 )

@@ -125,6 +125,13 @@ class CountsAlike:
             tally.update({(name, unit): value * weights[unit] for name, unit, value in means})
         return (loss, given[1]) if return_outputs else loss
 
+    def _in_step(self, batches: list[dict[str, Any]], device: torch.device, *units: str) -> torch.Tensor:
+        """How much of each unit an optimizer step holds, as a process has it on average, (units,)."""
+        counts = [self.count(batch) for batch in batches if SPARE not in batch]
+        totals = [sum(count[unit] for count in counts) for unit in units]
+        totals = torch.stack([torch.as_tensor(total, device=device, dtype=torch.float32) for total in totals])
+        return self.accelerator.reduce(totals, "mean")
+
     def _widen(self, known: dict[str, float], name: str, value: float) -> None:
         known[name] = self.extremes[name](known.get(name, value), value)
 
@@ -175,11 +182,8 @@ class PairsAlike(CountsAlike):
         return {PAIRS: pairs, CHOSEN: chosen, REJECTED: rejected, ANSWERS: chosen + rejected}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Pairs and chosen tokens of an optimizer step, as a process has them on average, (2,)."""
-        counts = [self.count(batch) for batch in batch_samples if SPARE not in batch]
-        totals = [[count[unit] for count in counts] for unit in (PAIRS, CHOSEN)]
-        totals = torch.stack([torch.as_tensor(sum(total), device=device, dtype=torch.float32) for total in totals])
-        return self.accelerator.reduce(totals, "mean")
+        """Pairs and chosen tokens, (2,)."""
+        return self._in_step(batch_samples, device, PAIRS, CHOSEN)
 
     def weighted(self, loss: torch.Tensor, counts: dict[str, Any], step: Any) -> tuple[torch.Tensor, dict[str, Any]]:
         """See `CountsAlike`; `loss` is (3,): the means over pairs, over tokens, over neither."""
@@ -203,9 +207,8 @@ class RewardsAlike(CountsAlike):
         return {PAIRS: len(inputs["input_ids"]) // 2}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Pairs of an optimizer step, as a process has them on average, ()."""
-        pairs = sum(self.count(batch)[PAIRS] for batch in batch_samples if SPARE not in batch)
-        return self.accelerator.reduce(torch.tensor(float(pairs), device=device), "mean")
+        """Pairs, ()."""
+        return self._in_step(batch_samples, device, PAIRS)[0]
 
     def weighted(self, loss: torch.Tensor, counts: dict[str, Any], step: Any) -> tuple[torch.Tensor, dict[str, Any]]:
         """See `CountsAlike`."""

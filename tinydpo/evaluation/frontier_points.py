@@ -22,7 +22,7 @@ from tinydpo.evaluation.frontier import CURVES, SHUFFLED, FrontierArguments, Run
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
 from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, load_rewards, scores_of
 from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
-from tinydpo.files import read_json, write_json
+from tinydpo.files import differing, read_json, write_json
 from tinydpo.launching.arguments import DataArguments, row_length_for
 from tinydpo.launching.machine import device_and_dtype
 from tinydpo.models.loading import load_model
@@ -107,9 +107,8 @@ def measure_for(
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Refuse to add to a `frontier.json` whose points were measured under other settings (UserError)."""
     before = read_json(path, "settings").get("settings", settings)
-    for key in sorted({*settings, *before}):
-        if before.get(key) != settings.get(key):
-            raise UserError(f"{path} was measured with another {key}; pass another --output_dir, or delete its folder")
+    if key := differing(before, settings):
+        raise UserError(f"{path} was measured with another {key}; pass another --output_dir, or delete its folder")
 
 
 def finished(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from datasets import Dataset
+from trl.trainer.utils import hash_module
 
 from tinydpo.data.asked import prompts_of
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
@@ -21,7 +22,7 @@ from tinydpo.data.sources import HOLD_OUT_SEED
 from tinydpo.errors import UserError
 from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, completion_of, scores_of
 from tinydpo.evaluation.sampling import Answers, cached_answers
-from tinydpo.files import public_name, read_json, read_run_config
+from tinydpo.files import differing, public_name, read_json, read_run_config
 from tinydpo.launching.arguments import DataArguments, sources_in
 from tinydpo.models.adapters import weights_sha256
 
@@ -103,12 +104,11 @@ def is_made(folder: Path, settings: dict[str, Any]) -> bool:
     before = read_json(folder / MADE, "settings").get("settings")
     if before is None:
         return False
-    for key in sorted({*settings, *before}):
-        if before.get(key) != settings.get(key):
-            raise UserError(
-                f"{folder} holds pairs made with {key}: {before.get(key)}, these have {key}: {settings.get(key)}; "
-                "pass another --output_dir, or delete the folder"
-            )
+    if key := differing(before, settings):
+        raise UserError(
+            f"{folder} holds pairs made with {key}: {before.get(key)}, these have {key}: {settings.get(key)}; "
+            "pass another --output_dir, or delete the folder"
+        )
     print(f"{folder} holds these pairs, whole; delete the folder to make them again.")
     return True
 
@@ -118,14 +118,14 @@ def sample(model: Any, tokenizer: Any, prompts: list[list[int]], args: PairsArgu
 
     Cached by a few hundred prompts, so that the same command goes on where it was cut short.
     """
-    ids, ended = [], []
+    ids, ended, weights = [], [], hash_module(model)
     for start in range(0, len(prompts), AT_ONCE):
         some = prompts[start : start + AT_ONCE]
         answers = cached_answers(
             model, tokenizer, [prompt for prompt in some for _ in range(args.samples_per_prompt)],
             args.max_length // 2, f"answers to prompts {start + 1} to {start + len(some)} of {len(prompts)}",
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, batch_size=args.batch_size,
-            seed=args.seed + start,
+            seed=args.seed + start, weights=weights,
         )  # fmt: skip
         ids += answers.ids
         ended += answers.ended

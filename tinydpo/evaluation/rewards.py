@@ -84,10 +84,9 @@ def load_reward_model(name: str, revision: str | None, device: str, batch_size: 
     tokenizer.truncation_side = "left"  # the answer stands at the end
     tokenizer.padding_side = "right"  # GPT-2's positions count padding on the left
     model.config.pad_token_id = tokenizer.pad_token_id  # by it the model finds each text's last token
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 4096)
     # One of scripts/reward.py says so itself: it knows no longer texts, and none that go on behind an answer's end.
-    fitted_to = getattr(model.config, "fitted_to", None)
-    longest = fitted_to or longest
+    fitted_to, positions = (getattr(model.config, name, None) for name in ("fitted_to", "max_position_embeddings"))
+    longest = fitted_to or min(tokenizer.model_max_length, positions or 4096)
 
     def encode(prompt: Prompt, completion: Prompt) -> dict[str, list[int]]:
         whole = prompt + completion

@@ -103,13 +103,16 @@ def cached_answers(
     prompts: list[list[int]],
     max_new_tokens: int,
     desc: str = "sampling",
+    weights: str | None = None,
     **settings: Any,
 ) -> Answers:
     """`sample_answers`, or what it gave before for the same weights, dtype, device, prompts and settings.
 
-    The answers lie in the cache folder of `datasets`, beside the reference's log-probs.
+    The answers lie in the cache folder of `datasets`, beside the reference's log-probs. Who asks often passes the
+    model's `hash_module` as `weights`: it reads all of them.
     """
-    kind = (hash_module(model), str(computes_in(model)), model.device.type, sorted(stop_tokens(model, tokenizer)))
+    stops = sorted(stop_tokens(model, tokenizer))
+    kind = (weights or hash_module(model), str(computes_in(model)), model.device.type, stops)
     key = Hasher.hash((kind, prompts, max_new_tokens, sorted(settings.items())))
     path = Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers" / f"{key}.json"
     try:

@@ -10,6 +10,15 @@ from typing import Any, NamedTuple
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 
 CUT = (("whole", "both whole", "with both answers whole"), ("cut", "one cut", "with an answer that max_length cuts"))
+EXPLICIT = (
+    ("explicit_accuracy", "reward model's accuracy", "share of the same pairs whose chosen it scores higher", 0.5),
+    (
+        "implicit_minus_explicit",
+        "implicit less explicit",
+        "reward accuracy less the reward model's,\non the same pairs (paired bootstrap)",
+        0.0,
+    ),
+)
 
 
 class Estimate(NamedTuple):
@@ -62,24 +71,28 @@ def headline(results: dict[str, Any]) -> list[Row]:
     def share(name: str) -> tuple[Estimate, ...]:
         return tuple(Estimate(s.value, *wilson_interval(s.value * prompts, prompts)) for s in both(name))
 
+    def within(name: str) -> Estimate:
+        return Estimate(r[name], *r[f"{name}_ci95"])
+
     off = (settings["temperature"], settings["top_k"], settings["top_p"]) != (1, 0, 1)
     rows = [
         Row(
             "reward accuracy",
             "share of pairs whose chosen has the higher implicit reward\n(β log π/π_ref; ties count as wrong)",
-            Estimate(r["reward_accuracy"], *r["reward_accuracy_ci95"]),
+            within("reward_accuracy"),
             chance=0.5,
         ),
         *(
             Row(
                 f"… {which}",
                 f"the same over {r[f'reward_accuracy_{name}_pairs']} pairs, {meaning}",
-                Estimate(r[f"reward_accuracy_{name}"], *r[f"reward_accuracy_{name}_ci95"]),
+                within(f"reward_accuracy_{name}"),
                 chance=0.5,
             )
             for name, which, meaning in CUT
             if {"reward_accuracy_whole", "reward_accuracy_cut"} <= r.keys()
         ),
+        *(Row(label, meaning, within(name), chance=chance) for name, label, meaning, chance in EXPLICIT if name in r),
         Row(
             "reward margin",
             "implicit reward of chosen minus rejected, mean",
@@ -109,21 +122,6 @@ def headline(results: dict[str, Any]) -> list[Row]:
         Row("mean answer length", f"tokens with the end token, of at most {room}", *both("mean_length")),
         Row("ended by themselves", f"share of answers with an end token within {room} tokens", *share("ended")),
     ]
-    if "explicit_accuracy" in r:
-        rows[1:1] = [
-            Row(
-                "reward model's accuracy",
-                "share of the same pairs whose chosen it scores higher",
-                Estimate(r["explicit_accuracy"], *r["explicit_accuracy_ci95"]),
-                chance=0.5,
-            ),
-            Row(
-                "implicit less explicit",
-                "reward accuracy less the reward model's,\non the same pairs (paired bootstrap)",
-                Estimate(r["implicit_minus_explicit"], *r["implicit_minus_explicit_ci95"]),
-                chance=0.0,
-            ),
-        ]
     if "win_rate_vs_ref" in r:
         names = [*(settings.get("reward_funcs") or []), Path(settings.get("reward_model_name_or_path") or "").name]
         rows += [
@@ -140,7 +138,7 @@ def headline(results: dict[str, Any]) -> list[Row]:
             Row(
                 "rank correlation",
                 "Spearman's, of the reward\nmodel with the reward functions, over both models' answers",
-                Estimate(r["rank_correlation"], *r["rank_correlation_ci95"]),
+                within("rank_correlation"),
                 chance=0.0,
             )
         )

@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from tinydpo.errors import Stopped, UserError, rank
-from tinydpo.files import RUN_CONFIG, read_json, run_of, write_json, write_whole
+from tinydpo.files import RUN_CONFIG, differing, read_json, run_of, write_json, write_whole
 from tinydpo.launching.arguments import sources_in
 
 SUMMARY, ENVIRONMENT, FINISHED = "data_summary.json", "environment.json", "train_results.json"
@@ -68,12 +68,11 @@ def is_finished(output_dir: str, resolved: dict[str, Any]) -> bool:
 def _check_same_recipe(folder: Path, resolved: dict[str, Any]) -> None:
     before, now = yaml.safe_load((folder / RUN_CONFIG).read_text()) or {}, _plain(resolved)
     follows = FOLLOWS_FROM_PAIRS_PER_STEP if now.get("pairs_per_step") else set()
-    for key in sorted({*before, *now} - NOT_THE_RECIPE - follows):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{folder} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
-                "pass another --output_dir, or delete the folder"
-            )
+    if key := differing(before, now, NOT_THE_RECIPE | follows):
+        raise UserError(
+            f"{folder} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
+            "pass another --output_dir, or delete the folder"
+        )
 
 
 def _check_writable(folder: Path) -> None:
