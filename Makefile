@@ -28,7 +28,7 @@ reward:              STAGE = reward
 evaluate playground: STAGE = evaluate
 frontier:            STAGE = frontier
 pairs:               STAGE = pairs
-round:               STAGE = dpo
+round:               STAGE = dpo-on-policy
 winrate:             STAGE = winrate
 merge:               STAGE = dpo-lora
 

@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         each = {role: each_score(functions, texts, written[role], answers[role].ids) for role in args.models}
         scores = {role: rewards.sum(0) for role, rewards in each.items()}
         results |= metrics.reward_metrics(**scores) | explicit.agreement(reward, each)
+        results |= metrics.each_reward(reward.names(), **each)
         columns |= {f"reward_{role}": scores[role] for role in args.models}
     columns["token_rewards"] = metrics.token_rewards(answer_logps["policy"], answer_logps["ref"], args.beta)
     columns["pieces"] = [pieces(tokenizer, ids) for ids in answers["policy"].ids]

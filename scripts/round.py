@@ -13,8 +13,9 @@ from pathlib import Path
 from tinydpo.errors import one_sentence
 from tinydpo.evaluation import rounds
 from tinydpo.evaluation.results import make_folder
-from tinydpo.files import write_json
+from tinydpo.files import read_json, write_json
 from tinydpo.launching.parsing import parse
+from tinydpo.report import figures
 
 
 def stage(script: str, argv: list[str]) -> None:
@@ -32,9 +33,14 @@ def main(argv: list[str] | None = None) -> None:
         for made, flags in one.evaluations().items():
             if not one.is_evaluated(made):
                 stage("evaluate", flags)
-    figures = rounds.figures_of(plan)
-    write_json(folder / "rounds.json", {"rounds": figures})
-    print(f"\n{rounds.table(figures)}\nFigures: {folder / 'rounds.json'}")
+    made = rounds.figures_of(plan)
+    write_json(folder / "rounds.json", made)
+    if made["reward"]:
+        known = read_json(folder / "frontier/frontier.json", "points", "reward")
+        figures.frontier(rounds.beside(known, made)).savefig(folder / "rounds.png", dpi=150)
+    if "rewards" in made["rounds"][0]:
+        figures.rewards_over_rounds(made["rounds"]).savefig(folder / "rewards.png", dpi=150)
+    print(f"\n{rounds.table(made['rounds'])}\nFigures: {folder / 'rounds.json'}, pictures beside it")
 
 
 if __name__ == "__main__":

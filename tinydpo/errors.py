@@ -33,7 +33,7 @@ def one_sentence() -> Iterator[None]:
     """Print a `UserError` as `error: …` on stderr and exit with status 1; any other exception keeps its traceback.
 
     A full disk, wherever it is met, is told like a `UserError`. A run that was `Stopped` says so and exits as if
-    the signal had ended it: with 143 for SIGTERM, 130 for Ctrl-C.
+    the signal had ended it: with 143 for SIGTERM, 130 for Ctrl-C, which ends in a sentence anywhere.
     """
     try:
         yield
@@ -41,6 +41,9 @@ def one_sentence() -> Iterator[None]:
         if not rank():
             tell(str(stop))
         raise SystemExit(128 + stop.by) from None
+    except KeyboardInterrupt:  # where nothing had to be saved: training says more, see `Stopped`
+        tell("stopped by Ctrl-C; the same command goes on from what was saved")
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if not (isinstance(error, UserError) or disk_full(error)):
             raise

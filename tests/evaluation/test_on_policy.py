@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from runpy import run_path
@@ -13,7 +14,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from running import ROOT, run
+from running import ROOT, call, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinydpo.data.embedded_task import gold_reward
@@ -23,6 +24,7 @@ from tinydpo.errors import UserError
 from tinydpo.evaluation import on_policy, sampling
 from tinydpo.evaluation.on_policy import Scored, pairs_of
 from tinydpo.launching.arguments import DataArguments
+from tinydpo.report.page import write_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = ("train.jsonl", "test.jsonl", "README.md", "rewards.png")
@@ -172,6 +174,18 @@ def test_what_gives_no_pairs_is_one_sentence(
     assert not list((tmp_path / "pairs").glob("*")), "something half-made was left behind"
 
 
+def test_ctrl_c_is_one_sentence_and_leaves_no_half(policy: Path, task: Path, tmp_path: Path):
+    (tmp_path / "my_stop.py").write_text(
+        "import os, signal, time\n"
+        "def stop(prompts, **kwargs):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
+    )
+    given = ["--model_name_or_path", policy, "--dataset_name", task / "data", "--output_dir", tmp_path / "pairs"]
+    given += ["--num_prompts", "4", "--samples_per_prompt", "2", "--reward_funcs", "my_stop.stop"]
+    done = call(sys.executable, "scripts/sample_pairs.py", *given, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert done.returncode == 130 and "Traceback" not in done.stderr, f"Ctrl-C shows {done.stderr}"
+    assert "stopped by Ctrl-C" in done.stderr and not list((tmp_path / "pairs").glob("*")), "half-made pairs are left"
+
+
 @pytest.mark.slow
 def test_rounds_go_on_and_keep_their_first_reference(
     policy: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -179,7 +193,7 @@ def test_rounds_go_on_and_keep_their_first_reference(
     recipe = tmp_path / "recipe"
     recipe.mkdir()
     small = {"pairs": {"num_prompts": 24, "samples_per_prompt": 4, "test_split_size": 0.25, "batch_size": 64},
-             "dpo": {"max_steps": 2, "learning_rate": 1e-3, "eval_strategy": "no", "activation_checkpointing": False},
+             "dpo-on-policy": {"max_steps": 2, "learning_rate": 1e-3},
              "evaluate": {"num_prompts": 16}}  # fmt: skip
     for name, changed in small.items():
         given = yaml.safe_load((ROOT / f"recipes/quickstart/{name}.yaml").read_text())
@@ -202,7 +216,9 @@ def test_rounds_go_on_and_keep_their_first_reference(
     assert second["dataset_name"] == str(tmp_path / "runs/round-2/pairs"), "it trains on another policy's answers"
     asked = json.loads((tmp_path / "runs/round-2/pairs" / on_policy.MADE).read_text())["settings"]
     assert asked["model_name_or_path"] == str(tmp_path / "runs/round-1/dpo"), "not the last policy's answers"
-    lines = json.loads((tmp_path / "runs/rounds.json").read_text())["rounds"]
+    made = json.loads((tmp_path / "runs/rounds.json").read_text())
+    assert made["reward"] == "gold_reward" and (tmp_path / "runs/rounds.png").stat().st_size > 10_000
+    lines = made["rounds"]
     assert [line["name"] for line in lines] == ["SFT", "round-1", "round-2"]
     for line in lines[1:]:
         of_sft = json.loads((tmp_path / "runs" / line["name"] / "evaluation/eval_results.json").read_text())
@@ -212,3 +228,4 @@ def test_rounds_go_on_and_keep_their_first_reference(
     assert over["settings"]["ref_model_name_or_path"] == str(tmp_path / "runs/round-1/dpo")
     assert lines[2]["over_before"] == over["win_rate_vs_ref"], "not the win rate over the round before"
     assert all(line["name"] in told for line in lines), "the table lacks a round"
+    assert "on-policy rounds" in write_report(tmp_path / "runs").read_text(), "the report lacks the rounds"

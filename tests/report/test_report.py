@@ -17,6 +17,7 @@ from running import ROOT
 
 from tinydpo.data.notice import CONTENT_NOTICE
 from tinydpo.errors import UserError
+from tinydpo.evaluation.rounds import beside
 from tinydpo.evaluation.table import headline
 from tinydpo.report import figures
 from tinydpo.report.page import by_length, by_subset, write_report
@@ -336,6 +337,40 @@ def test_frontier_joins_last_checkpoints_in_the_mean_over_seeds():
         line.get_xydata().tolist() for line in figures.frontier(make_frontier() | {"points": points}).axes[0].lines
     ]
     assert [[0.0, 0.0], [2.5, 1.5], [6.5, 3.5]] in drawn, "the curve is not SFT and the last checkpoints' mean"
+
+
+ROUNDS = [
+    {"name": name, "kl": kl, "kl_se": 0.1, "reward": 1 + kl / 4, "reward_se": 0.1,
+     "rewards": {"gold": {"mean": kl, "se": 0.1}, "proxy": {"mean": 2 * kl, "se": 0.2}}}
+    for name, kl in (("SFT", 0.0), ("round-1", 4.0), ("round-2", 7.0))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("frontier", [{}, make_frontier()], ids=["alone", "on the frontier"])
+def test_rounds_are_a_curve_of_their_own_from_the_first_model(frontier: dict[str, Any]):
+    both = beside(frontier, {"reward": "gold", "rounds": ROUNDS})
+    axes = figures.frontier(both).axes[0]
+    drawn = [line.get_xydata().tolist() for line in axes.lines]
+    assert [[0.0, 1.0], [4.0, 2.0], [7.0, 2.75]] in drawn, "the rounds are not joined from SFT on"
+    assert {"SFT", "round-1", "round-2", "on-policy rounds"} <= {text.get_text() for text in axes.texts}
+    assert beside(frontier, {"reward": "another", "rounds": ROUNDS}) == frontier or not frontier, (
+        "rounds measured by another reward stand on the frontier's axes"
+    )
+    assert beside(frontier, {"reward": "", "rounds": ROUNDS}) == frontier, "rounds without a reward are drawn"
+
+
+def test_each_reward_over_rounds_has_a_panel():
+    panels = figures.rewards_over_rounds(ROUNDS).axes
+    drawn = {axes.get_title(): axes.lines[0].get_xydata().tolist() for axes in panels}
+    assert drawn == {"gold": [[0, 0], [4, 4], [7, 7]], "proxy": [[0, 0], [4, 8], [7, 14]]}, "not the rewards over KL"
+
+
+def test_rounds_alone_stand_in_the_report(tmp_path: Path):
+    (tmp_path / "rounds.json").write_text(json.dumps({"reward": "gold", "rounds": ROUNDS}))
+    text = write_report(tmp_path).read_text()
+    assert "on-policy rounds" in text and "0 runs" not in text, (
+        "the page lacks the rounds, or counts runs of no frontier"
+    )
 
 
 def test_win_rates_over_temperature():

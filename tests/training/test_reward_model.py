@@ -65,9 +65,12 @@ def test_it_goes_on_to_the_same_weights_and_ends_once(
     assert (again / "model.safetensors").read_bytes() == whole, "a resumed run ends with other weights"
 
 
-def test_both_engines_train_alike(reward: Path, task: Path, tiny_model: Path):
-    padded = train(tiny_model, task, reward.parent / "padded", "--shared_prefix", "false")
-    assert log(padded, "loss") == pytest.approx(log(reward, "loss"), rel=1e-3), "packed rows train something else"
+def test_both_engines_train_alike(task: Path, tiny_model: Path, tmp_path: Path):
+    packed, padded = (
+        train(tiny_model, task, tmp_path / rows, "--shared_prefix", rows, "--bf16", "false")
+        for rows in ("true", "false")
+    )
+    assert log(padded, "loss") == pytest.approx(log(packed, "loss"), rel=1e-3), "packed rows train something else"
 
 
 def evaluation(sft: Path, task: Path, out: Path, *flags: str | Path) -> dict:
@@ -92,10 +95,15 @@ def test_evaluation_takes_it_at_once(
     )
     assert results["implicit_minus_explicit"] == -results["explicit_accuracy"], "policy and reference are the same"
     assert -1 <= results["rank_correlation_ci95"][0] <= results["rank_correlation"] <= 1
-    for row in ("reward model's accuracy", "implicit less explicit", "rank correlation"):
+    assert list(results["rewards"]) == ["gold_reward", "reward"], "not each reward by its own name"
+    alone = [one["reward_policy"] for one in results["rewards"].values()]
+    assert sum(alone) == pytest.approx(results["reward_policy"]), "the rewards alone are not those of the sum"
+    for row in ("reward model's accuracy", "implicit less explicit", "rank correlation", "… gold_reward"):
         assert row in out, f"the table lacks {row}"
     without = evaluation(tiny_model, task, tmp_path / "runs/without", *rewards[2:])
-    assert not [name for name in without if "explicit" in name or "rank" in name], "rows without a reward model"
+    assert not [name for name in without if name == "rewards" or "explicit" in name or "rank" in name], (
+        "rows without a reward model"
+    )
 
 
 @pytest.mark.parametrize("template", [None, CHATML], ids=["texts", "chat template"])

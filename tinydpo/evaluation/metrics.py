@@ -124,3 +124,10 @@ def reward_metrics(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
         "win_rate_vs_ref": wins / len(policy),
         "win_rate_ci95": list(wilson_interval(wins, len(policy))),
     }
+
+
+def each_reward(names: Sequence[str], policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
+    """`rewards`: `reward_metrics` by each of several rewards alone, (rewards, n) of both models; of one, {}."""
+    if len(names) < 2:
+        return {}
+    return {"rewards": {name: reward_metrics(*both) for name, *both in zip(names, policy, ref, strict=True)}}

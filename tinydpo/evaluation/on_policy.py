@@ -59,7 +59,7 @@ class PairsArguments:
     seed: int = field(default=0, metadata={"help": "Picks the prompts, where there are more, and the samples."})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
-        metadata={"help": "What blocks compute in; auto: bfloat16 where GPU or CPU (AMX) has it, else float32."},
+        metadata={"help": "What blocks compute in; auto: bfloat16 where the GPU or CPU is fast in it, else float32."},
     )
 
     def __post_init__(self):

@@ -46,10 +46,14 @@ class RewardArguments:
         default=None, metadata={"help": "Commit, tag or branch of a reward model on the Hub."}
     )
 
-    def name(self) -> str:
-        """The rewards as an axis is labelled with them."""
+    def names(self) -> list[str]:
+        """What each reward is called: a function by its name, a model by the last part of its own."""
         given = [*(self.reward_funcs or []), self.reward_model_name_or_path or ""]
-        return " + ".join(name.rsplit(".", 1)[-1].rsplit("/", 1)[-1] for name in given if name)
+        return [name.rsplit(".", 1)[-1].rsplit("/", 1)[-1] for name in given if name]
+
+    def name(self) -> str:
+        """The rewards as an axis is labelled with their sum."""
+        return " + ".join(self.names())
 
 
 def load_rewards(args: RewardArguments, device: str, batch_size: int) -> list[RewardFunction]:

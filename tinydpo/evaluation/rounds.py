@@ -11,10 +11,12 @@ from typing import Any
 import yaml
 
 from tinydpo.errors import UserError
+from tinydpo.evaluation.rewards import RewardArguments
 from tinydpo.files import read_json, write_whole
 from tinydpo.launching.arguments import DataArguments
 from tinydpo.launching.parsing import read_yaml
 
+DPO = "dpo-on-policy"  # a round's own recipe: its pairs lie further apart than a dataset's and want a lower rate
 OF_PAIRS = {"max_question_length", "on_bad_row"}  # of a DPO recipe's keys about data, what holds for any
 
 
@@ -23,7 +25,7 @@ class RoundArguments:
     """Which recipes make a round, and how many rounds."""
 
     recipe: str | None = field(
-        default=None, metadata={"help": "Folder with pairs.yaml, dpo.yaml and evaluate.yaml, the stages of a round."}
+        default=None, metadata={"help": f"Folder with pairs.yaml, {DPO}.yaml and evaluate.yaml, a round's stages."}
     )
     rounds: int = field(default=2, metadata={"help": "Rounds in all; those made before are not made again."})
     output_dir: str | None = field(
@@ -31,7 +33,7 @@ class RoundArguments:
     )
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Where the first round starts, the reference of all; by default what dpo.yaml starts from."},
+        metadata={"help": f"Where the first round starts, the reference of all; by default what {DPO}.yaml names."},
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Prompts to answer, and held-out pairs; by default the recipes' own."}
@@ -63,7 +65,7 @@ class Round:
     def dpo_flags(self) -> list[str]:
         """The command line of scripts/dpo.py, whose recipe goes to `folder`/dpo.yaml: the given one, other data."""
         of_data = {one.name for one in fields(DataArguments)} - OF_PAIRS
-        recipe = {k: v for k, v in read_yaml(f"{self.args.recipe}/dpo.yaml").items() if k not in of_data}
+        recipe = {k: v for k, v in read_yaml(f"{self.args.recipe}/{DPO}.yaml").items() if k not in of_data}
         named = zip(("model", "ref_model"), (self.start, self.reference), strict=True)
         for role, (name, revision) in named:
             recipe |= {f"{role}_name_or_path": name, f"{role}_revision": revision or "main"}
@@ -108,29 +110,53 @@ def plan(args: RoundArguments) -> list[Round]:
     Raises:
         UserError: a recipe cannot be read, or names no model to start from.
     """
-    dpo, *_ = (read_yaml(f"{args.recipe}/{stage}.yaml") for stage in ("dpo", "pairs", "evaluate"))
+    dpo, *_ = (read_yaml(f"{args.recipe}/{stage}.yaml") for stage in (DPO, "pairs", "evaluate"))
     first = (args.model_name_or_path, None) if args.model_name_or_path else (
         dpo.get("model_name_or_path"), dpo.get("model_revision"),
     )  # fmt: skip
     if not first[0]:
-        raise UserError(f"{args.recipe}/dpo.yaml names no model to start from; pass --model_name_or_path")
+        raise UserError(f"{args.recipe}/{DPO}.yaml names no model to start from; pass --model_name_or_path")
     folders = [Path(args.output_dir) / f"round-{number}" for number in range(1, args.rounds + 1)]
     starts = [first, *((str(folder / "dpo"), None) for folder in folders[:-1])]
     return [Round(args, folder, start, first) for folder, start in zip(folders, starts, strict=True)]
 
 
-def figures_of(rounds: list[Round]) -> list[dict[str, Any]]:
-    """What the reference and each round's policy came to, the reference first, by their evaluations."""
+def figures_of(rounds: list[Round]) -> dict[str, Any]:
+    """What the reference and each round's policy came to, by their evaluations.
+
+    Returns:
+        `reward`, the name of the evaluation's, and `rounds`, the reference first; `rewards` of each by each of them
+        alone, where there are several.
+    """
     against = [read_json(one.folder / "evaluation/eval_results.json", "kl_per_sequence") for one in rounds]
     before = [read_json(one.folder / "evaluation-before/eval_results.json") or against[0] for one in rounds]
-    both = {"reward": "reward", "ended": "ended", "tokens": "mean_length"}
-    lines = [{"name": "SFT", "kl": 0.0} | {ours: against[0].get(f"{theirs}_ref") for ours, theirs in both.items()}]
+    lines = [{"name": "SFT", "kl": 0.0, "kl_se": 0.0} | _of_role("ref", against[0])]
     for one, figures, over in zip(rounds, against, before, strict=True):
-        lines.append({"name": one.folder.name, "kl": figures["kl_per_sequence"]})
-        lines[-1] |= {ours: figures.get(f"{theirs}_policy") for ours, theirs in both.items()}
+        kl = {"kl": figures["kl_per_sequence"], "kl_se": figures["kl_per_sequence_se"]}
+        lines.append({"name": one.folder.name} | kl | _of_role("policy", figures))
         for name, of in (("over_sft", figures), ("over_before", over)):
             lines[-1] |= {name: of.get("win_rate_vs_ref"), f"{name}_ci95": of.get("win_rate_ci95")}
-    return lines
+    given = against[0]["settings"]
+    named = RewardArguments(given.get("reward_funcs"), given.get("reward_model_name_or_path"))
+    return {"reward": named.name(), "rounds": lines}
+
+
+def _of_role(role: str, figures: dict[str, Any]) -> dict[str, Any]:
+    both = {"reward": "reward", "ended": "ended", "tokens": "mean_length"}
+    line = {ours: figures.get(f"{theirs}_{role}") for ours, theirs in both.items()}
+    each = figures.get("rewards") or {}
+    rewards = {name: {"mean": one[f"reward_{role}"], "se": one[f"reward_{role}_se"]} for name, one in each.items()}
+    return line | {"reward_se": figures.get(f"reward_{role}_se")} | ({"rewards": rewards} if rewards else {})
+
+
+def beside(frontier: dict[str, Any], rounds: dict[str, Any]) -> dict[str, Any]:
+    """`frontier.json` with the rounds of `rounds.json` as a curve of their own; either may be missing, {}.
+
+    Rounds measured by another reward, or by none, are left out.
+    """
+    if not rounds.get("reward") or rounds["reward"] != frontier.get("reward", rounds["reward"]):
+        return frontier
+    return {"points": [], "reward": rounds["reward"], **frontier, "rounds": rounds["rounds"]}
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 
+ROLES = ("policy", "ref")
 CUT = (("whole", "both whole", "with both answers whole"), ("cut", "one cut", "with an answer that max_length cuts"))
 EXPLICIT = (
     ("explicit_accuracy", "reward model's accuracy", "share of the same pairs whose chosen it scores higher", 0.5),
@@ -61,7 +62,7 @@ def headline(results: dict[str, Any]) -> list[Row]:
     r, settings = results, results["settings"]
     room, prompts = settings["max_length"] // 2, settings["num_prompts"]
 
-    def around(name: str) -> Estimate:
+    def around(name: str, r: dict[str, Any] = results) -> Estimate:
         half = Z95 * r[f"{name}_se"] if f"{name}_se" in r else None
         return Estimate(r[name]) if half is None else Estimate(r[name], r[name] - half, r[name] + half)
 
@@ -126,6 +127,10 @@ def headline(results: dict[str, Any]) -> list[Row]:
         names = [*(settings.get("reward_funcs") or []), Path(settings.get("reward_model_name_or_path") or "").name]
         rows += [
             Row("reward", f"mean of {' + '.join(filter(None, names))}", *both("reward")),
+            *(
+                Row(f"… {name[:20]}", f"mean of {name} alone", *(around(f"reward_{role}", one) for role in ROLES))
+                for name, one in r.get("rewards", {}).items()
+            ),
             Row(
                 "win rate",
                 "how often the policy's answer has the higher reward, ties half",

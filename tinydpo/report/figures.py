@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 from tinydpo.training.curves import BLUE, GREY, ORANGE, draw_panel, panels_of
 
-GREEN, PINK, BLACK = "#009E73", "#CC79A7", "#000000"  # Okabe and Ito's again
+GREEN, PINK, SKY, BLACK = "#009E73", "#CC79A7", "#56B4E9", "#000000"  # Okabe and Ito's again
 METHODS = {"DPO": BLUE, "IPO": ORANGE, "hinge": GREEN, "conservative DPO": PINK, "shuffled labels": BLACK}
 MARKERS = dict(zip(METHODS, "osD^x", strict=True))  # a second way to tell the methods apart
 FAR = 16  # nats; farther runs have mostly collapsed
@@ -161,14 +161,16 @@ def frontier(result: dict[str, Any]) -> Figure:
 
     A curve, of one learning rate, goes from the SFT model through the last checkpoint of each β, the mean over seeds;
     earlier checkpoints are faint. Joining these too would draw how one run moves as if it were a trade-off. β stands
-    on the first curve only, bars are 95 % intervals over prompts.
+    on the first curve only, bars are 95 % intervals over prompts. On-policy rounds are a curve from one to the next.
 
     Args:
-        result: what `frontier.json` holds.
+        result: what `frontier.json` holds, with the `rounds` of `rounds.json` where there are some (`rounds.beside`).
     """
     figure, axes = _figure(5.4, 4)
     ends: list[tuple[float, float, str, str]] = []
-    sft, order = result.get("sft"), list(dict.fromkeys(point["curve"] for point in result["points"]))
+    rounds = result.get("rounds", [])
+    sft = result.get("sft") or next(iter(rounds), None)
+    order = list(dict.fromkeys(point["curve"] for point in result["points"]))
     if best := result.get("best_of_n"):
         x, y = _columns(best)
         axes.plot(x, y, color=GREY, linestyle="--", linewidth=1, marker=".", markersize=4)
@@ -196,12 +198,19 @@ def frontier(result: dict[str, Any]) -> Figure:
             for kl, reward, beta in means:
                 axes.annotate(f"β {beta:g}", (kl, reward), (-3, 6), **_SMALL, color=colour, ha="right")
         ends.append((x[-1], y[-1], _short(curve) + (f", {rate:g}" if rate else ""), colour))
+    if rounds:
+        x, y = _columns(rounds)
+        reach = [Z95 * one["reward_se"] for one in rounds], [Z95 * one["kl_se"] for one in rounds]
+        axes.errorbar(x, y, *reach, color=SKY, marker="P", markersize=6, linewidth=1.6, elinewidth=0.8)
+        for one in rounds[1:]:
+            axes.annotate(one["name"], (one["kl"], one["reward"]), (3, 6), **_SMALL, color=SKY)
+        ends.append((x[-1], y[-1], "on-policy rounds", SKY))
     if sft:
         axes.plot(0, sft["reward"], marker="*", markersize=9, color=BLACK)
         axes.annotate("SFT", (0, sft["reward"]), (4, -11), textcoords="offset points", color=BLACK)
     axes.set(xlabel="KL(policy ‖ reference), nats per answer", ylabel=f"mean reward: {_short(result['reward'], 60)}")
     axes.margins(x=0.03)
-    if (farthest := max((point["kl"] for point in result["points"]), default=0)) > 2 * FAR:
+    if (farthest := max((point["kl"] for point in [*result["points"], *rounds]), default=0)) > 2 * FAR:
         axes.set_xscale("symlog", linthresh=FAR, linscale=3)  # one run that collapses would press the others together
         ticks = [*range(0, FAR, 4), *(FAR * 2**power for power in range(int(np.log2(farthest / FAR)) + 1))]
         axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
@@ -209,6 +218,26 @@ def frontier(result: dict[str, Any]) -> Figure:
         axes.set_xlim(-0.5, 1.15 * farthest)
         axes.set_xlabel(f"{axes.get_xlabel()} (logarithmic beyond {FAR})")
     _name_ends(axes, ends)
+    return figure
+
+
+@styled
+def rewards_over_rounds(rounds: Sequence[dict[str, Any]]) -> Figure:
+    """Mean reward of each round's answers by each of several rewards, a panel each over KL from the first model.
+
+    One that the pairs were made by and one that they were not part where the policy exploits the first
+    (over-optimisation: Gao et al. 2022, arXiv 2210.10760).
+    """
+    names = list(rounds[0]["rewards"])
+    figure = Figure(figsize=(3.2 * len(names), 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        means, errors = ([one["rewards"][name][key] for one in rounds] for key in ("mean", "se"))
+        x, reach = [one["kl"] for one in rounds], [Z95 * error for error in errors]
+        axes.errorbar(x, means, reach, color=BLUE, marker="o", markersize=5, elinewidth=0.8)
+        for one, at, mean in zip(rounds, x, means, strict=True):
+            axes.annotate(one["name"], (at, mean), (4, -10), **_SMALL, color=BLUE)
+        axes.set(title=_short(name), xlabel="KL from the first model, nats per answer", ylabel="mean reward")
+        axes.margins(x=0.15)
     return figure
 
 

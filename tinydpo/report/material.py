@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinydpo.errors import UserError
+from tinydpo.evaluation.rounds import beside
 from tinydpo.evaluation.table import headline
 from tinydpo.files import damaged, read_json, read_jsonl, read_run_config
 
@@ -34,6 +35,7 @@ def gather(folder: Path) -> Material:
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(evaluation / "eval_results.json", f"{error!r} in it") from None
     frontier = read_json(_stage(folder, "frontier", "frontier.json") / "frontier.json", "points", "reward")
+    rounds = read_json(folder / "rounds.json", "rounds")
     winrate = read_json(_stage(folder, "winrate", "winrate.json") / "winrate.json", "comparisons", "judge")
     settings = results.get("settings", {})
     material = Material(
@@ -41,7 +43,7 @@ def gather(folder: Path) -> Material:
         results=results,
         samples=read_jsonl(evaluation / "samples.jsonl", "prompt", "policy", "ref"),
         pairs=read_jsonl(evaluation / "pairs.jsonl", "margin", "chosen_tokens", "rejected_tokens"),
-        frontier=frontier if frontier.get("points") else {},
+        frontier=beside(frontier if frontier.get("points") else {}, rounds),
         winrate=winrate if winrate.get("comparisons") else {},
         runs={
             title: run

@@ -23,6 +23,7 @@ from tinydpo.training.reward_trend import what_rewards_did
 
 REPORT = "report.html"
 MOST_SUBSETS = 20
+ROUNDS = " Rounds train on the policy's own answers, each from the one before."
 CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127), "\N{REPLACEMENT CHARACTER}")
 
 TITLES = {
@@ -176,7 +177,7 @@ def _frontier(result: dict[str, Any]) -> dict[str, Any]:
         "through each β's last checkpoint (faint: earlier ones), bars of 95 % over prompts. Upper left is "
         "better. Best of N takes the highest reward of N reference answers: a ceiling that no policy is expected to "
         "pass at the same KL. Shuffled labels teach nothing and must not rise."
-    )
+    ) + ROUNDS * ("rounds" in result)
     return {
         "runs": len({of_run(point) for point in points}),
         "seeds": sorted({point["seed"] for point in points}),
