@@ -14,6 +14,7 @@ from running import ROOT
 from tinydpo.errors import UserError
 from tinydpo.launching import machine
 
+FAST_BF16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # what PyTorch says of this CPU
 LAUNCHER = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")
 SHARDED = {  # what accelerate's launcher sets for the shipped files
     "FSDP": {
@@ -37,7 +38,8 @@ def no_launcher(monkeypatch):
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for name in FAST_BF16:
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
 
 
 @pytest.fixture
@@ -100,9 +102,10 @@ def test_a_gpu_computes_in_bf16_from_capability_8_on(gpu, capability: int, bf16:
     assert (got.use_cpu, got.bf16, got.fp16) == (False, bf16, False)
 
 
-def test_a_cpu_computes_in_bf16_where_it_has_amx(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert filled().bf16 is True, "a CPU with AMX computes 7 times slower than it could"
+@pytest.mark.parametrize("has", FAST_BF16)
+def test_a_cpu_computes_in_bf16_where_it_has_it(has: str, monkeypatch):
+    monkeypatch.setattr(torch.cpu, has, lambda: True)
+    assert filled().bf16 is True, "a CPU that is fast in bf16 computes slower than it could"
     assert filled(bf16=False).bf16 is False, "--bf16 false does not give float32"
     assert machine.device_and_dtype("auto") == ("cpu", torch.bfloat16), "evaluation computes otherwise than training"
     assert "bfloat16," in machine.check(running(bf16=True), None), "the line calls a fast precision slow"
