@@ -96,6 +96,7 @@ def test_pairs_are_right_and_train(policy: Path, task: Path, tmp_path: Path, cap
     assert made["counts"]["train_pairs"] == len(rows["train"]) and made["counts"]["answers"] == 24 * 4
     again = load_pairs(DataArguments(dataset_name=str(tmp_path / "pairs")), AutoTokenizer.from_pretrained(policy), 96)
     assert [again[split].summary["pairs_kept"] for split in rows] == [len(rows[split]) for split in rows]
+    assert not again["train"].summary["notes"], "pairs made here are told to hold what is not read"
     assert IN_TRAIN_TOO not in again["test"].summary["notes"]
     run("dpo", "--model_name_or_path", policy, "--dataset_name", tmp_path / "pairs", "--output_dir", tmp_path / "dpo",
         "--max_steps", "1", "--save_strategy", "no")  # fmt: skip

@@ -18,6 +18,7 @@ from tinydpo.data.records import BrokenRow, kind, shown, usual
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ECHO = 4  # words from which a prompt that opens its answers is taken for a copy: "Thank you" may well be answered so
 REPEATED = "answers repeat the prompt, which is taken once"
+REWARDS = ("reward_chosen", "reward_rejected")  # what on-policy pairs were made by, and not for training to see
 
 
 @dataclass
@@ -65,7 +66,7 @@ def read(row: dict[str, Any], need_pairs: bool | None) -> Form:
         form.prompt, form.answers = _last_turn(form.prompt, form.answers)
     form.tools = _decoded(row, "tools", list) or None
     form.options = {k: v for k, v in (_decoded(row, "chat_template_kwargs", dict) or {}).items() if v is not None}
-    read_too = {"prompt", asked, *answers, "system", "tools", "chat_template_kwargs", "subset"}
+    read_too = {"prompt", asked, *answers, "system", "tools", "chat_template_kwargs", "subset", *REWARDS}
     form.notes += [not_read(key) for key, value in row.items() if key not in read_too and _says_something(value)]
     return form
 

@@ -17,6 +17,7 @@ from datasets import Dataset
 from trl.trainer.utils import hash_module
 
 from tinydpo.data.asked import prompts_of
+from tinydpo.data.forms import REWARDS
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.data.sources import HOLD_OUT_SEED
 from tinydpo.errors import UserError
@@ -180,7 +181,7 @@ def rows_of(
         for better, worse in pairs_of(scored, pair_by):
             row = {"prompt": prompt, "chosen": completion_of(prompt, better.text, templated)}
             row |= {"rejected": completion_of(prompt, worse.text, templated)}
-            row |= {"reward_chosen": better.reward, "reward_rejected": worse.reward}
+            row |= zip(REWARDS, (better.reward, worse.reward), strict=True)
             rows["test" if place in held_out else "train"].append(row | ({"subset": subset} if subset else {}))
     if not (rows["train"] and rows["test"]):
         raise UserError(
