@@ -19,6 +19,17 @@ import pytest  # noqa: E402 - after the environment
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_by_default() -> Iterator[None]:
+    """On every machine the tests compute in float32, in which the docs promise equalities; `test_bf16.py` does not."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for has in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            patch.setattr(torch.cpu, has, lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real pairs and the GPT-2 tokenizer, which stand beside the repository and are no part of it."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+FLOAT32 = ["--bf16", "false"]  # for commands of their own, which `float32_by_default` does not reach
 SMALL = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_batch_size", "8", "--report_to", "none",
          "--activation_checkpointing", "false", "--logging_steps", "1", "--seed", "0", "--save_steps", "4",
          "--save_total_limit", "2", "--eval_strategy", "steps", "--eval_steps", "6", "--eval_pairs", "16"]  # fmt: skip

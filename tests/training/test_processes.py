@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import BIN, ROOT, call, log
+from running import BIN, FLOAT32, ROOT, call, log
 from safetensors.torch import load_file
 
 TRAIN = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_batch_size", "8", "--report_to", "none",
          "--activation_checkpointing", "false", "--logging_steps", "1", "--seed", "0", "--max_steps", "6",
-         "--eval_strategy", "no", "--save_strategy", "no"]  # fmt: skip
+         "--eval_strategy", "no", "--save_strategy", "no", *FLOAT32]  # fmt: skip
 
 
 def launch(config: str, script: str, *flags: str | Path) -> subprocess.CompletedProcess:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from running import ROOT, log
+from running import FLOAT32, ROOT, log
 from safetensors.torch import load_file
 
 from tinydpo.training.peers import lost_peer
@@ -23,7 +23,7 @@ from tinydpo.training.peers import lost_peer
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TRAIN = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_batch_size", "4", "--report_to", "none",
          "--activation_checkpointing", "false", "--logging_steps", "1", "--seed", "0", "--eval_strategy", "no",
-         "--optim", "adamw_torch_fused", "--learning_rate", "1e-3"]  # fmt: skip
+         "--optim", "adamw_torch_fused", "--learning_rate", "1e-3", *FLOAT32]  # fmt: skip
 SIX = ["--max_steps", "6", "--save_strategy", "no"]
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install '.[deepspeed]' (make test-all)"
