@@ -203,7 +203,7 @@ def frontier(result: dict[str, Any]) -> Figure:
         reach = [Z95 * one["reward_se"] for one in rounds], [Z95 * one["kl_se"] for one in rounds]
         axes.errorbar(x, y, *reach, color=SKY, marker="P", markersize=6, linewidth=1.6, elinewidth=0.8)
         for one in rounds[1:]:
-            axes.annotate(one["name"], (one["kl"], one["reward"]), (6, -10), **_SMALL, color=SKY)
+            axes.annotate(one["name"], (one["kl"], one["reward"]), (8, -7), **_SMALL, color=SKY)
         ends.append((x[-1], y[-1], "on-policy rounds", SKY))
     if sft:
         axes.plot(0, sft["reward"], marker="*", markersize=9, color=BLACK)
