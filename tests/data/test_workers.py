@@ -59,6 +59,7 @@ def test_a_worker_that_is_killed_is_one_sentence(
             os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("nothing was read by another process")
 
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a run before left its handler, and workers do not end"
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setattr(f"tinydpo.data.{place}", die)
     rows = [{"prompt": "Which?", "chosen": f"yes {i} {place}", "rejected": f"no {i}"} for i in range(40)]

@@ -16,6 +16,7 @@ import yaml
 from running import ROOT, log, run
 from safetensors.torch import load_file
 from short_products import short_products
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinydpo.errors import UserError
 
@@ -109,6 +110,20 @@ def test_adapters_train_in_bf16(recipe: str, tiny_model: Path, task: Path, tmp_p
     losses = log(tmp_path / "run", "loss")
     assert losses[0] == pytest.approx(0.6931, abs=1e-3), f"policy and reference differ at first: {losses}"
     assert min(log(tmp_path / "run", "grad_norm")) > 1e-3, "no gradient reaches the adapter"
+
+
+def test_a_reference_beside_the_policy_is_no_false_alarm(tiny_model: Path, task: Path, tmp_path: Path):
+    """Its forward enters autocast by itself. With weights so large, rounding is far above what float32's makes."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(10)
+    model.save_pretrained(tmp_path / "sft")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "sft")
+    flags = ["--precompute_ref_log_probs", "false", "--max_steps", "1"]
+    first = log(train("dpo", tmp_path / "sft", task, tmp_path / "run", *flags), "loss")[0]
+    assert first == pytest.approx(0.6931, abs=1e-3), "policy and reference compute in two precisions"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import signal
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,21 @@ def test_flop_are_those_of_the_floor(tied):
     blocks = layers * (4 * width**2 + 3 * width * 64 + 2 * width) + width  # the norms' weights among them
     counted = forward_flop(LlamaForCausalLM(config), tokens=136, scored=83)
     assert counted == 2 * blocks * 136 + 2 * vocabulary * width * 83, "MFU counts other work than the floor does"
+
+
+def test_a_run_that_failed_leaves_sigterm_as_it_was(task: Path, tiny_model: Path, tmp_path: Path):
+    """As `make frontier` goes on after it: what told the run to stop must end the process again."""
+    before = signal.getsignal(signal.SIGTERM)
+    fails = ["--learning_rate", "1e30", "--warmup_steps", "0", "--eval_strategy", "no", "--save_strategy", "no"]
+    with pytest.raises(UserError, match="diverged"):
+        run(
+            "sft",
+            "--model_name_or_path",
+            tiny_model,
+            "--dataset_name",
+            task / "data",
+            "--output_dir",
+            tmp_path,
+            *fails,
+        )
+    assert signal.getsignal(signal.SIGTERM) == before, "SIGTERM is swallowed after a failed run"

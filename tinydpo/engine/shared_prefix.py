@@ -28,7 +28,7 @@ from tinydpo.engine.compiled import compile_blocks, take_over
 from tinydpo.engine.packing import Tree, additive_mask, pack
 from tinydpo.engine.trainers import FittedDPOTrainer, FittedSFTTrainer
 from tinydpo.errors import UserError
-from tinydpo.models.precision import exactly
+from tinydpo.models.precision import exactly, is_exact
 
 # Vocabulary columns that TRL's LM head projects at once on a CPU: its own 32,768 do not stay in the cache (forward and
 # backward of 664 positions over GPT-2's vocabulary took 3.5 s, with 1,024 1.6 s, on two cores).
@@ -190,12 +190,14 @@ def pack_forward(model: PreTrainedModel, row_length: int) -> None:
         return
     check_model(model, row_length)
     fuse_gelu(model)
-    fused_forward = model.forward
+    # What accelerate prepared, as it does a reference, enters autocast by itself, whatever `exactly` asks for.
+    wrapped, bare = model.forward, getattr(model, "_original_forward", model.forward)
 
     @functools.wraps(type(model).forward)  # `generate` reads its arguments off the signature
     def forward(
         self: PreTrainedModel, *args: Any, packed: dict | None = None, fused_lm_head: bool = False, **kwargs: Any
     ) -> Any:
+        fused_forward = bare if is_exact(self) else wrapped
         if packed is None or not fused_lm_head:
             return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
         return _packed_forward(self, fused_forward, packed, **kwargs)

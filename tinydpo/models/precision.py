@@ -72,12 +72,17 @@ def exactly(model: Any) -> Iterator[None]:
     import torch
 
     before = computes_in(model)
-    model.compute_dtype = torch.float32
+    model.compute_dtype, model.is_exact = torch.float32, True
     try:
         with torch.autocast(model.device.type, enabled=False), products("highest"):
             yield
     finally:
-        model.compute_dtype = before
+        model.compute_dtype, model.is_exact = before, False
+
+
+def is_exact(model: Any) -> bool:
+    """Whether a model computes `exactly` just now."""
+    return getattr(model, "is_exact", False)
 
 
 @contextmanager

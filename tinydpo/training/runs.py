@@ -142,6 +142,8 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any], texts
                 f"{checkpoint} holds something else than tensors and numbers, which could run code and is not loaded; "
                 "delete it and run the same command again"
             ) from None
+        finally:
+            told.on_train_end()  # which a run that fails does not come to; who goes on after it must end on SIGTERM
         if checkpoint:  # transformers counts what this process trained, and not what those before it did
             results = {name: value for name, value in results.items() if not name.startswith("train_")}
         stopped = told.reason and trainer.state.global_step < trainer.state.max_steps
