@@ -35,12 +35,15 @@ def main(argv: list[str] | None = None) -> None:
                 stage("evaluate", flags)
     made = rounds.figures_of(plan)
     write_json(folder / "rounds.json", made)
+    told = f"Figures: {folder / 'rounds.json'}"
     if made["reward"]:
         known = read_json(folder / "frontier/frontier.json", "points", "reward")
         figures.frontier(rounds.beside(known, made)).savefig(folder / "rounds.png", dpi=150)
+        told += f", drawn: {folder / 'rounds.png'}"
     if "rewards" in made["rounds"][0]:
         figures.rewards_over_rounds(made["rounds"]).savefig(folder / "rewards.png", dpi=150)
-    print(f"\n{rounds.table(made['rounds'])}\nFigures: {folder / 'rounds.json'}, pictures beside it")
+        told += f" and {folder / 'rewards.png'}"
+    print(f"\n{rounds.table(made['rounds'])}\n{told}")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ ROOT = Path(__file__).parent.parent
 def float32_by_default() -> Iterator[None]:
     """On every machine the tests compute in float32, in which the docs promise equalities; `test_bf16.py` does not."""
     import torch
+    from running import FAST_BF16
 
     with pytest.MonkeyPatch.context() as patch:
-        for has in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        for has in FAST_BF16:
             patch.setattr(torch.cpu, has, lambda: False)
         yield
 

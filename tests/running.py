@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+FAST_BF16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # what torch.cpu says of a CPU
 FLOAT32 = ["--bf16", "false"]  # for commands of their own, which `float32_by_default` does not reach
 SMALL = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_batch_size", "8", "--report_to", "none",
          "--activation_checkpointing", "false", "--logging_steps", "1", "--seed", "0", "--save_steps", "4",

@@ -9,12 +9,11 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from running import ROOT
+from running import FAST_BF16, ROOT
 
 from tinydpo.errors import UserError
 from tinydpo.launching import machine
 
-FAST_BF16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # what PyTorch says of this CPU
 LAUNCHER = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")
 SHARDED = {  # what accelerate's launcher sets for the shipped files
     "FSDP": {

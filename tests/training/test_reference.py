@@ -132,17 +132,8 @@ def test_what_cannot_be_compared_is_one_sentence(policy: Path, tiny_model: Path,
 @pytest.mark.slow
 def test_two_processes_have_it_too(policy: Path, tiny_model: Path, task: Path, tmp_path: Path):
     file, wanted = "accelerate_configs/multi_cpu.yaml", loss_directly(policy, tiny_model, task, 0.5)
-    flags = [
-        *SMALL,
-        *FLOAT32,
-        *ONE_STEP,
-        "--beta",
-        "0.5",
-        "--accelerate_config",
-        file,
-        "--dataset_name",
-        task / "data",
-    ]
+    flags = [*SMALL, *FLOAT32, *ONE_STEP, "--beta", "0.5", "--accelerate_config", file]
+    flags += ["--dataset_name", task / "data"]
     flags += ["--model_name_or_path", policy, "--ref_model_name_or_path", tiny_model]
     for cached in ("true", "false"):
         done = call(BIN / "accelerate", "launch", "--quiet", "--config_file", file, "scripts/dpo.py", *flags,

@@ -16,7 +16,7 @@ from tinydpo.files import read_json, write_whole
 from tinydpo.launching.arguments import DataArguments
 from tinydpo.launching.parsing import read_yaml
 
-DPO = "dpo-on-policy"  # a round's own recipe: its pairs lie further apart than a dataset's and want a lower rate
+DPO = "dpo-on-policy"  # a round's own recipe: its pairs lie further apart than a dataset's and want another loss
 OF_PAIRS = {"max_question_length", "on_bad_row"}  # of a DPO recipe's keys about data, what holds for any
 
 
@@ -144,8 +144,8 @@ def figures_of(rounds: list[Round]) -> dict[str, Any]:
 def _of_role(role: str, figures: dict[str, Any]) -> dict[str, Any]:
     both = {"reward": "reward", "ended": "ended", "tokens": "mean_length"}
     line = {ours: figures.get(f"{theirs}_{role}") for ours, theirs in both.items()}
-    each = figures.get("rewards") or {}
-    rewards = {name: {"mean": one[f"reward_{role}"], "se": one[f"reward_{role}_se"]} for name, one in each.items()}
+    each = figures.get("rewards", {}).items()
+    rewards = {name: {"mean": one[f"reward_{role}"], "se": one[f"reward_{role}_se"]} for name, one in each}
     return line | {"reward_se": figures.get(f"reward_{role}_se")} | ({"rewards": rewards} if rewards else {})
 
 

@@ -16,7 +16,7 @@ def fast_bf16(device: str) -> bool:
     """Whether bf16 is in the hardware of a device ("cuda" or "cpu") and pays there.
 
     Before capability 8 GPUs emulate it. CPUs with AMX multiply in it 7 times as fast as in float32, with AVX512-BF16
-    alone 2.4 times, with neither many times slower (docs/performance.md).
+    alone 1.5 times, with neither many times slower (docs/performance.md).
     """
     import torch
 

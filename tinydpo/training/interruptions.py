@@ -30,7 +30,7 @@ class StopsWhenTold(TrainerCallback):
         self.reason = ""
         launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
         self._launcher = STARTED_BY if launched else None
-        self._group, self._before, self._stopping = None, signal.SIG_DFL, False
+        self._group, self._before, self._stopping = None, signal.getsignal(signal.SIGTERM), False
 
     def _told(self, number: int, frame: FrameType | None) -> None:
         self.reason = "SIGTERM"
