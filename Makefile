@@ -14,7 +14,7 @@ THREADS     = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) * $(call ASKED,num_ma
 LAUNCH      = $(if $(wildcard $(ACCELERATE)),,$(error ACCELERATE=$(ACCELERATE): there is no such file, see accelerate_configs/)).venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE) $(NODE)
 TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE) $(ARGS)
 # The model that a DPO or reward recipe starts from, unless ARGS name another.
-START       = $(if $(findstring --model_name_or_path,$(ARGS)),,$(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(RECIPE)/$(STAGE).yaml))
+START       = $(if $(findstring --model_name_or_path,$(ARGS)),,$(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(RECIPE)/$(STAGE).yaml 2>/dev/null))
 
 # That model, trained first where it is missing; a run that was cut short there (run_config.yaml, no results) goes on.
 NEEDS_START = case "$(START)" in runs/*) test -e "$(START)/train_results.json" || { test ! -e "$(START)/run_config.yaml" && compgen -G "$(START)/*.safetensors" > /dev/null; } || $(MAKE) --no-print-directory $(if $(filter %/quickstart,$(RECIPE)),quickstart,sft STAGE=$(notdir $(START)) ARGS=) ;; esac
