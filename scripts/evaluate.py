@@ -40,13 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     # One model in memory at a time. Each samples under a seed of its own: with shared random numbers the two answers
     # to a prompt would be alike, and the win rate would not be that of independent answers.
     logps, answers, answer_logps = {}, {}, {}
-    for index, (role, (name, revision)) in enumerate(args.models.items()):
+    for i, (role, (name, revision)) in enumerate(args.models.items()):
         model = load_model(name, revision, dtype=dtype, device=device)
         logps[role] = pair_logps(model, held_out.pairs, args.batch_size, f"{role}: pairs", rows)
         answers[role] = cached_answers(
-            model, tokenizer, prompts, args.max_length // 2, f"{role}: answers", temperature=args.temperature,
-            top_k=args.top_k, top_p=args.top_p, batch_size=args.batch_size, seed=args.seed + index,
-        )  # fmt: skip
+            model, tokenizer, prompts, args.max_length // 2, f"{role}: answers", seed=args.seed + i, **args.sampling
+        )
         answer_logps[role] = token_logps(model, prompts, answers["policy"].ids, args.batch_size, f"{role}: KL", rows)
         del model
         gc.collect()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from running import ROOT
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -181,13 +181,16 @@ text = st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip)
 
 @settings(max_examples=25, deadline=None)
 @given(rows=st.lists(st.tuples(text, text, text).filter(lambda row: row[1] != row[2]), min_size=2, max_size=6))
+@example(rows=[("a question: ", "Yes", "No"), ("a question: ", " Yes", "No")])
 def test_votes_are_training_data(rows: list, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any):
     path = tmp_path_factory.mktemp("votes") / "run" / "votes.jsonl"
     for count, (prompt, chosen, rejected) in enumerate(rows, 1):
         assert save_vote(path, prompt, chosen, rejected) == count == count_votes(path), "votes are lost or miscounted"
     splits = load_pairs(DataArguments(dataset_name=str(path)), tiny_tokenizer, 4096)
     read = [(row["prompt"], row["chosen"], row["rejected"]) for split in splits.values() for row in split.texts]
-    assert sorted(read) == sorted(rows), "--dataset_name reads other preferences than those voted for"
+    # Reading moves the space that ends a prompt to the answers, where tokenizers have it: the texts are the same.
+    texts = [sorted((p.rstrip(" "), p + one, p + other) for p, one, other in some) for some in (read, rows)]
+    assert texts[0] == texts[1], "--dataset_name reads other preferences than those voted for"
 
 
 def test_votes_that_say_nothing_are_refused(tmp_path: Path):

@@ -21,9 +21,10 @@ from tinydpo.data.forms import REWARDS
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.data.sources import HOLD_OUT_SEED
 from tinydpo.errors import UserError
+from tinydpo.evaluation.answering import SamplingArguments
 from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, completion_of, scores_of
 from tinydpo.evaluation.sampling import Answers, cached_answers
-from tinydpo.files import differing, public_name, read_json, read_run_config
+from tinydpo.files import differing, public_name, read_json
 from tinydpo.launching.arguments import DataArguments, sources_in
 from tinydpo.models.adapters import weights_sha256
 
@@ -32,52 +33,20 @@ MADE = "pairs_results.json"  # written last: where it stands, the pairs are whol
 
 
 @dataclass
-class PairsArguments:
-    """Who answers which prompts how often, and what becomes a pair."""
+class PairsArguments(SamplingArguments):
+    """How often the policy answers each prompt, and what becomes a pair."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The policy: folder or Hub id."})
-    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch, on the Hub."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the pairs, their card and a histogram."}
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of prompt + completion; an answer gets half. By default the policy run's, or 128."},
-    )
     num_prompts: int = field(default=2000, metadata={"help": "Prompts of the train split to answer."})
     samples_per_prompt: int = field(default=8, metadata={"help": "Answers to each; more lie further apart."})
     pair_by: Literal["best_worst", "all"] = field(
         default="best_worst",
         metadata={"help": "best_worst: a prompt's best answer against its worst; all: every two that score unlike."},
     )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits when sampling."})
-    top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens only; 0: from all."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this mass; 1: from all."})
-    batch_size: int = field(
-        default=32,
-        metadata={"help": "Sequences in one forward pass: memory against speed; another draws other samples."},
-    )
-    seed: int = field(default=0, metadata={"help": "Picks the prompts, where there are more, and the samples."})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto",
-        metadata={"help": "What blocks compute in; auto: bfloat16 where the GPU or CPU is fast in it, else float32."},
-    )
 
     def __post_init__(self):
-        """Take an open length from the policy's run, and refuse what cannot be meant (ValueError)."""
-        for name in ("model_name_or_path", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing; needed are a policy and an output folder")
-        if self.max_length is None:
-            self.max_length = int(read_run_config(self.model_name_or_path).get("max_length") or 128)
-        least = {"max_length": 4, "num_prompts": 2, "samples_per_prompt": 2, "batch_size": 1, "top_k": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        if not (self.temperature > 0 and 0 < self.top_p <= 1):
-            raise ValueError(
-                f"temperature must be above 0 and top_p between 0 and 1, got {self.temperature} and {self.top_p}"
-            )
+        """Refuse what gives no pairs or no held-out ones, too (ValueError)."""
+        super().__post_init__()
+        self.at_least(num_prompts=2, samples_per_prompt=2)
 
 
 class Scored(NamedTuple):
@@ -125,8 +94,7 @@ def sample(model: Any, tokenizer: Any, prompts: list[list[int]], args: PairsArgu
         answers = cached_answers(
             model, tokenizer, [prompt for prompt in some for _ in range(args.samples_per_prompt)],
             args.max_length // 2, f"answers to prompts {start + 1} to {start + len(some)} of {len(prompts)}",
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, batch_size=args.batch_size,
-            seed=args.seed + start, weights=weights,
+            seed=args.seed + start, weights=weights, **args.sampling,
         )  # fmt: skip
         ids += answers.ids
         ended += answers.ended
