@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from models import tokenizer_and_data
-from short_products import ShortProducts, short_products
+from short_products import emulated, short_products
 from transformers import PreTrainedModel
 
 from tinydpo.data.pairs import load_split
@@ -133,9 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     makers["GPT2, tiny, shifted"] = lambda: shifted(tiny("GPT2", len(tokenizer)))
     if args.model:
         makers = {Path(args.model).name: lambda: load_model(args.model)}
-    emulated = isinstance(short_products(), ShortProducts)
-    made = "in float32 from short inputs, for want of hardware" if emulated else "by the hardware"
-    print(f"Products in bf16 and fp16 are made {made}.")
+    for dtype in emulated():
+        print(f"Products in {dtype} are made in float32 from short inputs, for want of hardware.")
     print(f"Batches refused, of {args.batches} (sabotaged: of {args.sabotaged}); row of {ROW} tokens\n")
     print("| model | computes | right | " + " | ".join(SABOTAGES) + " |\n" + "| --- " * (3 + len(SABOTAGES)) + "|")
     for name, make in makers.items():

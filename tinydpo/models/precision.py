@@ -3,7 +3,7 @@
 A pretrained GPT-2's logits lie many tens below zero, where bfloat16 has steps of a quarter or a half: rounded to them,
 a pair's margin errs by more than DPO moves it. So weights stay float32, blocks may compute in half precision, under
 autocast, and the LM head gives float32, outside of it. Where hardware multiplies short inputs fast and still sums in
-float32 (TF32 on GPUs, bf16 on CPUs that have it), the head's products use it.
+float32 (TF32 on GPUs, bf16 on CPUs with AMX), the head's products use it.
 """
 
 import functools
