@@ -31,7 +31,7 @@ from tinydpo.report.token_colors import pieces
 def main(argv: list[str] | None = None) -> None:
     args, reward, data = parse(EvaluateArguments, RewardArguments, DataArguments, argv=argv)
     (device, dtype), rows = device_and_dtype(args.dtype), args.row_length
-    functions = load_rewards(reward, device, args.batch_size)
+    functions = load_rewards(reward, device, args.batch_size, dtype)
     tokenizer = args.load_tokenizer()
     output_dir = make_folder(args.output_dir)
     held_out = load_split(data, tokenizer, args.max_length, "test")

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     folder, settings = make_folder(args.output_dir), on_policy.settings_of(args, reward, data)
     if on_policy.is_made(folder, settings):
         return
-    if not (functions := load_rewards(reward, device, args.batch_size)):
+    if not (functions := load_rewards(reward, device, args.batch_size, dtype)):
         raise UserError("pairs need a reward: pass --reward_funcs or --reward_model_name_or_path")
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
     texts = load_split(data, tokenizer, args.max_length, "train").texts

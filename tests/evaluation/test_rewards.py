@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification
@@ -38,6 +39,19 @@ def test_a_reward_model_scores_prompt_and_answer_as_one_text(tmp_path: Path, tin
         "padding, or cutting a long text, changes its reward"
     )
     assert RewardArguments(reward_funcs=["a.b"], reward_model_name_or_path="org/model").name() == "b + model"
+
+
+def test_a_reward_model_computes_as_the_policy_does_and_scores_in_float32(tmp_path: Path, tiny_tokenizer: Any):
+    model = save(tmp_path, tiny_tokenizer, labels=1)
+    model.score.weight.data *= 100  # scores of tens, where bf16 has steps of an eighth and more
+    model.save_pretrained(tmp_path)
+    args, texts = RewardArguments(reward_model_name_or_path=str(tmp_path)), [f" {word}." for word in "abcdefgh"]
+    exact, short = (
+        np.array(load_rewards(args, "cpu", 3, dtype)[0](prompts=["How?"] * 8, completions=texts))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert 0 < np.abs(short - exact).max() < 0.05 * np.ptp(exact), "blocks are not computed in what was asked for"
+    assert (short != torch.tensor(short).bfloat16().double().numpy()).all(), "scores are rounded to bf16"
 
 
 def test_a_model_that_was_not_trained_to_reward_is_refused(tmp_path: Path, task: Path, tiny_tokenizer: Any):

@@ -28,7 +28,7 @@ from tinydpo.engine.packing import Tree, additive_mask
 from tinydpo.engine.shared_prefix import PackedCollator, PackedTrainer, fuse_gelu, mask_dtype
 from tinydpo.engine.trainers import Counted
 from tinydpo.errors import UserError
-from tinydpo.models.precision import products
+from tinydpo.models.precision import float32_head
 from tinydpo.training.checkpoints import WholeCheckpoints
 from tinydpo.training.throughput import Counts
 
@@ -81,7 +81,7 @@ class FittedRewardTrainer(WholeCheckpoints, ByLength, Counted, RewardsAlike, Rew
         with patch.multiple(PreTrainedModel, **NO_NEWS):
             super().__init__(*given, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model.config.fitted_to = self.args.max_length  # evaluation reads it and scores likewise
-        float32_score(self.model)
+        float32_head(self.model)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
@@ -151,20 +151,3 @@ class PackedRewardTrainer(PackedTrainer, FittedRewardTrainer):
         """TRL's, after the check."""
         self._check(model)
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-
-def float32_score(model: PreTrainedModel) -> None:
-    """Have a reward model's head, where it is one linear layer, compute in float32, outside autocast.
-
-    Two answers' scores are a difference: bfloat16 has steps of 0.03 at a score of 5.
-    """
-    head = getattr(model, "score", None)
-    if not isinstance(head, torch.nn.Linear):
-        return
-
-    def project(hidden: torch.Tensor) -> torch.Tensor:
-        bias = None if head.bias is None else head.bias.float()
-        with torch.autocast(hidden.device.type, enabled=False), products("highest"):
-            return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
-
-    head.forward = project

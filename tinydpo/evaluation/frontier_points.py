@@ -93,7 +93,7 @@ def measure_for(
     """
     dtype = "float32" if recipe.get("bf16") is False else "auto"  # as the runs compute
     (device, dtype), max_length = device_and_dtype(dtype), recipe["max_length"]
-    functions = load_rewards(reward, device, args.batch_size)
+    functions = load_rewards(reward, device, args.batch_size, dtype)
     if not functions:
         raise UserError("a frontier needs a reward: pass --reward_funcs or --reward_model_name_or_path")
     tokenizer = load_tokenizer(args.model_name_or_path)

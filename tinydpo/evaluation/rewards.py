@@ -22,6 +22,7 @@ from tinydpo.data.asked import Prompt, dialogue, prompts_of
 from tinydpo.errors import UserError
 from tinydpo.evaluation.sampling import cut_prompt
 from tinydpo.models.ending import without_end
+from tinydpo.models.precision import compute_in
 from tinydpo.models.pretrained import load_as, load_tokenizer
 
 RewardFunction = Callable[..., list[float]]
@@ -56,8 +57,8 @@ class RewardArguments:
         return " + ".join(self.names())
 
 
-def load_rewards(args: RewardArguments, device: str, batch_size: int) -> list[RewardFunction]:
-    """Every reward asked for, as a function.
+def load_rewards(args: RewardArguments, device: str, batch_size: int, dtype: Any = None) -> list[RewardFunction]:
+    """Every reward asked for, as a function; what `load_reward_model` is told is for a reward model.
 
     Raises:
         UserError: one of them cannot be loaded.
@@ -65,14 +66,23 @@ def load_rewards(args: RewardArguments, device: str, batch_size: int) -> list[Re
     functions = [load_reward(name) for name in args.reward_funcs or []]
     if args.reward_model_name_or_path:
         model = args.reward_model_name_or_path, args.reward_model_revision
-        functions.append(load_reward_model(*model, device, batch_size))
+        functions.append(load_reward_model(*model, device, batch_size, dtype))
     return functions
 
 
-def load_reward_model(name: str, revision: str | None, device: str, batch_size: int) -> RewardFunction:
+def load_reward_model(
+    name: str, revision: str | None, device: str, batch_size: int, dtype: Any = None
+) -> RewardFunction:
     """A function that gives prompt + completion, as one text, to a sequence-classification model.
 
     A conversation is written by the model's own chat template, begin token included, or in HH's form without one.
+
+    Args:
+        name: folder or Hub id.
+        revision: commit, tag or branch on the Hub.
+        device: torch device.
+        batch_size: texts in one forward pass.
+        dtype: torch dtype that its blocks compute in, float32 by default and where its head is not one linear layer.
 
     Raises:
         UserError: it cannot be loaded, or is no reward model: another number of outputs than one, or no trained head.
@@ -84,6 +94,8 @@ def load_reward_model(name: str, revision: str | None, device: str, batch_size: 
     if loading["missing_keys"] or model.config.num_labels != 1:
         lacks = "has no trained head" if loading["missing_keys"] else f"has {model.config.num_labels} outputs"
         raise UserError(f"--reward_model_name_or_path {name} {lacks}; pass a model trained to give one reward")
+    if dtype and isinstance(getattr(model, "score", None), torch.nn.Linear):
+        compute_in(model, dtype)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.truncation_side = "left"  # the answer stands at the end
     tokenizer.padding_side = "right"  # GPT-2's positions count padding on the left
@@ -104,10 +116,15 @@ def load_reward_model(name: str, revision: str | None, device: str, batch_size: 
 
     @torch.no_grad()
     def reward_model(prompts: list[Prompt], completions: list[Prompt], **kwargs: object) -> list[float]:
-        encoded, scores = [encode(*both) for both in zip(prompts, completions, strict=True)], []
-        for start in tqdm(range(0, len(encoded), batch_size), desc="rewards", leave=False, disable=None):
-            inputs = tokenizer.pad(encoded[start : start + batch_size], return_tensors="pt")
-            scores += model(**inputs.to(model.device)).logits[:, 0].float().tolist()
+        encoded = [encode(*both) for both in zip(prompts, completions, strict=True)]
+        # Texts alike in length lie in one batch: less padding.
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))
+        scores = [0.0] * len(encoded)
+        for start in tqdm(range(0, len(order), batch_size), desc="rewards", leave=False, disable=None):
+            batch = order[start : start + batch_size]
+            inputs = tokenizer.pad([encoded[i] for i in batch], return_tensors="pt")
+            for i, score in zip(batch, model(**inputs.to(model.device)).logits[:, 0].tolist(), strict=True):
+                scores[i] = score
         return scores
 
     return reward_model

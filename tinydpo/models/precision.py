@@ -31,7 +31,7 @@ def computes_in(model: Any) -> Any:
 
 
 def compute_in(model: Any, dtype: Any) -> Any:
-    """Have a causal LM with float32 weights compute its blocks in `dtype` and its head in float32; returns it."""
+    """Have a model with float32 weights compute its blocks in `dtype` and its head in float32; returns it."""
     import torch
 
     model.compute_dtype = dtype
@@ -49,17 +49,22 @@ def compute_in(model: Any, dtype: Any) -> Any:
 
 
 def float32_head(model: Any) -> Any:
-    """Have a causal LM's head compute in float32, outside autocast, whatever it is given; returns the model.
+    """Have a model's head compute in float32, outside autocast, whatever it is given; returns the model.
 
-    For its own forward and `generate`: TRL's fused head, which trainers use, has an option for it.
+    A causal LM's, for its own forward and `generate` (TRL's fused head, which trainers use, has an option for it), or
+    a reward model's `score`, where that is one linear layer.
     """
     import torch
 
-    head = model.get_output_embeddings()
+    head, short = model.get_output_embeddings(), "medium"
+    if head is None:  # a difference of two scores: bfloat16 has steps of 0.03 at a score of 5
+        head, short = getattr(model, "score", None), "highest"
+    if not isinstance(head, torch.nn.Linear):
+        return model
 
     def project(hidden: torch.Tensor) -> torch.Tensor:
         bias = None if head.bias is None else head.bias.float()
-        with torch.autocast(hidden.device.type, enabled=False), products("medium"):
+        with torch.autocast(hidden.device.type, enabled=False), products(short):
             return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
     head.forward = project
