@@ -37,8 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out = load_split(data, tokenizer, args.max_length, "test")
     texts, prompts = prompts_to_answer(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
 
-    # One model in memory at a time. Each samples under a seed of its own: with shared random numbers the two answers
-    # to a prompt would be alike, and the win rate would not be that of independent answers.
+    # One model in memory at a time, each with a seed of its own: on the same random numbers answers are alike.
     logps, answers, answer_logps = {}, {}, {}
     for i, (role, (name, revision)) in enumerate(args.models.items()):
         model = load_model(name, revision, dtype=dtype, device=device)
@@ -67,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     results |= metrics.accuracy_by_cut(pairs["margin"], held_out.pairs["whole"][:])
     if "subset" in held_out.pairs.column_names:
         pairs["subset"] = held_out.pairs["subset"][:]
+        results |= metrics.accuracy_by_subset(pairs["margin"], pairs["subset"])
     used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}
     results["settings"] = asdict(data) | asdict(reward) | asdict(args) | used
     samples, pairs = by_row(columns), by_row(pairs)

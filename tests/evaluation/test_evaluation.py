@@ -23,6 +23,7 @@ from tinydpo.errors import UserError
 from tinydpo.evaluation.compared import EvaluateArguments
 from tinydpo.evaluation.metrics import (
     accuracy_by_cut,
+    accuracy_by_subset,
     kl_metrics,
     length_metrics,
     pair_metrics,
@@ -209,6 +210,18 @@ def test_pairs_with_a_cut_answer_are_counted_apart():
     assert (told["reward_accuracy_cut"], told["reward_accuracy_cut_pairs"]) == (1, 2), "cut pairs are lost"
     assert told["reward_accuracy_cut_ci95"] == list(wilson_interval(2, 2))
     assert "reward_accuracy_cut" not in accuracy_by_cut(margins[:3], whole[:3]), "a share of no pairs is told"
+
+
+@given(pairs=st.lists(st.tuples(st.sampled_from(["helpful", "harmless", "x" * 60]), st.floats(-3, 3)), min_size=1))
+def test_reward_accuracy_by_subset_adds_up_to_the_whole(pairs: list[tuple[str, float]]):
+    subsets, margins = [name for name, _ in pairs], np.array([margin for _, margin in pairs])
+    told = accuracy_by_subset(margins, subsets).get("subsets", {})
+    assert set(told) == (set(subsets) if len(set(subsets)) > 1 else set()), (
+        "a subset is missing, or the whole told twice"
+    )
+    right = sum(one["pairs"] * one["reward_accuracy"] for one in told.values())
+    assert not told or right == pytest.approx((margins > 0).sum()), "subsets lose pairs"
+    assert [one["pairs"] for one in told.values()] == sorted((one["pairs"] for one in told.values()), reverse=True)
 
 
 def test_kl_is_zero_against_itself_and_positive_against_another():

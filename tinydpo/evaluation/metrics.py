@@ -77,6 +77,20 @@ def accuracy_by_cut(margins: np.ndarray, whole: Sequence[str]) -> dict[str, Any]
     return results
 
 
+def accuracy_by_subset(margins: np.ndarray, subsets: Sequence[str]) -> dict[str, Any]:
+    """`subsets`: reward accuracy of n pairs by the name of each one's subset, the largest first; of one subset, {}."""
+    names, of = np.unique(subsets, return_inverse=True)
+    if len(names) < 2:
+        return {}
+    results = {}
+    for index in np.argsort(-np.bincount(of), kind="stable"):
+        right = margins[of == index] > 0
+        interval = list(wilson_interval(int(right.sum()), len(right)))
+        values = {"pairs": len(right), "reward_accuracy": float(right.mean()), "reward_accuracy_ci95": interval}
+        results[str(names[index])] = values
+    return {"subsets": results}
+
+
 def standard_error(values: np.ndarray) -> float:
     """Standard error of the mean of `values` (n,); 0 for a single value."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0

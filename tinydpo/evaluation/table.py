@@ -20,6 +20,7 @@ EXPLICIT = (
         0.0,
     ),
 )
+MOST_SUBSETS = 8  # rows; the report's figure has more, eval_results.json has all
 
 
 class Estimate(NamedTuple):
@@ -92,6 +93,15 @@ def headline(results: dict[str, Any]) -> list[Row]:
             )
             for name, which, meaning in CUT
             if {"reward_accuracy_whole", "reward_accuracy_cut"} <= r.keys()
+        ),
+        *(
+            Row(
+                f"… {name[:20]}",
+                f"the same over {one['pairs']} pairs of {name}",
+                Estimate(one["reward_accuracy"], *one["reward_accuracy_ci95"]),
+                chance=0.5,
+            )
+            for name, one in list(r.get("subsets", {}).items())[:MOST_SUBSETS]
         ),
         *(Row(label, meaning, within(name), chance=chance) for name, label, meaning, chance in EXPLICIT if name in r),
         Row(
