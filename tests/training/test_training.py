@@ -213,14 +213,6 @@ def test_a_run_that_failed_leaves_sigterm_as_it_was(task: Path, tiny_model: Path
     before = signal.getsignal(signal.SIGTERM)
     fails = ["--learning_rate", "1e30", "--warmup_steps", "0", "--eval_strategy", "no", "--save_strategy", "no"]
     with pytest.raises(UserError, match="diverged"):
-        run(
-            "sft",
-            "--model_name_or_path",
-            tiny_model,
-            "--dataset_name",
-            task / "data",
-            "--output_dir",
-            tmp_path,
-            *fails,
-        )
+        run("sft", "--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--output_dir", tmp_path,
+            *fails)  # fmt: skip
     assert signal.getsignal(signal.SIGTERM) == before, "SIGTERM is swallowed after a failed run"

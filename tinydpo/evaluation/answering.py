@@ -19,7 +19,7 @@ class AnsweringArguments:
             "help": "Tokens of prompt + completion; a sampled answer gets half. By default the policy run's, or 128."
         },
     )
-    num_prompts: int = field(default=512, metadata={"help": "Prompts to answer."})
+    num_prompts: int = field(default=512, metadata={"help": "Held-out prompts to answer."})
     batch_size: int = field(
         default=32,
         metadata={"help": "Sequences in one forward pass: memory against speed; another draws other samples."},

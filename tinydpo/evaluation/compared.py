@@ -31,7 +31,7 @@ class ComparedModels(AnsweringArguments):
         """Refuse a policy without its reference, too (ValueError)."""
         super().__post_init__()
         if not self.ref_model_name_or_path:
-            raise ValueError("--ref_model_name_or_path is missing: what was the policy trained from?")
+            raise ValueError("--ref_model_name_or_path is missing; pass the model that the policy was trained from")
 
     @property
     def models(self) -> dict[str, tuple[str, str | None]]:

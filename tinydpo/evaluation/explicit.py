@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tinydpo.data.asked import prompts_of
 from tinydpo.data.pairs import FittedSplit
-from tinydpo.evaluation.metrics import wilson_interval
+from tinydpo.evaluation.metrics import by_subset, share
 from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, scores_of
 
 RESAMPLES = 10_000, 1_000  # of pairs; of prompts, whose answers are ranked anew each time
@@ -35,12 +35,17 @@ def beside_implicit(
         implicit: margins of the implicit reward, (n,).
 
     Returns:
-        `explicit_accuracy` and `implicit_minus_explicit`, both with `_ci95`.
+        `explicit_accuracy` and `implicit_minus_explicit`, both with `_ci95`; of several subsets the same of each in
+        `explicit_subsets`.
     """
     if not reward.reward_model_name_or_path:
         return {}
     chosen, rejected = pair_scores(functions[-1], held_out, tokenizer)
-    return compared(implicit > 0, chosen > rejected)
+    ours, its = implicit > 0, chosen > rejected
+    told = compared(ours, its)
+    if "subset" in held_out.pairs.column_names:
+        told["explicit_subsets"] = by_subset(held_out.pairs["subset"][:], lambda part: compared(ours[part], its[part]))
+    return told
 
 
 def pair_scores(
@@ -69,13 +74,12 @@ def compared(implicit: np.ndarray, explicit: np.ndarray) -> dict[str, Any]:
         implicit: whether the implicit reward is right, (n,) bool.
         explicit: whether the reward model is, on the same pairs.
     """
-    n, right = len(explicit), int(explicit.sum())
+    n = len(explicit)
     apart = implicit.astype(int) - explicit.astype(int)  # of each pair -1, 0 or 1: resampling draws so many of each
     shares = [float((apart == value).mean()) for value in (-1, 0, 1)]
     drawn = np.random.default_rng(0).multinomial(n, shares, size=RESAMPLES[0])
     return {
-        "explicit_accuracy": right / n,
-        "explicit_accuracy_ci95": list(wilson_interval(right, n)),
+        **share("explicit_accuracy", explicit),
         "implicit_minus_explicit": float(apart.mean()),
         "implicit_minus_explicit_ci95": np.quantile((drawn[:, 2] - drawn[:, 0]) / n, (0.025, 0.975)).tolist(),
     }

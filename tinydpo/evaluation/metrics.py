@@ -1,7 +1,7 @@
 """The figures of an evaluation, as functions of log-probs, answers and rewards: arithmetic only, no model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -21,6 +21,11 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     center = (share + Z95**2 / (2 * n)) / shrink
     half = Z95 / shrink * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def share(name: str, right: np.ndarray) -> dict[str, Any]:
+    """Under `name`, the share of n ≥ 1 flags that hold, and its interval under `name`_ci95."""
+    return {name: float(right.mean()), f"{name}_ci95": list(wilson_interval(int(right.sum()), len(right)))}
 
 
 def pair_rewards(policy: PairLogps, ref: PairLogps, beta: float) -> dict[str, np.ndarray]:
@@ -44,11 +49,10 @@ def pair_metrics(policy: PairLogps, ref: PairLogps, beta: float) -> dict[str, An
         `nll_chosen_*` (nats a token: all chosen tokens together) and `raw_likelihood_accuracy_*`.
     """
     margins = pair_rewards(policy, ref, beta)["margin"]
-    n, right, losses = len(margins), int((margins > 0).sum()), np.logaddexp(0, -margins)
+    losses = np.logaddexp(0, -margins)
     return {
-        "pairs": n,
-        "reward_accuracy": right / n,
-        "reward_accuracy_ci95": list(wilson_interval(right, n)),
+        "pairs": len(margins),
+        **share("reward_accuracy", margins > 0),
         "reward_margin": float(margins.mean()),
         "reward_margin_se": standard_error(margins),
         "dpo_loss": float(losses.mean()),
@@ -72,23 +76,21 @@ def accuracy_by_cut(margins: np.ndarray, whole: Sequence[str]) -> dict[str, Any]
     for name, part in (("whole", right[both]), ("cut", right[~both])):
         if len(part):
             key = f"reward_accuracy_{name}"
-            interval = list(wilson_interval(int(part.sum()), len(part)))
-            results |= {key: float(part.mean()), f"{key}_ci95": interval, f"{key}_pairs": len(part)}
+            results |= share(key, part) | {f"{key}_pairs": len(part)}
     return results
 
 
 def accuracy_by_subset(margins: np.ndarray, subsets: Sequence[str]) -> dict[str, Any]:
-    """`subsets`: reward accuracy of n pairs by the name of each one's subset, the largest first; of one subset, {}."""
+    """`subsets`: reward accuracy of n pairs `by_subset`."""
+    return {"subsets": by_subset(subsets, lambda part: share("reward_accuracy", margins[part] > 0))}
+
+
+def by_subset(subsets: Sequence[str], figures: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`figures` of each subset's pairs, given as a mask, and their number, the largest first; of one subset, {}."""
     names, of = np.unique(subsets, return_inverse=True)
-    if len(names) < 2:
-        return {}
-    results = {}
-    for index in np.argsort(-np.bincount(of), kind="stable"):
-        right = margins[of == index] > 0
-        interval = list(wilson_interval(int(right.sum()), len(right)))
-        values = {"pairs": len(right), "reward_accuracy": float(right.mean()), "reward_accuracy_ci95": interval}
-        results[str(names[index])] = values
-    return {"subsets": results}
+    masks = {str(name): of == index for index, name in enumerate(names)} if len(names) > 1 else {}
+    largest = sorted(masks, key=lambda name: -masks[name].sum())
+    return {name: {"pairs": int(masks[name].sum()), **figures(masks[name])} for name in largest}
 
 
 def standard_error(values: np.ndarray) -> float:

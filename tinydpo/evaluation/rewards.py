@@ -58,7 +58,7 @@ class RewardArguments:
 
 
 def load_rewards(args: RewardArguments, device: str, batch_size: int, dtype: Any = None) -> list[RewardFunction]:
-    """Every reward asked for, as a function; what `load_reward_model` is told is for a reward model.
+    """Every reward asked for, as a function; `device`, `batch_size` and `dtype` are a reward model's.
 
     Raises:
         UserError: one of them cannot be loaded.
@@ -119,13 +119,12 @@ def load_reward_model(
         encoded = [encode(*both) for both in zip(prompts, completions, strict=True)]
         # Texts alike in length lie in one batch: less padding.
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))
-        scores = [0.0] * len(encoded)
+        scores: dict[int, float] = {}
         for start in tqdm(range(0, len(order), batch_size), desc="rewards", leave=False, disable=None):
             batch = order[start : start + batch_size]
             inputs = tokenizer.pad([encoded[i] for i in batch], return_tensors="pt")
-            for i, score in zip(batch, model(**inputs.to(model.device)).logits[:, 0].tolist(), strict=True):
-                scores[i] = score
-        return scores
+            scores |= zip(batch, model(**inputs.to(model.device)).logits[:, 0].tolist(), strict=True)
+        return [scores[i] for i in range(len(encoded))]
 
     return reward_model
 

@@ -73,8 +73,14 @@ def headline(results: dict[str, Any]) -> list[Row]:
     def share(name: str) -> tuple[Estimate, ...]:
         return tuple(Estimate(s.value, *wilson_interval(s.value * prompts, prompts)) for s in both(name))
 
-    def within(name: str) -> Estimate:
+    def within(name: str, r: dict[str, Any] = results) -> Estimate:
         return Estimate(r[name], *r[f"{name}_ci95"])
+
+    def of_subsets(where: str, name: str, of: str, chance: float) -> list[Row]:
+        return [
+            Row(f"… {subset[:20]}", f"{of} over {f['pairs']} pairs of {subset}", within(name, f), chance=chance)
+            for subset, f in list(r.get(where, {}).items())[:MOST_SUBSETS]
+        ]
 
     off = (settings["temperature"], settings["top_k"], settings["top_p"]) != (1, 0, 1)
     rows = [
@@ -94,16 +100,16 @@ def headline(results: dict[str, Any]) -> list[Row]:
             for name, which, meaning in CUT
             if {"reward_accuracy_whole", "reward_accuracy_cut"} <= r.keys()
         ),
+        *of_subsets("subsets", "reward_accuracy", "reward accuracy", 0.5),
         *(
-            Row(
-                f"… {name[:20]}",
-                f"the same over {one['pairs']} pairs of {name}",
-                Estimate(one["reward_accuracy"], *one["reward_accuracy_ci95"]),
-                chance=0.5,
+            row
+            for name, label, meaning, chance in EXPLICIT
+            if name in r
+            for row in (
+                Row(label, meaning, within(name), chance=chance),
+                *of_subsets("explicit_subsets", name, label, chance),
             )
-            for name, one in list(r.get("subsets", {}).items())[:MOST_SUBSETS]
         ),
-        *(Row(label, meaning, within(name), chance=chance) for name, label, meaning, chance in EXPLICIT if name in r),
         Row(
             "reward margin",
             "implicit reward of chosen minus rejected, mean",

@@ -59,8 +59,8 @@ def float32_head(model: Any) -> Any:
     head, short = model.get_output_embeddings(), "medium"
     if head is None:  # a difference of two scores: bfloat16 has steps of 0.03 at a score of 5
         head, short = getattr(model, "score", None), "highest"
-    if not isinstance(head, torch.nn.Linear):
-        return model
+        if not isinstance(head, torch.nn.Linear):
+            return model
 
     def project(hidden: torch.Tensor) -> torch.Tensor:
         bias = None if head.bias is None else head.bias.float()
