@@ -28,8 +28,9 @@ from tinydpo.report.page import write_report
 
 def main(argv: list[str] | None = None) -> None:
     args, reward, data = parse(FrontierArguments, RewardArguments, DataArguments, argv=argv)
-    recipe, folder = frontier.read_recipe(args.dpo_config), make_folder(args.output_dir)
+    recipe = frontier.read_recipe(args.dpo_config)
     measure = measure_for(args, reward, data, recipe)
+    folder = make_folder(args.output_dir)  # now that all that it is measured with is there
     settings = frontier.settings_of(args, reward, data, recipe) | measure.fingerprint()
     check_settings(folder / "frontier.json", settings)
 
