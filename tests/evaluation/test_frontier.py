@@ -194,3 +194,11 @@ def test_without_a_reward_there_is_one_sentence(main: Any, argv: list[str]):
     cut = argv.index("--reward_funcs")
     with pytest.raises(UserError, match="--reward_funcs or --reward_model_name_or_path"):
         main(argv[:cut] + argv[cut + 2 :])
+
+
+def test_a_reward_model_not_trained_yet_is_one_sentence_and_leaves_nothing(main: Any, argv: list[str], tmp_path: Path):
+    argv = [str(tmp_path / "frontier") if part.endswith("/frontier") else part for part in argv]
+    with pytest.raises(UserError, match=r"no model 'runs/recipe/reward'.*train it first: .*`make reward`") as error:
+        main([*argv, "--reward_model_name_or_path", "runs/recipe/reward"])
+    assert "\n" not in str(error.value), "more than one sentence"
+    assert not (tmp_path / "frontier").exists(), "a folder is left of a frontier that never began"
