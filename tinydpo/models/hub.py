@@ -17,7 +17,7 @@ ATTEMPTS, FIRST_PAUSE = 4, 1.0  # 1 + 2 + 4 s of patience: the clients do not re
 LONG = 15.0  # seconds after which nothing is tried again: what the clients do retry takes them 23 s
 PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # of an address such as http://user:password@host
 INSTEAD = "check the name and the network, give a local path, or run `make quickstart`, which needs neither"
-TRAIN_IT = "check the name, or train it first: `make sft`, `make dpo` and `make reward` leave theirs in runs/"
+TRAIN_IT = "check the name, or train it first: `make sft`, `make dpo`, `make reward` and `make quickstart` make such"
 
 
 def patiently(load: Callable[[], Loaded]) -> Loaded:
