@@ -17,7 +17,7 @@ ATTEMPTS, FIRST_PAUSE = 4, 1.0  # 1 + 2 + 4 s of patience: the clients do not re
 LONG = 15.0  # seconds after which nothing is tried again: what the clients do retry takes them 23 s
 PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # of an address such as http://user:password@host
 INSTEAD = "check the name and the network, give a local path, or run `make quickstart`, which needs neither"
-TRAIN_IT = "check the name, or train it first: `make sft`, `make dpo`, `make reward` and `make quickstart` make such"
+TRAIN_IT = "check the name, or train it first: `make sft`, `make dpo`, `make reward` or `make quickstart`"
 
 
 def patiently(load: Callable[[], Loaded]) -> Loaded:
@@ -124,8 +124,8 @@ def told_plainly(what: str, name: str, revision: str | None, also: tuple = (Valu
         if caused_by(hub.GatedRepoError):
             told = f"{what} {name}{at} is gated: accept its terms on the Hub and log in with `hf auth login`"
         elif caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) and not local:
-            made = what == "model" and caused_by(hub.HFValidationError)  # a path: no Hub id has its two slashes
-            instead = TRAIN_IT if made else INSTEAD
+            # What cannot be a Hub id, such as runs/recipe/sft, was meant as a path.
+            instead = TRAIN_IT if what == "model" and caused_by(hub.HFValidationError) else INSTEAD
             told = f"there is no {what} {name!r} on the Hub and no such local path; {instead}"
         elif caused_by(hub.RevisionNotFoundError):
             told = f"{what} {name} has no revision {revision!r}; check --{what}_revision"
