@@ -21,20 +21,20 @@ from short_products import emulated, short_products
 from transformers import PreTrainedModel
 
 from tinydpo.data.pairs import load_split
-from tinydpo.engine.logps import check_rows
+from tinydpo.engine.logps import check_packed_rows
 from tinydpo.engine.packing import Tree
-from tinydpo.errors import UserError, one_sentence
+from tinydpo.errors import UserError, report_errors
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.parsing import parse_args
 from tinydpo.models.loading import load_model
-from tinydpo.models.precision import compute_in, float32_head
+from tinydpo.models.precision import set_compute_dtype, use_float32_head
 
 ROW, WINDOW, SLOPE = 512, 64, 0.05
 MODES: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
-    "float32": lambda model: compute_in(model, torch.float32),
-    "bf16 autocast": lambda model: compute_in(model, torch.bfloat16),
-    "bf16 weights": lambda model: float32_head(model.bfloat16()),
-    "fp16 weights": lambda model: float32_head(model.half()),
+    "float32": lambda model: set_compute_dtype(model, torch.float32),
+    "bf16 autocast": lambda model: set_compute_dtype(model, torch.bfloat16),
+    "bf16 weights": lambda model: use_float32_head(model.bfloat16()),
+    "fp16 weights": lambda model: use_float32_head(model.half()),
 }
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY = {
@@ -112,14 +112,14 @@ def refused(model: PreTrainedModel, batches: list[list[Tree]]) -> int:
     with short_products():
         for trees in batches:
             try:
-                check_rows(model, trees, ROW)
+                check_packed_rows(model, trees, ROW)
             except UserError:
                 count += 1
     return count
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, data = parse(RateArguments, DataArguments, argv=argv)
+    args, data = parse_args(RateArguments, DataArguments, argv=argv)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = tokenizer_and_data(
             data, args.model or args.tokenizer_name, args.model or "gpt2-tiny", Path(folder)
@@ -145,5 +145,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

@@ -23,10 +23,10 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from tinydpo.data.pairs import load_split
 from tinydpo.engine.packing import pack
-from tinydpo.engine.shared_prefix import CPU_TILE, pack_forward
-from tinydpo.errors import UserError, one_sentence
+from tinydpo.engine.shared_prefix import CPU_TILE, patch_packed_forward
+from tinydpo.errors import UserError, report_errors
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.parsing import parse_args
 
 TRL_TILE = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -46,7 +46,7 @@ class FactorArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, data = parse(FactorArguments, DataArguments, argv=argv)
+    args, data = parse_args(FactorArguments, DataArguments, argv=argv)
     given = data.dataset_name or "the quickstart's"
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = tokenizer_and_data(data, args.tokenizer_name, args.model, Path(folder))
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     disable_dropout_in_model(model)
     model.train()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    pack_forward(model, 8 * args.max_length)
+    patch_packed_forward(model, 8 * args.max_length)
     padded = DataCollatorForPreference(pad_token_id=0)(rows)
     trees = [(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows]
     alone = [(prompt, (both[i],)) for i in range(2) for prompt, both in trees]
@@ -129,5 +129,5 @@ def step(
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from tinydpo.engine.packing import pack
-from tinydpo.engine.shared_prefix import pack_forward
-from tinydpo.errors import UserError, one_sentence
-from tinydpo.launching.parsing import parse
+from tinydpo.engine.shared_prefix import patch_packed_forward
+from tinydpo.errors import UserError, report_errors
+from tinydpo.launching.parsing import parse_args
 
 HH_PAIR = {128: (52, 39, 45), 512: (117, 42, 52)}  # mean tokens of prompt, chosen, rejected: 1,800 fitted pairs
 TILE = 4096 * 32768 * 4  # bytes of the LM head's logits at a time, on a GPU: float32
@@ -36,7 +36,7 @@ class MemoryArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = parse(MemoryArguments, argv=argv)
+    (args,) = parse_args(MemoryArguments, argv=argv)
     if unknown := set(args.models) - set(SHAPES):
         raise UserError(f"--models {', '.join(sorted(unknown))}: not one of {', '.join(SHAPES)}")
     print(f"Gigabytes at {args.max_length} tokens, bf16 autocast, AdamW in float32; +C: activation checkpointing\n")
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         disable_dropout_in_model(model)
         model.train()
         add_fused_lm_head(model, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-        pack_forward(model, 8 * args.max_length)
+        patch_packed_forward(model, 8 * args.max_length)
         parameters = model.num_parameters()
         plain = [saved(model, pairs, args.max_length) for pairs in (1, 3)]
         model.activation_checkpointing_enable()
@@ -86,5 +86,5 @@ def saved(model: torch.nn.Module, pairs: int, max_length: int) -> int:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

@@ -8,7 +8,7 @@ from transformers.utils import logging
 from tinydpo.data.embedded_task import write_task
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.models.hub import patiently, told_plainly
+from tinydpo.models.hub import retry_hub, explain_load_errors
 from tinydpo.models.pretrained import load_tokenizer
 
 SHAPES = {
@@ -35,8 +35,8 @@ def save_random_model(name: str, tokenizer: PreTrainedTokenizerBase, folder: Pat
     if name in SHAPES:
         config = GPT2Config(**SHAPES[name])
     else:
-        with told_plainly("model", name, None):
-            config = patiently(lambda: AutoConfig.from_pretrained(name))
+        with explain_load_errors("model", name, None):
+            config = retry_hub(lambda: AutoConfig.from_pretrained(name))
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.bos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 
 from tinydpo.data.pairs import load_split
 from tinydpo.engine.logps import PairLogps, pair_logps
-from tinydpo.errors import one_sentence
+from tinydpo.errors import report_errors
 from tinydpo.evaluation.metrics import pair_metrics, pair_rewards
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.parsing import parse_args
 from tinydpo.models.loading import load_model
-from tinydpo.models.precision import compute_in
+from tinydpo.models.precision import set_compute_dtype
 
 BETA, ROW = 0.1, 512
 
@@ -59,8 +59,8 @@ def bf16_logits(model: PreTrainedModel) -> PreTrainedModel:
 
 
 WAYS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
-    "float32": lambda model: compute_in(model, torch.float32),
-    "bf16, float32 from the head on": lambda model: compute_in(model, torch.bfloat16),
+    "float32": lambda model: set_compute_dtype(model, torch.float32),
+    "bf16, float32 from the head on": lambda model: set_compute_dtype(model, torch.bfloat16),
     "bf16 logits": bf16_logits,
 }
 
@@ -99,7 +99,7 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, data = parse(PrecisionArguments, DataArguments, argv=argv)
+    args, data = parse_args(PrecisionArguments, DataArguments, argv=argv)
     with tempfile.TemporaryDirectory() as folder:
         name = args.model or args.tokenizer_name
         tokenizer = tokenizer_and_data(data, name, args.model or "gpt2-tiny", Path(folder))
@@ -123,5 +123,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

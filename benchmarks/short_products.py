@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinydpo.models.precision import fast_bf16
+from tinydpo.models.precision import has_fast_bf16
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
@@ -37,7 +37,7 @@ def emulated() -> set[torch.dtype]:
     """The short types that this machine does not multiply fast."""
     if torch.cuda.is_available():
         return set()
-    has = {torch.bfloat16: fast_bf16("cpu"), torch.float16: torch.cpu._is_amx_fp16_supported()}
+    has = {torch.bfloat16: has_fast_bf16("cpu"), torch.float16: torch.cpu._is_amx_fp16_supported()}
     return {dtype for dtype, fast in has.items() if not fast}
 
 

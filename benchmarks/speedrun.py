@@ -22,10 +22,10 @@ from datasets import Dataset
 from models import save_random_model, tokenizer_and_data
 
 from tinydpo.data.pairs import load_pairs
-from tinydpo.errors import UserError, one_sentence
+from tinydpo.errors import UserError, report_errors
 from tinydpo.files import write_json
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.parsing import parse_args
 
 RECIPE = "recipes/gpt2-medium-hh"
 HH_TRAIN, HH_TEST = 160_800, 8_552
@@ -52,7 +52,7 @@ class SpeedrunArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, data = parse(SpeedrunArguments, DataArguments, argv=argv)
+    args, data = parse_args(SpeedrunArguments, DataArguments, argv=argv)
     folder = Path(args.output_dir)
     if folder.exists() and not (folder / MARK).exists():
         raise UserError(f"--output_dir {folder} holds something else than a speedrun; pass another")
@@ -125,5 +125,5 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

@@ -26,11 +26,11 @@ from models import SHAPES, save_random_model, tokenizer_and_data
 from trl.trainer.utils import get_peak_flops
 
 from tinydpo.data.pairs import load_split
-from tinydpo.errors import UserError, one_sentence
+from tinydpo.errors import UserError, report_errors
 from tinydpo.files import write_json
-from tinydpo.launching.arguments import DataArguments, row_length_for
-from tinydpo.launching.parsing import parse
-from tinydpo.models.precision import fast_bf16
+from tinydpo.launching.arguments import DataArguments, resolve_row_length
+from tinydpo.launching.parsing import parse_args
+from tinydpo.models.precision import has_fast_bf16
 from tinydpo.training.throughput import forward_flop
 
 
@@ -54,20 +54,20 @@ class BenchArguments:
 
     def __post_init__(self):
         """Rows as long as `scripts/dpo.py` has them; refuse shorter ones (ValueError)."""
-        self.row_length = row_length_for(self.max_length, self.row_length)
+        self.row_length = resolve_row_length(self.max_length, self.row_length)
         if self.dtype == "auto":
-            self.dtype = "bfloat16" if fast_bf16(self.device) else "float32"
+            self.dtype = "bfloat16" if has_fast_bf16(self.device) else "float32"
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, data = parse(BenchArguments, DataArguments, argv=argv)
+    args, data = parse_args(BenchArguments, DataArguments, argv=argv)
     if not args.contenders or set(args.contenders) - set(contenders.NAMES) or args.steps < 1:
         raise UserError("--contenders takes letters of abcde, as in bd, and --steps at least 1")
     if "a" in args.contenders and (args.pairs_per_step % contenders.AT_ONCE or args.max_length > contenders.PADDED):
         raise UserError("(a) takes 4 pairs at a time and pads to 128: change --pairs_per_step, or --contenders bcd")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; leave it out to measure on the CPU")
-    if args.dtype == "bfloat16" and not fast_bf16(args.device):
+    if args.dtype == "bfloat16" and not has_fast_bf16(args.device):
         print("This device has no fast bf16: it is slower here than float32, and says nothing of other machines.")
     with tempfile.TemporaryDirectory() as folder:
         spec = prepare(args, data, Path(folder))
@@ -203,5 +203,5 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

@@ -9,31 +9,31 @@ act, here and in the recipe, or are refused (--help).
 
 from functools import partial
 
-from tinydpo.errors import one_sentence
+from tinydpo.errors import report_errors
 from tinydpo.launching.arguments import DataArguments, ReferenceArguments, RunArguments
-from tinydpo.launching.parsing import parse_resolved
-from tinydpo.training.peers import told_of_lost_peers
+from tinydpo.launching.parsing import parse_training_args
+from tinydpo.training.peers import report_lost_peers
 
 
 def main(argv: list[str] | None = None) -> None:
     from trl import DPOConfig, ModelConfig
 
     types = (DataArguments, RunArguments, DPOConfig, ModelConfig, ReferenceArguments)
-    (data, run, training, model, _), resolved = parse_resolved(*types, argv=argv)
+    (data, run, training, model, _), resolved = parse_training_args(*types, argv=argv)
 
     from tinydpo.engine.shared_prefix import SharedPrefixDPOTrainer
     from tinydpo.engine.trainers import FittedDPOTrainer
     from tinydpo.models import adapters
     from tinydpo.training.reference import load_reference
     from tinydpo.training.runs import train
-    from tinydpo.training.start import build, start
+    from tinydpo.training.start import build_trainer, prepare_training
 
-    if (given := start(data, run, training, model, resolved)) is None:
+    if (given := prepare_training(data, run, training, model, resolved)) is None:
         return
-    configs = adapters.configs(model)
+    configs = adapters.get_adapter_kwargs(model)
     reference = load_reference(resolved, training, configs["quantization_config"])
     engine = partial(SharedPrefixDPOTrainer, row_length=run.row_length) if run.shared_prefix else FittedDPOTrainer
-    trainer = build(
+    trainer = build_trainer(
         lambda: engine(
             model=model.model_name_or_path,
             ref_model=reference,
@@ -49,5 +49,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence(), told_of_lost_peers():
+    with report_errors(), report_lost_peers():
         main()

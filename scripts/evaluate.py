@@ -10,39 +10,39 @@ Fewer prompts and a reward of your own: add `--num_prompts 64 --reward_funcs my_
 import gc
 from dataclasses import asdict
 
-from tinydpo.data.asked import readable
+from tinydpo.data.asked import get_readable_columns
 from tinydpo.data.pairs import load_split
 from tinydpo.engine.logps import pair_logps, token_logps
-from tinydpo.errors import one_sentence
+from tinydpo.errors import report_errors
 from tinydpo.evaluation import explicit, metrics
 from tinydpo.evaluation.compared import EvaluateArguments
-from tinydpo.evaluation.results import by_row, make_folder, save
-from tinydpo.evaluation.rewards import RewardArguments, each_score, load_rewards
-from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
-from tinydpo.evaluation.table import side_by_side, table
+from tinydpo.evaluation.results import columns_to_rows, make_output_folder, save_evaluation
+from tinydpo.evaluation.rewards import RewardArguments, score_by_function, load_rewards
+from tinydpo.evaluation.sampling import sample_cached, prepare_prompts
+from tinydpo.evaluation.table import format_samples, format_table
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.machine import device_and_dtype
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.machine import pick_device_and_dtype
+from tinydpo.launching.parsing import parse_args
 from tinydpo.models.loading import load_model
 from tinydpo.report.page import write_report
-from tinydpo.report.token_colors import pieces
+from tinydpo.report.token_colors import split_into_pieces
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, reward, data = parse(EvaluateArguments, RewardArguments, DataArguments, argv=argv)
-    (device, dtype), rows = device_and_dtype(args.dtype), args.row_length
+    args, reward, data = parse_args(EvaluateArguments, RewardArguments, DataArguments, argv=argv)
+    (device, dtype), rows = pick_device_and_dtype(args.dtype), args.row_length
     functions = load_rewards(reward, device, args.batch_size, dtype)
     tokenizer = args.load_tokenizer()
-    output_dir = make_folder(args.output_dir)
+    output_dir = make_output_folder(args.output_dir)
     held_out = load_split(data, tokenizer, args.max_length, "test")
-    texts, prompts = prompts_to_answer(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
+    texts, prompts = prepare_prompts(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
 
     # One model in memory at a time, each with a seed of its own: on the same random numbers answers are alike.
     logps, answers, answer_logps = {}, {}, {}
     for i, (role, (name, revision)) in enumerate(args.models.items()):
         model = load_model(name, revision, dtype=dtype, device=device)
         logps[role] = pair_logps(model, held_out.pairs, args.batch_size, f"{role}: pairs", rows)
-        answers[role] = cached_answers(
+        answers[role] = sample_cached(
             model, tokenizer, prompts, args.max_length // 2, f"{role}: answers", seed=args.seed + i, **args.sampling
         )
         answer_logps[role] = token_logps(model, prompts, answers["policy"].ids, args.batch_size, f"{role}: KL", rows)
@@ -52,29 +52,29 @@ def main(argv: list[str] | None = None) -> None:
     results = metrics.pair_metrics(**logps, beta=args.beta) | {"trained_share": args.trained_share(held_out.texts)}
     results |= metrics.kl_metrics(*answer_logps.values()) | metrics.length_metrics(**answers)
     written = {role: answers[role].texts(tokenizer) for role in args.models}
-    columns = readable(texts, tokenizer) | written | {f"ended_{role}": answers[role].ended for role in args.models}
+    columns = get_readable_columns(texts, tokenizer) | written | {f"ended_{role}": answers[role].ended for role in args.models}
     if functions:
-        each = {role: each_score(functions, texts, written[role], answers[role].ids) for role in args.models}
+        each = {role: score_by_function(functions, texts, written[role], answers[role].ids) for role in args.models}
         scores = {role: rewards.sum(0) for role, rewards in each.items()}
-        results |= metrics.reward_metrics(**scores) | explicit.agreement(reward, each)
-        results |= metrics.each_reward(reward.names(), **each)
+        results |= metrics.reward_metrics(**scores) | explicit.rank_agreement(reward, each)
+        results |= metrics.metrics_by_reward(reward.names(), **each)
         columns |= {f"reward_{role}": scores[role] for role in args.models}
     columns["token_rewards"] = metrics.token_rewards(answer_logps["policy"], answer_logps["ref"], args.beta)
-    columns["pieces"] = [pieces(tokenizer, ids) for ids in answers["policy"].ids]
+    columns["pieces"] = [split_into_pieces(tokenizer, ids) for ids in answers["policy"].ids]
     pairs = metrics.pair_rewards(**logps, beta=args.beta)
-    results |= explicit.beside_implicit(reward, functions, held_out, tokenizer, pairs["margin"])
+    results |= explicit.compare_with_reward_model(reward, functions, held_out, tokenizer, pairs["margin"])
     results |= metrics.accuracy_by_cut(pairs["margin"], held_out.pairs["whole"][:])
     if "subset" in held_out.pairs.column_names:
         pairs["subset"] = held_out.pairs["subset"][:]
         results |= metrics.accuracy_by_subset(pairs["margin"], pairs["subset"])
     used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}
     results["settings"] = asdict(data) | asdict(reward) | asdict(args) | used
-    samples, pairs = by_row(columns), by_row(pairs)
-    print(table(results) + "\n" + side_by_side(samples[:3]))
-    save(output_dir, results, samples=samples, pairs=pairs)
+    samples, pairs = columns_to_rows(columns), columns_to_rows(pairs)
+    print(format_table(results) + "\n" + format_samples(samples[:3]))
+    save_evaluation(output_dir, results, samples=samples, pairs=pairs)
     print(f"Report: {write_report(output_dir.parent)}")
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

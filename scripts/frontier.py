@@ -13,39 +13,39 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from tinydpo.errors import UserError, one_sentence
+from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import frontier
-from tinydpo.evaluation.frontier import FrontierArguments, Run
-from tinydpo.evaluation.frontier_points import check_settings, finished, in_order, measure_for, points_of, table
-from tinydpo.evaluation.results import make_folder
+from tinydpo.evaluation.frontier import FrontierArguments, FrontierRun
+from tinydpo.evaluation.frontier_points import check_frontier_settings, read_finished_runs, order_points, load_measure, measure_run, format_frontier
+from tinydpo.evaluation.results import make_output_folder
 from tinydpo.evaluation.rewards import RewardArguments
 from tinydpo.files import write_json
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.parsing import parse_args
 from tinydpo.report import figures
 from tinydpo.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, reward, data = parse(FrontierArguments, RewardArguments, DataArguments, argv=argv)
-    recipe = frontier.read_recipe(args.dpo_config)
-    measure = measure_for(args, reward, data, recipe)
-    folder = make_folder(args.output_dir)  # now that all that it is measured with is there
-    settings = frontier.settings_of(args, reward, data, recipe) | measure.fingerprint()
-    check_settings(folder / "frontier.json", settings)
+    args, reward, data = parse_args(FrontierArguments, RewardArguments, DataArguments, argv=argv)
+    recipe = frontier.load_dpo_recipe(args.dpo_config)
+    measure = load_measure(args, reward, data, recipe)
+    folder = make_output_folder(args.output_dir)  # now that all that it is measured with is there
+    settings = frontier.get_frontier_settings(args, reward, data, recipe) | measure.fingerprint()
+    check_frontier_settings(folder / "frontier.json", settings)
 
-    known, failed = finished(folder), []
-    missing = [run for run in frontier.plan(args) if run.name not in known]
+    known, failed = read_finished_runs(folder), []
+    missing = [run for run in frontier.plan_runs(args) if run.name not in known]
     print(f"{len(missing)} runs to make and {len(known)} made before, in {folder}.", flush=True)
     beside = measure.reference(args.best_of)
-    frontier.write_data(data, recipe, folder)
+    frontier.write_frontier_data(data, recipe, folder)
 
     def result() -> dict[str, Any]:
-        points = {"points": in_order(known), "failed": failed}
+        points = {"points": order_points(known), "failed": failed}
         return {"settings": settings, "reward": reward.name(), **beside, **points}
 
-    def train(run: Run) -> None:
-        flags = frontier.dpo_flags(run, args, data, folder)
+    def train(run: FrontierRun) -> None:
+        flags = frontier.get_dpo_flags(run, args, data, folder)
         with open(folder / f"{run.name}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
             runpy.run_path(str(Path(__file__).with_name("dpo.py")))["main"](flags)
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.monotonic()
     for number, run in enumerate(missing, 1):
         try:
-            known[run.name] = (points := points_of(run, folder / run.name, train, measure))
+            known[run.name] = (points := measure_run(run, folder / run.name, train, measure))
             told = f"KL {points[-1]['kl']:.2f} nats, reward {points[-1]['reward']:.2f}"
         except (Exception, SystemExit) as error:  # one run's, whatever it is: the others go on
             failed.append({"name": run.name, "error": (told := str(error) or repr(error))})
@@ -62,13 +62,13 @@ def main(argv: list[str] | None = None) -> None:
         left = (time.monotonic() - start) / number * (len(missing) - number) / 60
         print(f"[{number}/{len(missing)}] {run.name}: {told}; about {left:.0f} min left", flush=True)
     if known:
-        figures.frontier(result()).savefig(folder / "frontier.png", dpi=150)
-        print(table(in_order(known), beside["sft"]))
+        figures.draw_frontier(result()).savefig(folder / "frontier.png", dpi=150)
+        print(format_frontier(order_points(known), beside["sft"]))
         print(f"Figure: {folder / 'frontier.png'}; report: {write_report(folder.parent)}")
     if failed:
         raise UserError(f"{len(failed)} of {len(missing)} runs failed, {failed[0]['name']}: {failed[0]['error']}")
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

@@ -8,9 +8,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinydpo.errors import UserError, one_sentence
+from tinydpo.errors import UserError, report_errors
 from tinydpo.launching.arguments import DataArguments, ReferenceArguments, RunArguments
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.parsing import parse_args
 
 
 @dataclass
@@ -28,11 +28,11 @@ def main(argv: list[str] | None = None) -> None:
     from trl import DPOConfig, ModelConfig, SFTConfig
 
     recipe = (SFTConfig, DPOConfig, ModelConfig, RunArguments, ReferenceArguments)
-    look, data = parse(InspectArguments, DataArguments, argv=argv, ignored=recipe)
+    look, data = parse_args(InspectArguments, DataArguments, argv=argv, ignored=recipe)
     if look.json and not Path(look.json).absolute().parent.is_dir():
         raise UserError(f"--json {look.json}: the folder does not exist; make it first")
 
-    from tinydpo.data.inspection import describe
+    from tinydpo.data.inspection import describe_split
     from tinydpo.data.notice import CONTENT_NOTICE, is_hh
     from tinydpo.data.pairs import load_pairs
     from tinydpo.files import write_json
@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     if is_hh(data.dataset_name):
         print(f"{CONTENT_NOTICE}\n")
     for name, split in splits.items():
-        print(describe(name, split, tokenizer, look.max_length, look.examples), end="\n\n")
+        print(describe_split(name, split, tokenizer, look.max_length, look.examples), end="\n\n")
     if look.json:
         write_json(Path(look.json), {name: split.summary for name, split in splits.items()})
         print(f"The figures are in {look.json}.")
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

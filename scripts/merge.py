@@ -11,25 +11,25 @@ import os
 import shutil
 from pathlib import Path
 
-from tinydpo.errors import UserError, one_sentence
-from tinydpo.launching.parsing import parse
+from tinydpo.errors import UserError, report_errors
+from tinydpo.launching.parsing import parse_args
 from tinydpo.models import adapters
 from tinydpo.models.adapters import MergeArguments
-from tinydpo.models.ending import sample_plainly
+from tinydpo.models.ending import reset_generation_config
 from tinydpo.models.pretrained import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = parse(MergeArguments, argv=argv)
-    adapter = adapters.find(args.model_name_or_path, args.model_revision)
+    (args,) = parse_args(MergeArguments, argv=argv)
+    adapter = adapters.find_adapter(args.model_name_or_path, args.model_revision)
     if adapter is None:
-        raise UserError(f"{args.model_name_or_path} is no adapter: there is no {adapters.CONFIG} in it")
-    model, tokenizer = adapters.merged(adapter, args.base_model_name_or_path), load_tokenizer(str(adapter))
+        raise UserError(f"{args.model_name_or_path} is no adapter: there is no {adapters.ADAPTER_CONFIG} in it")
+    model, tokenizer = adapters.merge_adapter(adapter, args.base_model_name_or_path), load_tokenizer(str(adapter))
 
     from tinydpo.files import RUN_CONFIG, read_run_config
     from tinydpo.training.runs import FINISHED, SUMMARY
 
-    sample_plainly(model, tokenizer)
+    reset_generation_config(model, tokenizer)
     output, run = Path(args.output_dir), read_run_config(str(adapter))
     half = output.with_name(f".{output.name}.half")  # whole or not at all
     try:
@@ -50,5 +50,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

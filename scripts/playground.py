@@ -10,41 +10,41 @@ import os
 from pathlib import Path
 
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
-from tinydpo.errors import UserError, one_sentence
+from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation.compared import EvaluateArguments
 from tinydpo.evaluation.rewards import RewardArguments
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.machine import device_and_dtype
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.machine import pick_device_and_dtype
+from tinydpo.launching.parsing import parse_args
 from tinydpo.models.loading import load_model
 from tinydpo.playground.side_by_side import SideBySide
-from tinydpo.training.runs import trained_on_turns
+from tinydpo.training.runs import was_trained_on_chat
 from tinydpo.training.start import check_model
 
 
 def main(argv: list[str] | None = None) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
-        from tinydpo.playground.page import PlaygroundArguments, build, serve
+        from tinydpo.playground.page import PlaygroundArguments, build_app, serve_app
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise UserError("the playground needs gradio; run `make playground` or pip install '.[playground]'") from None
 
     kinds = (EvaluateArguments, DataArguments, PlaygroundArguments)
-    args, data, page = parse(*kinds, argv=argv, ignored=(RewardArguments,))
+    args, data, page = parse_args(*kinds, argv=argv, ignored=(RewardArguments,))
     tokenizer = args.load_tokenizer()
-    device, dtype = device_and_dtype(args.dtype)
+    device, dtype = pick_device_and_dtype(args.dtype)
     models = []
     for name, revision in args.models.values():
         check_model(name, revision, tokenizer, args.max_length)
         models.append(load_model(name, revision, dtype=dtype, device=device))
-    turns = trained_on_turns(args.model_name_or_path)
+    turns = was_trained_on_chat(args.model_name_or_path)
     both = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length, turns)
     votes = Path(args.output_dir).parent / "votes.jsonl"
-    serve(build(both, args, votes, CONTENT_NOTICE if is_hh(data.dataset_name) else ""), page.port)
+    serve_app(build_app(both, args, votes, CONTENT_NOTICE if is_hh(data.dataset_name) else ""), page.port)
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

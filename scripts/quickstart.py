@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets import disable_progress_bars
 
 from tinydpo.data.embedded_task import write_task
-from tinydpo.errors import one_sentence
+from tinydpo.errors import report_errors
 
 RECIPE = "recipes/quickstart"
 
@@ -65,5 +65,5 @@ def print_table(of_sft: dict, of_dpo: dict) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

@@ -8,7 +8,7 @@ Every evaluation, frontier and win-rate run writes it by itself; this writes it 
 import argparse
 from pathlib import Path
 
-from tinydpo.errors import one_sentence
+from tinydpo.errors import report_errors
 from tinydpo.report.page import write_report
 
 
@@ -19,5 +19,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

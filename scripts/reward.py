@@ -9,33 +9,33 @@ act, here and in the recipe, or are refused (--help). What it saves is what --re
 
 from functools import partial
 
-from tinydpo.errors import one_sentence
+from tinydpo.errors import report_errors
 from tinydpo.launching.arguments import DataArguments, RunArguments
-from tinydpo.launching.parsing import parse_resolved
-from tinydpo.training.peers import told_of_lost_peers
+from tinydpo.launching.parsing import parse_training_args
+from tinydpo.training.peers import report_lost_peers
 
 
 def main(argv: list[str] | None = None) -> None:
     from trl import ModelConfig, RewardConfig
 
     types = (DataArguments, RunArguments, RewardConfig, ModelConfig)
-    (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
+    (data, run, training, model), resolved = parse_training_args(*types, argv=argv)
 
     from tinydpo.engine.reward import FittedRewardTrainer, PackedRewardTrainer
-    from tinydpo.models.ending import pad_with_end
-    from tinydpo.training.runs import on_turns, train
-    from tinydpo.training.start import build, start
+    from tinydpo.models.ending import pad_with_end_token
+    from tinydpo.training.runs import is_chat_data, train
+    from tinydpo.training.start import build_trainer, prepare_training
 
-    if (given := start(data, run, training, model, resolved)) is None:
+    if (given := prepare_training(data, run, training, model, resolved)) is None:
         return
     engine = partial(PackedRewardTrainer, row_length=run.row_length) if run.shared_prefix else FittedRewardTrainer
-    trainer = build(
+    trainer = build_trainer(
         lambda: engine(
             model=model.model_name_or_path,
             args=training,
             train_dataset=given.train,
             eval_dataset=given.test,
-            processing_class=pad_with_end(given.tokenizer, on_turns(given.summary["train"])),
+            processing_class=pad_with_end_token(given.tokenizer, is_chat_data(given.summary["train"])),
         ),
         model,
     )
@@ -43,5 +43,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence(), told_of_lost_peers():
+    with report_errors(), report_lost_peers():
         main()

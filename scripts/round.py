@@ -10,11 +10,11 @@ import gc
 import runpy
 from pathlib import Path
 
-from tinydpo.errors import one_sentence
+from tinydpo.errors import report_errors
 from tinydpo.evaluation import rounds
-from tinydpo.evaluation.results import make_folder
+from tinydpo.evaluation.results import make_output_folder
 from tinydpo.files import read_json, write_json
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.parsing import parse_args
 from tinydpo.report import figures
 
 
@@ -25,27 +25,27 @@ def stage(script: str, argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = parse(rounds.RoundArguments, argv=argv)
-    plan, folder = rounds.plan(args), make_folder(args.output_dir)
+    (args,) = parse_args(rounds.RoundArguments, argv=argv)
+    plan, folder = rounds.plan_rounds(args), make_output_folder(args.output_dir)
     for one in plan:
         stage("sample_pairs", one.pairs_flags())
         stage("dpo", one.dpo_flags())
         for made, flags in one.evaluations().items():
             if not one.is_evaluated(made):
                 stage("evaluate", flags)
-    made = rounds.figures_of(plan)
+    made = rounds.collect_rounds(plan)
     write_json(folder / "rounds.json", made)
     told = f"Figures: {folder / 'rounds.json'}"
     if made["reward"]:
         known = read_json(folder / "frontier/frontier.json", "points", "reward")
-        figures.frontier(rounds.beside(known, made)).savefig(folder / "rounds.png", dpi=150)
+        figures.draw_frontier(rounds.add_rounds_to_frontier(known, made)).savefig(folder / "rounds.png", dpi=150)
         told += f", drawn: {folder / 'rounds.png'}"
     if "rewards" in made["rounds"][0]:
-        figures.rewards_over_rounds(made["rounds"]).savefig(folder / "rewards.png", dpi=150)
+        figures.draw_rewards_over_rounds(made["rounds"]).savefig(folder / "rewards.png", dpi=150)
         told += f" and {folder / 'rewards.png'}"
-    print(f"\n{rounds.table(made['rounds'])}\n{told}")
+    print(f"\n{rounds.format_rounds(made['rounds'])}\n{told}")
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

@@ -9,37 +9,37 @@ refused.
 
 from functools import partial
 
-from tinydpo.errors import one_sentence
+from tinydpo.errors import report_errors
 from tinydpo.launching.arguments import DataArguments, RunArguments
-from tinydpo.launching.parsing import parse_resolved
-from tinydpo.training.peers import told_of_lost_peers
+from tinydpo.launching.parsing import parse_training_args
+from tinydpo.training.peers import report_lost_peers
 
 
 def main(argv: list[str] | None = None) -> None:
     from trl import ModelConfig, SFTConfig
 
     types = (DataArguments, RunArguments, SFTConfig, ModelConfig)
-    (data, run, training, model), resolved = parse_resolved(*types, argv=argv)
+    (data, run, training, model), resolved = parse_training_args(*types, argv=argv)
 
     from tinydpo.engine.shared_prefix import PackedSFTTrainer
-    from tinydpo.engine.trainers import FittedSFTTrainer, sft_rows
+    from tinydpo.engine.trainers import FittedSFTTrainer, build_sft_rows
     from tinydpo.models import adapters
     from tinydpo.training.runs import train
-    from tinydpo.training.start import build, start
+    from tinydpo.training.start import build_trainer, prepare_training
 
-    if (given := start(data, run, training, model, resolved, need_pairs=False)) is None:
+    if (given := prepare_training(data, run, training, model, resolved, need_pairs=False)) is None:
         return
     training.dataset_kwargs = {"skip_prepare_dataset": True}  # rows come with labels
-    rows = partial(sft_rows, completion_only=training.completion_only_loss is not False)
+    rows = partial(build_sft_rows, completion_only=training.completion_only_loss is not False)
     engine = partial(PackedSFTTrainer, row_length=run.row_length) if run.shared_prefix else FittedSFTTrainer
-    trainer = build(
+    trainer = build_trainer(
         lambda: engine(
             model=model.model_name_or_path,
             args=training,
             train_dataset=rows(given.train),
             eval_dataset=given.test and rows(given.test),
             processing_class=given.tokenizer,
-            **adapters.configs(model),
+            **adapters.get_adapter_kwargs(model),
         ),
         model,
     )
@@ -47,5 +47,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence(), told_of_lost_peers():
+    with report_errors(), report_lost_peers():
         main()

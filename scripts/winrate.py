@@ -11,31 +11,31 @@ import gc
 from dataclasses import asdict
 from pathlib import Path
 
-from tinydpo.data.asked import readable
+from tinydpo.data.asked import get_readable_columns
 from tinydpo.data.pairs import load_split
-from tinydpo.errors import one_sentence
+from tinydpo.errors import report_errors
 from tinydpo.evaluation import winrate
-from tinydpo.evaluation.calibration import calibrate
+from tinydpo.evaluation.calibration import calibrate_judge
 from tinydpo.evaluation.judge import Judge, JudgeArguments
-from tinydpo.evaluation.results import add_win_rates, make_folder
-from tinydpo.evaluation.sampling import cached_answers, prompts_to_answer
+from tinydpo.evaluation.results import add_win_rates_to_card, make_output_folder
+from tinydpo.evaluation.sampling import sample_cached, prepare_prompts
 from tinydpo.files import write_json
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.machine import device_and_dtype
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.machine import pick_device_and_dtype
+from tinydpo.launching.parsing import parse_args
 from tinydpo.models.loading import load_model
 from tinydpo.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, judging, data = parse(winrate.WinrateArguments, JudgeArguments, DataArguments, argv=argv)
-    output_dir = make_folder(args.output_dir)
+    args, judging, data = parse_args(winrate.WinrateArguments, JudgeArguments, DataArguments, argv=argv)
+    output_dir = make_output_folder(args.output_dir)
     judge = Judge(judging, output_dir / "verdicts.jsonl")
-    device, dtype = device_and_dtype(args.dtype)
+    device, dtype = pick_device_and_dtype(args.dtype)
     tokenizer = args.load_tokenizer()
     held_out = load_split(data, tokenizer, args.max_length, "test")
-    calibration = calibrate(judge, held_out.texts, tokenizer, args.calibration_pairs, args.seed)
-    texts, prompts = prompts_to_answer(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
+    calibration = calibrate_judge(judge, held_out.texts, tokenizer, args.calibration_pairs, args.seed)
+    texts, prompts = prepare_prompts(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
     room = args.max_length // 2
 
     # One model in memory at a time, each under a seed of its own. The settings are those of scripts/evaluate.py, so
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     for index, (role, (name, revision)) in enumerate(args.models.items()):
         model = load_model(name, revision, dtype=dtype, device=device)
         for temperature in args.temperatures:
-            sampled = cached_answers(
+            sampled = sample_cached(
                 model, tokenizer, prompts, room, f"{role}: answers", temperature=temperature, top_k=0, top_p=1.0,
                 batch_size=args.batch_size, seed=args.seed + index,
             )  # fmt: skip
@@ -52,22 +52,22 @@ def main(argv: list[str] | None = None) -> None:
         del model
         gc.collect()
 
-    asked, comparisons = readable(texts, tokenizer), []
-    chosen = winrate.cut_to_room(asked["chosen"], tokenizer, room)
+    asked, comparisons = get_readable_columns(texts, tokenizer), []
+    chosen = winrate.cut_answers(asked["chosen"], tokenizer, room)
     for temperature in args.temperatures:
         policy = answers["policy", temperature]
         for opponent, others in (("chosen", chosen), ("ref", answers["ref", temperature])):
-            comparisons.append(winrate.judged(judge, asked["prompt"], policy, others, opponent, temperature))
+            comparisons.append(winrate.judge_answers(judge, asked["prompt"], policy, others, opponent, temperature))
 
     settings = asdict(data) | asdict(judging) | asdict(args) | {"num_prompts": len(prompts), "dtype": str(dtype)[6:]}
     results = {"settings": settings, "judge": judging.judge_model, "calibration": calibration}
     results |= {"comparisons": comparisons, "tokens": judge.tokens()}
-    print(winrate.table(results))
+    print(winrate.format_winrates(results))
     write_json(output_dir / "winrate.json", results)
-    add_win_rates(Path(args.model_name_or_path), results)
+    add_win_rates_to_card(Path(args.model_name_or_path), results)
     print(f"Report: {write_report(output_dir.parent)}")
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_errors():
         main()

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from running import BIN, ROOT, call
 
-from tinydpo.models.precision import fast_bf16
+from tinydpo.models.precision import has_fast_bf16
 
-FAST = fast_bf16("cpu")  # asked before `float32_by_default` has this CPU deny it
+FAST = has_fast_bf16("cpu")  # asked before `float32_by_default` has this CPU deny it
 
 
 @pytest.mark.slow

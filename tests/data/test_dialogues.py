@@ -10,10 +10,10 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinydpo.data.dialogues import BrokenRow, text_pair, to_texts
+from tinydpo.data.dialogues import BrokenRow, render_row, render_texts
 from tinydpo.data.forms import split_dialogues
 from tinydpo.data.pairs import load_pairs
-from tinydpo.data.sources import RECORDS
+from tinydpo.data.sources import RECORD_FEATURES
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
 
@@ -76,27 +76,27 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_the_same_pair(form: str, tiny_tokenizer: Any):
-    pair = text_pair(FORMS[form], tiny_tokenizer, need_pairs=True)
+    pair = render_row(FORMS[form], tiny_tokenizer, need_pairs=True)
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (PROMPT, " Well.", " Bad, very bad."), (
         f"{form}: the pair is not read as written"
     )
     assert pair["prompt"][pair["question"] :] == "\n\nHuman: How are you?\n\nAssistant:", f"{form}: another question"
-    assert text_pair(FORMS[form], tiny_tokenizer, need_pairs=False) == pair, f"{form}: SFT sees another pair than DPO"
+    assert render_row(FORMS[form], tiny_tokenizer, need_pairs=False) == pair, f"{form}: SFT sees another pair than DPO"
 
 
 @pytest.mark.parametrize("key", ["completion", "response"])
 def test_sft_forms(key: str, tiny_tokenizer: Any):
     for row in ({"prompt": PROMPT, key: " Well."}, {"prompt": TURNS, key: GOOD}):
-        pair = text_pair(row, tiny_tokenizer, need_pairs=False)
+        pair = render_row(row, tiny_tokenizer, need_pairs=False)
         assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (PROMPT, " Well.", None), (
             f"{key} is not the answer"
         )
         with pytest.raises(BrokenRow, match="'chosen' is missing"):
-            text_pair(row, tiny_tokenizer, need_pairs=True)
+            render_row(row, tiny_tokenizer, need_pairs=True)
 
 
 def test_string_prompt_beside_messages_is_a_user_message(tiny_tokenizer: Any):
-    pair = text_pair({"prompt": "Hi?", "chosen": GOOD, "rejected": BAD}, tiny_tokenizer, True)
+    pair = render_row({"prompt": "Hi?", "chosen": GOOD, "rejected": BAD}, tiny_tokenizer, True)
     assert pair["prompt"] == "\n\nHuman: Hi?\n\nAssistant:", "a prompt in words is not asked as a question"
 
 
@@ -105,12 +105,12 @@ def test_dialogues_that_part_before_the_last_turn(tiny_tokenizer: Any):
     chosen = f"{start} Yes?\n\nHuman: Why?\n\nAssistant: Because."
     rejected = f"{start} No.\n\nHuman: Oh.\n\nAssistant: Sorry, I meant something longer."
     for row in ({"chosen": chosen, "rejected": rejected}, {"chosen": rejected, "rejected": chosen}):
-        pair = text_pair(row, tiny_tokenizer, True)
+        pair = render_row(row, tiny_tokenizer, True)
         assert pair["prompt"] == start, "the pair is not split where its dialogues part"
         for side in ("chosen", "rejected"):
             assert pair["prompt"] + pair[side] == row[side], f"{side} is garbled: its prompt is the other one's"
     first, second = ([TURNS[0], {"role": "assistant", "content": text}, TURNS[2], *GOOD] for text in ("Yes?", "No."))
-    pair = text_pair({"chosen": first, "rejected": second}, tiny_tokenizer, True)
+    pair = render_row({"chosen": first, "rejected": second}, tiny_tokenizer, True)
     assert pair["prompt"] == start, "conversations are not split where they part"
     assert pair["chosen"] == " Yes?\n\nHuman: How are you?\n\nAssistant: Well.", "a conversation loses what follows"
 
@@ -136,35 +136,35 @@ def test_split_dialogues_loses_nothing(first: list[str], second: list[str]):
 
 def test_chat_template_with_a_default_system_message(tiny_tokenizer: Any):
     tokenizer = with_template(tiny_tokenizer, CHATML)
-    pair = text_pair({"prompt": TURNS[2:], "chosen": GOOD, "rejected": BAD}, tokenizer, True)
+    pair = render_row({"prompt": TURNS[2:], "chosen": GOOD, "rejected": BAD}, tokenizer, True)
     question = "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n"
     assert pair["prompt"] == "<|im_start|>system\nBe kind.<|im_end|>\n" + question, "the prompt is not the template's"
     assert pair["prompt"][pair["question"] :] == question, "the default system message counts as part of the question"
     assert (pair["chosen"], pair["rejected"]) == ("Well.", "Bad, very bad."), "an answer is not the assistant's words"
-    longer = text_pair({"chosen": TURNS + GOOD, "rejected": TURNS + BAD}, tokenizer, True)
+    longer = render_row({"chosen": TURNS + GOOD, "rejected": TURNS + BAD}, tokenizer, True)
     assert longer["prompt"][longer["question"] :] == question, "the question is not the last user message"
-    repeated = text_pair({"prompt": [*TURNS, GOOD[0], TURNS[2]], "chosen": GOOD, "rejected": BAD}, tokenizer, True)
+    repeated = render_row({"prompt": [*TURNS, GOOD[0], TURNS[2]], "chosen": GOOD, "rejected": BAD}, tokenizer, True)
     assert repeated["prompt"][repeated["question"] :] == question, "a question asked twice is taken at its first place"
     system = [{"role": "system", "content": "Be rude."}, *TURNS]
-    own = text_pair({"prompt": system, "chosen": GOOD, "rejected": BAD}, tokenizer, True)
+    own = render_row({"prompt": system, "chosen": GOOD, "rejected": BAD}, tokenizer, True)
     assert own["prompt"].startswith("<|im_start|>system\nBe rude."), "the user's system message is lost"
 
 
 @pytest.mark.parametrize("turns", [TURNS, TURNS[2:]])
 def test_chat_template_that_insists_on_alternating_roles(turns: list, tiny_tokenizer: Any):
     tokenizer = with_template(tiny_tokenizer, ALTERNATING)
-    pair = text_pair({"prompt": turns, "chosen": GOOD, "rejected": BAD}, tokenizer, True)
+    pair = render_row({"prompt": turns, "chosen": GOOD, "rejected": BAD}, tokenizer, True)
     assert pair["prompt"].endswith("[INST] How are you? [/INST]"), "the prompt is not the template's"
     question = pair["prompt"][pair["question"] :]
     assert question == "[INST] How are you? [/INST]", f"the question is taken to be {question!r}"
     assert (pair["chosen"], pair["rejected"]) == (" Well.", " Bad, very bad."), "the end token stays in the text"
     with pytest.raises(BrokenRow, match="roles must alternate"):
-        text_pair({"prompt": [TURNS[0], *turns], "chosen": GOOD, "rejected": BAD}, tokenizer, True)
+        render_row({"prompt": [TURNS[0], *turns], "chosen": GOOD, "rejected": BAD}, tokenizer, True)
 
 
 def test_chat_template_with_another_end_of_turn(tiny_tokenizer: Any, tmp_path: Path):
     tokenizer = with_template(tiny_tokenizer, OTHER_END)
-    pair = text_pair({"prompt": TURNS, "chosen": GOOD, "rejected": BAD}, tokenizer, True)
+    pair = render_row({"prompt": TURNS, "chosen": GOOD, "rejected": BAD}, tokenizer, True)
     assert pair["chosen"] == "Well.<end>", "the template's own end of turn is lost"
     nothing = [{"role": "assistant", "content": ""}]
     fitted = pairs_of(tmp_path, tokenizer, {"prompt": TURNS, "chosen": GOOD, "rejected": nothing}, HH)
@@ -173,7 +173,7 @@ def test_chat_template_with_another_end_of_turn(tiny_tokenizer: Any, tmp_path: P
 
 def test_without_a_template_conversations_take_hh_form(tiny_tokenizer: Any, tmp_path: Path):
     system = {"role": "system", "content": "Be kind."}
-    pair = text_pair({"prompt": [system, *TURNS], "chosen": GOOD, "rejected": BAD}, tiny_tokenizer, True)
+    pair = render_row({"prompt": [system, *TURNS], "chosen": GOOD, "rejected": BAD}, tiny_tokenizer, True)
     assert pair["prompt"] == "\n\nBe kind." + PROMPT, "a system message is lost or called a human's"
     nothing = [{"role": "assistant", "content": ""}]
     fitted = pairs_of(tmp_path, tiny_tokenizer, {"prompt": TURNS, "chosen": GOOD, "rejected": nothing}, HH)
@@ -258,7 +258,7 @@ def test_broken_sft_rows_are_named(tiny_tokenizer: Any):
         ({"prompt": PROMPT, "chosen": " a"}, "'rejected' is missing"),
     ):
         with pytest.raises(BrokenRow, match=expected):
-            text_pair(row, tiny_tokenizer, need_pairs=False)
+            render_row(row, tiny_tokenizer, need_pairs=False)
 
 
 def test_skip_drops_and_counts(tiny_tokenizer: Any, tmp_path: Path):
@@ -292,9 +292,9 @@ def test_several_processes_read_the_same(tiny_tokenizer: Any, tmp_path: Path, mo
 
 def test_another_template_or_mode_is_another_cache(tiny_tokenizer: Any):
     record = {"file": "f", "row": 1, "subset": None, "record": json.dumps(FORMS["whole conversations"]).encode()}
-    records = Dataset.from_list([record], features=RECORDS)
+    records = Dataset.from_list([record], features=RECORD_FEATURES)
     tokenizers = (tiny_tokenizer, *(with_template(tiny_tokenizer, t) for t in (CHATML, ALTERNATING)))
-    runs = [to_texts(records, tokenizer, True, "stop", 1) for tokenizer in tokenizers for _ in range(2)]
+    runs = [render_texts(records, tokenizer, True, "stop", 1) for tokenizer in tokenizers for _ in range(2)]
     assert len({run._fingerprint for run in runs}) == 3, (
         "a changed chat template is given the old texts, or none is kept"
     )

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tinydpo.data.dialogues import TEXTS
-from tinydpo.data.fitting import bos_of, fit, fit_pair, tokenize_prompts
+from tinydpo.data.dialogues import TEXT_FEATURES
+from tinydpo.data.fitting import get_bos_ids, fit_pairs, fit_pair, tokenize_prompts
 from tinydpo.errors import UserError
 
 END, BOS = 1000, 1001
@@ -81,7 +81,7 @@ def words(bos: bool, end_last: bool = False, one_token: bool = False) -> PreTrai
 
 
 def texts(*rows: dict[str, Any]) -> Dataset:
-    return Dataset.from_list([{**dict.fromkeys(TEXTS), "templated": False, **row} for row in rows], features=TEXTS)
+    return Dataset.from_list([{**dict.fromkeys(TEXT_FEATURES), "templated": False, **row} for row in rows], features=TEXT_FEATURES)
 
 
 def numbered(count: int, first: int = 0) -> str:
@@ -100,7 +100,7 @@ PAIR = {
 @pytest.mark.parametrize("bos", [False, True])
 def test_fit_with_and_without_a_begin_token(bos: bool):
     tokenizer = words(bos)
-    pair = fit(texts(PAIR), tokenizer, 32, 16, workers=1)[0]
+    pair = fit_pairs(texts(PAIR), tokenizer, 32, 16, workers=1)[0]
     shown = tokenizer.decode(pair["prompt_ids"])
     question = ["Human", ":", "w7", "w8", "?", "Assistant", ":"]
     expected = tokenizer.convert_tokens_to_ids([*["<s>"] * bos, *question])
@@ -125,16 +125,16 @@ def test_fit_with_and_without_a_begin_token(bos: bool):
 )
 def test_begin_token_is_recognized(tokenizer: Any, begins: bool):
     expected = [tokenizer.bos_token_id] if begins else []
-    assert bos_of(tokenizer) == expected, "the BOS token is not what the tokenizer puts before a text"
+    assert get_bos_ids(tokenizer) == expected, "the BOS token is not what the tokenizer puts before a text"
 
 
 def test_a_template_that_writes_the_begin_token_itself():
     prompt = "<s> Human : w1 w2 ? Assistant :"
     row = {"prompt": prompt, "question": 0, "chosen": " w3", "rejected": " w4", "templated": True}
-    pair = fit(texts(row), words(bos=True), 32, 16, workers=1)[0]
+    pair = fit_pairs(texts(row), words(bos=True), 32, 16, workers=1)[0]
     assert pair["prompt_ids"].count(0) == 1, "the chat template's BOS token is doubled or lost"
     assert pair["question_whole"], "a question that was kept whole is counted as cut"
-    cut = fit(texts({**row, "chosen": numbered(90)}), words(bos=True), 8, 4, workers=1)[0]
+    cut = fit_pairs(texts({**row, "chosen": numbered(90)}), words(bos=True), 8, 4, workers=1)[0]
     assert cut["prompt_ids"][0] == 0 and len(cut["prompt_ids"]) == 5, "the chat template's BOS token is cut away"
     assert not cut["question_whole"], "a question that was cut is counted as whole"
 
@@ -142,12 +142,12 @@ def test_a_template_that_writes_the_begin_token_itself():
 def test_special_tokens_in_a_plain_text_stay_text(gpt2_tokenizer: Any):
     row = {"prompt": "\n\nHuman: What is <|endoftext|>?\n\nAssistant:", "question": 0}
     row |= {"chosen": " <|endoftext|> ends a text.", "rejected": " No idea."}
-    pair = fit(texts(row), gpt2_tokenizer, 64, 32, workers=1)[0]
+    pair = fit_pairs(texts(row), gpt2_tokenizer, 64, 32, workers=1)[0]
     end = gpt2_tokenizer.eos_token_id
     assert end not in pair["prompt_ids"], "a prompt that names <|endoftext|> is read as ended"
     assert pair["chosen_ids"].count(end) == 1 and pair["chosen_ids"][-1] == end, "an answer ends in its middle"
     assert gpt2_tokenizer.decode(pair["prompt_ids"]) == row["prompt"], "the prompt is not what the user wrote"
-    templated = fit(texts({**row, "templated": True}), gpt2_tokenizer, 64, 32, workers=1)[0]
+    templated = fit_pairs(texts({**row, "templated": True}), gpt2_tokenizer, 64, 32, workers=1)[0]
     assert end in templated["prompt_ids"], "special tokens that a chat template writes are read as plain text"
 
 
@@ -163,7 +163,7 @@ def test_pairs_without_signal_are_named():
         {"prompt": "w1", "question": 0, "chosen": " w2"},
         {"prompt": "w1", "question": 0, "chosen": ""},
     ]
-    named = {bos: fit(texts(*rows), words(bos), 32, 16, workers=1)["dropped"][:] for bos in (False, True)}
+    named = {bos: fit_pairs(texts(*rows), words(bos), 32, 16, workers=1)["dropped"][:] for bos in (False, True)}
     identical, empty = "identical completions", "empty completion"
     expected = [None, identical, identical, empty, "empty prompt", "broken row", None, empty]
     assert named[False] == expected, "pairs are kept or dropped for another reason than they should"
@@ -172,7 +172,7 @@ def test_pairs_without_signal_are_named():
 
 def test_sft_sees_the_prompt_that_its_pair_sees():
     alone = {**PAIR, "rejected": None, "chosen": PAIR["rejected"]}
-    pair, single = fit(texts(PAIR, alone), words(True), 32, 16, workers=1)
+    pair, single = fit_pairs(texts(PAIR, alone), words(True), 32, 16, workers=1)
     assert single["prompt_ids"] == pair["prompt_ids"], "SFT's prompt is not its pair's"
     assert single["chosen_ids"] == pair["rejected_ids"] and single["rejected_ids"] == [], "a lone answer is misread"
 
@@ -188,18 +188,18 @@ def test_questions_are_counted_from_the_last_human_turn(gpt2_tokenizer: Any):
 def test_a_budget_that_is_none_is_refused():
     for max_length, question, named in ((0, 1, "max_length"), (1, 1, "max_length"), (64, 64, "max_question_length")):
         with pytest.raises(UserError, match=named):
-            fit(texts(PAIR), words(False), max_length, question, workers=1)
+            fit_pairs(texts(PAIR), words(False), max_length, question, workers=1)
     with pytest.raises(UserError, match="BOS"):  # the answer would have no room
-        fit(texts(PAIR), words(True), 64, 63, workers=1)
-    assert fit(texts(PAIR), words(False), 64, 63, workers=1)["dropped"][:] == [None], "the largest question is refused"
+        fit_pairs(texts(PAIR), words(True), 64, 63, workers=1)
+    assert fit_pairs(texts(PAIR), words(False), 64, 63, workers=1)["dropped"][:] == [None], "the largest question is refused"
 
 
 def test_another_budget_or_tokenizer_is_another_cache():
     rows = texts(PAIR)
-    first = fit(rows, words(False), 32, 16, workers=1)._fingerprint
-    assert fit(rows, words(False), 32, 16, workers=1)._fingerprint == first, "the same pairs are tokenized twice"
+    first = fit_pairs(rows, words(False), 32, 16, workers=1)._fingerprint
+    assert fit_pairs(rows, words(False), 32, 16, workers=1)._fingerprint == first, "the same pairs are tokenized twice"
     others = {
-        fit(rows, tokenizer, *budget, workers=1)._fingerprint
+        fit_pairs(rows, tokenizer, *budget, workers=1)._fingerprint
         for tokenizer, *budget in ((words(True), 32, 16), (words(False), 33, 16), (words(False), 32, 17))
     }
     assert len(others | {first}) == 4, "a changed budget or tokenizer is given the old tokens"
@@ -215,5 +215,5 @@ def test_which_answers_were_cut_is_told():
         "neither": (long, long + " w1"),
     }
     rows = [{**PAIR, "chosen": chosen, "rejected": rejected} for chosen, rejected in sides.values()]
-    told = fit(texts(*rows, {**PAIR, "rejected": None}), words(bos=False), 32, 16, workers=1)["whole"][:]
+    told = fit_pairs(texts(*rows, {**PAIR, "rejected": None}), words(bos=False), 32, 16, workers=1)["whole"][:]
     assert told == [*sides, None], "evaluation counts pairs of whole answers as cut, or the other way"

@@ -8,9 +8,9 @@ import pytest
 from test_dialogues import ALTERNATING, BAD, CHATML, GOOD, HH, PROMPT, TURNS, pairs_of, with_template
 from trl.data_utils import apply_chat_template
 
-from tinydpo.data.dialogues import BrokenRow, text_pair
-from tinydpo.data.inspection import told
-from tinydpo.data.records import Names, rename
+from tinydpo.data.dialogues import BrokenRow, render_row
+from tinydpo.data.inspection import format_data_notes
+from tinydpo.data.records import ColumnNames, rename_columns
 
 PAIR = {"prompt": TURNS, "chosen": GOOD, "rejected": BAD}
 TEXTS = {"prompt": "How are you?", "chosen": "Well.", "rejected": "Bad, very bad."}
@@ -43,14 +43,14 @@ BESIDE = {
 @pytest.mark.parametrize("kind", BESIDE)
 def test_what_stands_beside_messages_is_written_as_trl_writes_it(kind: str, thinking: Any):
     row = PAIR | BESIDE[kind]
-    pair = text_pair(row, thinking, True)
+    pair = render_row(row, thinking, True)
     example = {key: value for key, value in row.items() if key not in ("system", "tools")}
     example["prompt"] = [SYSTEM] * ("system" in row) + TURNS
     theirs = apply_chat_template(example, thinking, tools=row.get("tools"))
     assert pair["prompt"] == theirs["prompt"], f"{kind}: the prompt is not the one TRL trains on"
     for side in ("chosen", "rejected"):
         assert pair[side] + thinking.eos_token == theirs[side].rstrip(), f"{kind}: {side} is not the one TRL trains on"
-    assert pair["prompt"] != text_pair(PAIR, thinking, True)["prompt"], f"{kind}: dropped in silence"
+    assert pair["prompt"] != render_row(PAIR, thinking, True)["prompt"], f"{kind}: dropped in silence"
     assert json.loads(pair["messages"]) == example["prompt"], f"{kind}: the conversation is not kept as one"
     assert pair["notes"] == [], f"{kind}: said not to be read"
 
@@ -58,23 +58,23 @@ def test_what_stands_beside_messages_is_written_as_trl_writes_it(kind: str, thin
 def test_tools_and_options_as_json(thinking: Any):
     as_json = {"tools": json.dumps(TOOLS), "chat_template_kwargs": json.dumps({"enable_thinking": False})}
     as_such = {"tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
-    assert text_pair(PAIR | as_json, thinking, True) == text_pair(PAIR | as_such, thinking, True), "JSON is not read"
+    assert render_row(PAIR | as_json, thinking, True) == render_row(PAIR | as_such, thinking, True), "JSON is not read"
     nothing = {"tools": None, "chat_template_kwargs": {"enable_thinking": None}, "system": None}
-    assert text_pair(PAIR | nothing, thinking, True) == text_pair(PAIR, thinking, True), "null keys change a row"
+    assert render_row(PAIR | nothing, thinking, True) == render_row(PAIR, thinking, True), "null keys change a row"
 
 
 def test_system_beside_texts_makes_messages_of_them(tiny_tokenizer: Any):
     tokenizer = with_template(tiny_tokenizer, CHATML)
     messages = {"prompt": [SYSTEM, TURNS[2]], "chosen": GOOD, "rejected": BAD}
-    expected = text_pair(messages, tokenizer, True)
-    assert text_pair(TEXTS | {"system": "Be brief."}, tokenizer, True) == expected, (
+    expected = render_row(messages, tokenizer, True)
+    assert render_row(TEXTS | {"system": "Be brief."}, tokenizer, True) == expected, (
         "a system text is lost or misplaced"
     )
     rows = [TEXTS | {"system": system} for system in ("", "Be brief.")]
-    templated = [text_pair(row, tokenizer, True)["templated"] for row in rows]
+    templated = [render_row(row, tokenizer, True)["templated"] for row in rows]
     assert templated == [True, True], "rows of one file are written in two forms, by whether 'system' is empty"
     twice = {**messages, "system": "Be brief."}
-    assert text_pair(twice, tokenizer, True) == expected, "a system message is written twice"
+    assert render_row(twice, tokenizer, True) == expected, "a system message is written twice"
 
 
 def test_a_tool_turn(thinking: Any):
@@ -85,10 +85,10 @@ def test_a_tool_turn(thinking: Any):
     }
     call["tool_calls"][0]["function"]["arguments"] = '{"city": "Rome"}'  # JSON, as OpenAI sends it
     turns = [TURNS[0], call, {"role": "tool", "content": "Sun."}]
-    pair = text_pair({"prompt": turns, "chosen": GOOD, "rejected": BAD}, thinking, True)
+    pair = render_row({"prompt": turns, "chosen": GOOD, "rejected": BAD}, thinking, True)
     assert '"arguments": {"city": "Rome"}' in pair["prompt"], "a call's arguments are written as text within text"
     assert "None" not in pair["prompt"] and pair["chosen"] == "Well.", "a message that only calls a tool says None"
-    alone = text_pair({"messages": [*turns, *GOOD]}, thinking, False)
+    alone = render_row({"messages": [*turns, *GOOD]}, thinking, False)
     assert (alone["prompt"], alone["chosen"]) == (pair["prompt"], pair["chosen"]), "SFT reads tool turns otherwise"
 
 
@@ -110,13 +110,13 @@ def test_sft_learns_the_last_answer_only(tiny_tokenizer: Any):
         dict(zip(("chosen", "rejected"), as_turns, strict=True)),
     )
     for row in rows:
-        pair = text_pair(row, tiny_tokenizer, False)
+        pair = render_row(row, tiny_tokenizer, False)
         assert pair["chosen"] == " Because.", f"SFT learns {pair['chosen']!r} of {row}"
         assert pair["prompt"] == f"{start} Yes?\n\nHuman: Why?\n\nAssistant:", "the turns before are lost"
         assert pair["prompt"][pair["question"] :] == "\n\nHuman: Why?\n\nAssistant:", "the question is another one"
-    pair = text_pair(rows[0], tiny_tokenizer, True)
+    pair = render_row(rows[0], tiny_tokenizer, True)
     assert (pair["prompt"], pair["rejected"]) == (start, " No."), "DPO's pair is no longer split where it parts"
-    assert text_pair(rows[0], tiny_tokenizer, None) == pair, "`make inspect` shows other pairs than DPO's"
+    assert render_row(rows[0], tiny_tokenizer, None) == pair, "`make inspect` shows other pairs than DPO's"
 
 
 def test_a_prompt_that_its_texts_repeat_is_taken_once(tiny_tokenizer: Any):
@@ -127,7 +127,7 @@ def test_a_prompt_that_its_texts_repeat_is_taken_once(tiny_tokenizer: Any):
     ):
         whole = {"prompt": prompt, **{s: prompt + r for s, r in zip(("chosen", "rejected"), rests, strict=True)}}
         apart = {"prompt": prompt, **dict(zip(("chosen", "rejected"), rests, strict=True))}
-        read, expected = (text_pair(row, tiny_tokenizer, True) for row in (whole, apart))
+        read, expected = (render_row(row, tiny_tokenizer, True) for row in (whole, apart))
         assert read["notes"][0] == "answers repeat the prompt, which is taken once", "it is not told"
         assert {**read, "notes": []} == {**expected, "notes": []}, f"{prompt!r} is trained on twice"
     for prompt, chosen, rejected in (
@@ -135,7 +135,7 @@ def test_a_prompt_that_its_texts_repeat_is_taken_once(tiny_tokenizer: Any):
         ("What is the capital of Italy", "What is the capital of Italy? Rome.", "Rome"),  # only one does
         ("How do I write a list", "How do I write a listing?", "How do I write a listicle?"),  # other words
     ):
-        pair = text_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected}, tiny_tokenizer, True)
+        pair = render_row({"prompt": prompt, "chosen": chosen, "rejected": rejected}, tiny_tokenizer, True)
         assert (pair["chosen"], pair["rejected"]) == (chosen, rejected), f"an answer to {prompt!r} is cut"
 
 
@@ -150,17 +150,17 @@ def test_a_space_at_the_prompts_end_goes_to_the_answers(gpt2_tokenizer: Any, tmp
     assert text["prompt"] + text["chosen"] == prompt + "Paris", "the text is another one"
     note = "a space at the prompt's end goes to the answers, where tokens have it"
     assert split.summary["notes"] == {note: 2}, "it is not told, or miscounted"
-    spaced = text_pair({**row, "chosen": " Paris", "rejected": " Rome"}, gpt2_tokenizer, True)
+    spaced = render_row({**row, "chosen": " Paris", "rejected": " Rome"}, gpt2_tokenizer, True)
     assert (spaced["prompt"], spaced["notes"]) == (prompt, []), "a space is moved before another"
     empty = pairs_of(tmp_path, gpt2_tokenizer, {**row, "chosen": ""}, row)
     assert empty.summary["dropped"] == {"empty completion": 1}, "a moved space makes an answer of none"
 
 
-SHAREGPT = Names(
+SHAREGPT = ColumnNames(
     {"conversations": "messages", "from": "role", "value": "content"}, {"human": "user", "gpt": "assistant"}
 )
 RENAMED = {
-    "a column": (Names({"question": "prompt"}), {"question": TURNS, "chosen": GOOD, "rejected": BAD}, PAIR),
+    "a column": (ColumnNames({"question": "prompt"}), {"question": TURNS, "chosen": GOOD, "rejected": BAD}, PAIR),
     "columns, keys and roles": (
         SHAREGPT,
         {
@@ -171,12 +171,12 @@ RENAMED = {
         {"prompt": TURNS[:1], "chosen": GOOD, "rejected": BAD},
     ),
     "two that change places": (
-        Names({"chosen": "rejected", "rejected": "chosen"}),
+        ColumnNames({"chosen": "rejected", "rejected": "chosen"}),
         {**PAIR, "chosen": BAD, "rejected": GOOD},
         PAIR,
     ),
     "a column that is there, but null": (
-        Names({"question": "prompt"}),
+        ColumnNames({"question": "prompt"}),
         {"prompt": None, "question": TURNS, "chosen": GOOD, "rejected": BAD},
         PAIR,
     ),
@@ -188,13 +188,13 @@ def test_other_names(kind: str, tiny_tokenizer: Any):
     names, row, expected = RENAMED[kind]
     tokenizer = with_template(tiny_tokenizer, CHATML)
     given = json.dumps(row)
-    assert text_pair(rename(row, names), tokenizer, True) == text_pair(expected, tokenizer, True), f"{kind}: misread"
+    assert render_row(rename_columns(row, names), tokenizer, True) == render_row(expected, tokenizer, True), f"{kind}: misread"
     assert json.dumps(row) == given, f"{kind}: reading a row changes it"
 
 
 def test_two_columns_that_claim_one_name(tiny_tokenizer: Any):
     with pytest.raises(BrokenRow, match="expected one column for 'prompt', found two"):
-        rename({"prompt": "a", "question": "b"}, Names({"question": "prompt"}))
+        rename_columns({"prompt": "a", "question": "b"}, ColumnNames({"question": "prompt"}))
 
 
 def test_other_names_are_another_cache(tiny_tokenizer: Any, tmp_path: Path):
@@ -236,12 +236,12 @@ def test_nothing_is_left_out_unsaid(thinking: Any, tmp_path: Path):
         "column 'messages' is not read": 1,
         "column 'response' is not read": 1,
     }, "a column is dropped in silence, or called unread that is read"
-    line = told({"train": split.summary, "test": {**split.summary, "dropped": {}, "notes": {}}})
+    line = format_data_notes({"train": split.summary, "test": {**split.summary, "dropped": {}, "notes": {}}})
     assert "\n" not in line and line.startswith("Data: train: 33.3% of 6 pairs dropped (1 broken row, 1 identical"), (
         line
     )
     assert "column 'score' is not read (2 rows)" in line and "test" not in line, f"it is not all told: {line}"
-    assert told({"test": {**split.summary, "dropped": {}, "notes": {}}}) == "", "a line is printed about nothing"
+    assert format_data_notes({"test": {**split.summary, "dropped": {}, "notes": {}}}) == "", "a line is printed about nothing"
 
 
 BESIDE_BROKEN = {
@@ -316,7 +316,7 @@ def test_what_has_no_place_is_a_broken_row(kind: str, tiny_tokenizer: Any):
     template, row, expected = BESIDE_BROKEN[kind]
     tokenizer = with_template(tiny_tokenizer, template) if template else tiny_tokenizer
     with pytest.raises(BrokenRow) as caught:
-        text_pair(row, tokenizer, True)
+        render_row(row, tokenizer, True)
     assert expected in str(caught.value), f"{kind}: the message is {caught.value!s}"
 
 
@@ -357,5 +357,5 @@ WAYS_OUT = {
 def test_a_form_with_other_names_is_told_the_way_out(kind: str, tiny_tokenizer: Any):
     row, need_pairs, way_out = WAYS_OUT[kind]
     with pytest.raises(BrokenRow) as caught:
-        text_pair(row, with_template(tiny_tokenizer, ALTERNATING), need_pairs)
+        render_row(row, with_template(tiny_tokenizer, ALTERNATING), need_pairs)
     assert way_out in str(caught.value), f"{kind}: the message is {caught.value!s}"

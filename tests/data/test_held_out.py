@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_dialogues import BAD, CHATML, GOOD, TURNS, with_template
 
-from tinydpo.data.inspection import told
+from tinydpo.data.inspection import format_data_notes
 from tinydpo.data.pairs import load_pairs
 from tinydpo.data.sources import load_records
 from tinydpo.launching.arguments import DataArguments
@@ -82,7 +82,7 @@ def test_one_prompt_alone_is_held_out_by_rows_and_told(tmp_path: Path, tiny_toke
     data = DataArguments(dataset_name=str(write(tmp_path / "a.jsonl", [texts(0, answer) for answer in range(40)])))
     splits = load_pairs(data, tiny_tokenizer, 128)
     assert [len(splits[split].texts) for split in ("train", "test")] == [38, 2], "data of one prompt are refused"
-    line = told({name: split.summary for name, split in splits.items()})
+    line = format_data_notes({name: split.summary for name, split in splits.items()})
     assert line == "Data: test: the prompt stands in the train split too (2 rows)", f"the leak is not told: {line!r}"
 
 

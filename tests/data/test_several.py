@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tinydpo.data.inspection import told
+from tinydpo.data.inspection import format_data_notes
 from tinydpo.data.pairs import load_pairs, load_split
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments, RunArguments
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.parsing import parse_args
 
 
 def write(folder: Path, name: str, count: int) -> Path:
@@ -70,7 +70,7 @@ def test_fewer_pairs_are_the_same_everywhere_and_said(two: list[str], tiny_token
     assert len(set(dpo["train"].pairs["subset"][:])) == 2, "the first rows are taken, not drawn ones"
     held_out = load_split(DataArguments(**settings), tiny_tokenizer, 128, "test")
     assert held_out.summary == dpo["test"].summary, "evaluation draws other rows than training"
-    line = told({name: split.summary for name, split in dpo.items()})
+    line = format_data_notes({name: split.summary for name, split in dpo.items()})
     assert "train: 24 of 60 rows drawn (--max_train_pairs)" in line, f"nobody is told: {line!r}"
     assert "test: 2 of 6 rows drawn (--max_test_pairs)" in line, f"nobody is told: {line!r}"
 
@@ -91,11 +91,11 @@ def test_more_pairs_than_there_are_is_all_of_them(two: list[str], tiny_tokenizer
 )
 def test_what_cannot_be_meant_is_one_sentence(flags: list[str], sentence: str):
     with pytest.raises(UserError, match=sentence):
-        parse(DataArguments, argv=["--dataset_name", "a", "b", *flags])
+        parse_args(DataArguments, argv=["--dataset_name", "a", "b", *flags])
 
 
 def test_a_share_of_one_dataset(two: list[str], tiny_tokenizer: Any):
-    (data,) = parse(DataArguments, argv=["--dataset_name", two[0], "--dataset_weights", "0.5"])
+    (data,) = parse_args(DataArguments, argv=["--dataset_name", two[0], "--dataset_weights", "0.5"])
     assert len(load_pairs(data, tiny_tokenizer, 128)["train"].pairs) == 20, "half of 40 rows is another number"
 
 
@@ -107,7 +107,7 @@ def test_one_dataset_twice_is_one_sentence(two: list[str], tiny_tokenizer: Any):
 def test_a_recipe_may_name_one_or_several(tmp_path: Path):
     for written, expected in (("one", ["one"]), ("[one, two]", ["one", "two"])):
         (tmp_path / "recipe.yaml").write_text(f"dataset_name: {written}\nmax_train_pairs: 7\n")
-        data, _ = parse(DataArguments, RunArguments, argv=["--config", str(tmp_path / "recipe.yaml")])
+        data, _ = parse_args(DataArguments, RunArguments, argv=["--config", str(tmp_path / "recipe.yaml")])
         assert [one.name for one in data.sources()] == expected and data.max_train_pairs == 7, (
             f"{written!r} is read as another dataset"
         )

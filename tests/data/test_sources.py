@@ -13,7 +13,7 @@ import pytest
 from datasets import are_progress_bars_disabled
 
 from tinydpo.data.pairs import load_pairs, load_split
-from tinydpo.data.sources import load_records, quiet
+from tinydpo.data.sources import load_records, hide_progress_bars
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
 
@@ -263,8 +263,8 @@ def test_cached_by_content(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pyt
 def test_bars_are_hidden_for_small_data_only(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS", None)
     assert not are_progress_bars_disabled(), "this test needs progress bars as they are by default"
-    with quiet(small=True):
+    with hide_progress_bars(small=True):
         assert are_progress_bars_disabled(), "a bar flashes for data that are read in a blink"
-    with quiet(small=False):
+    with hide_progress_bars(small=False):
         assert not are_progress_bars_disabled(), "large data are read without a sign of progress"
     assert not are_progress_bars_disabled(), "small data leave later, large data without a sign of progress"

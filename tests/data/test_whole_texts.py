@@ -8,8 +8,8 @@ from test_fitting import texts
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tinydpo.data.dialogues import text_pair
-from tinydpo.data.fitting import bos_of, fit
+from tinydpo.data.dialogues import render_row
+from tinydpo.data.fitting import get_bos_ids, fit_pairs
 
 # Zephyr's and TinyLlama's: headers that are no tokens of their own, the end token ends a turn.
 ZEPHYR = (
@@ -80,8 +80,8 @@ TOKENIZERS = {
 def test_prompt_and_answer_are_the_tokens_of_the_whole(name: str, template: str | None):
     tokenizer = TOKENIZERS[name]()
     tokenizer.chat_template = template
-    text = text_pair(PAIR, tokenizer, True)
-    fitted = fit(texts(text), tokenizer, 512, 64, workers=1)[0]
+    text = render_row(PAIR, tokenizer, True)
+    fitted = fit_pairs(texts(text), tokenizer, 512, 64, workers=1)[0]
     end = tokenizer.eos_token_id
     for side, answer in (("chosen", GOOD), ("rejected", BAD)):
         ids = fitted["prompt_ids"] + fitted[f"{side}_ids"]
@@ -93,7 +93,7 @@ def test_prompt_and_answer_are_the_tokens_of_the_whole(name: str, template: str 
             plain = tokenizer(
                 text["prompt"] + text[side], add_special_tokens=False, split_special_tokens=True
             ).input_ids
-            whole = [*bos_of(tokenizer), *plain, end]
+            whole = [*get_bos_ids(tokenizer), *plain, end]
         shown = tokenizer.convert_ids_to_tokens(ids), tokenizer.convert_ids_to_tokens(whole)
         assert ids == whole, f"{name}: {side} is not trained on as it is written: {shown[0]} for {shown[1]}"
 
@@ -105,7 +105,7 @@ def test_a_token_that_spans_prompt_and_answer_goes_to_the_answers(name: str):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     rows = {"prompt": "How are", "chosen": " you?", "rejected": "n't Well."}
     pair = {"templated": True, "question": 0, **rows}
-    fitted = fit(texts(pair), tokenizer, 512, 64, workers=1)[0]
+    fitted = fit_pairs(texts(pair), tokenizer, 512, 64, workers=1)[0]
     for side in ("chosen", "rejected"):
         whole = tokenizer(rows["prompt"] + rows[side], add_special_tokens=False).input_ids
         assert fitted["prompt_ids"] + fitted[f"{side}_ids"][:-1] == whole, f"{name}: {side} is not the text's tokens"

@@ -45,7 +45,7 @@ def test_a_containers_quota_counts(quota: str | None, expected: int, tmp_path: P
     monkeypatch.setattr(machine, "CPU_QUOTA", tmp_path / "cpu.max")
     if quota is not None:
         (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert machine.cores() == expected, "large data would be read by more processes than the container runs at once"
+    assert machine.count_cores() == expected, "large data would be read by more processes than the container runs at once"
 
 
 @pytest.mark.parametrize("place", ["dialogues.text_pair", "fitting.fit_pair"])

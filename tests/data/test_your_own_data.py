@@ -15,7 +15,7 @@ from test_bad_datasets import CHATML, templated
 
 from tinydpo.data.pairs import load_pairs
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.parsing import parse_args
 
 PAGE = (ROOT / "docs/your-own-data.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -77,7 +77,7 @@ def test_every_form_of_the_table_is_read(form: tuple[str, ...], tmp_path: Path, 
     assert len(FORMS) == PAGE.count("| `{"), "a row of the tables is not tried here"
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(row + "\n")
-    data = parse(DataArguments, argv=["--dataset_name", str(tmp_path), *shlex.split(flags)])[0]
+    data = parse_args(DataArguments, argv=["--dataset_name", str(tmp_path), *shlex.split(flags)])[0]
     for stage in stages.split(", "):
         split = load_pairs(data, templated(tiny_tokenizer, CHATML), 128, need_pairs=stage == "DPO")["train"]
         text = split.texts[0]

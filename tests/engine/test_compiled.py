@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from trl import DPOConfig
 
-from tinydpo.engine.compiled import take_over
+from tinydpo.engine.compiled import take_compile_options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,7 +59,7 @@ def test_its_checkpoint_is_a_plain_one(runs: dict[bool, Any]):
 
 def test_accelerates_way_of_asking_is_taken_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")  # what `accelerate launch` sets for `dynamo_backend`
-    assert take_over(DPOConfig(output_dir=str(tmp_path), bf16=False)) == {"backend": "aot_eager", "mode": None}
+    assert take_compile_options(DPOConfig(output_dir=str(tmp_path), bf16=False)) == {"backend": "aot_eager", "mode": None}
     assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ, "accelerate compiles the model a second time, as a whole"
 
 

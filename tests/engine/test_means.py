@@ -12,7 +12,7 @@ from trl import DPOTrainer
 
 from tinydpo.engine.logps import pair_logps
 from tinydpo.engine.means import NoRowTwice
-from tinydpo.engine.trainers import sft_rows
+from tinydpo.engine.trainers import build_sft_rows
 from tinydpo.evaluation.metrics import pair_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +29,7 @@ def gpt2(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 def trainer(gpt2: str, tiny_tokenizer: Any, tmp_path: Path) -> Callable:
     def make(engine: type, held_out: Dataset | None = None, nudged: bool = True, **settings: Any) -> Any:
         pairs = uneven_pairs(6, len(tiny_tokenizer), seed=1)
-        pairs, held_out = (sft_rows(p) if engine in WEIGHTED and p else p for p in (pairs, held_out))
+        pairs, held_out = (build_sft_rows(p) if engine in WEIGHTED and p else p for p in (pairs, held_out))
         made = build(engine, gpt2, tiny_tokenizer, pairs, tmp_path, eval_dataset=held_out, **settings)
         nudge(made.model, 0.03 * nudged)
         return made

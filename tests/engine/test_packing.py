@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinydpo.engine.packing import Tree, additive_mask, pack
+from tinydpo.engine.packing import Tree, build_additive_mask, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,7 +95,7 @@ def test_each_completion_token_is_predicted_by_the_one_before_it(case: tuple[lis
 def test_a_token_sees_its_own_prompt_and_completion_up_to_itself(case: tuple, dtype: torch.dtype):
     trees, row_length = case
     packed = pack(trees, row_length)
-    mask = additive_mask(packed["segment_ids"], packed["prefix_ids"], dtype)
+    mask = build_additive_mask(packed["segment_ids"], packed["prefix_ids"], dtype)
     rows, length = packed["input_ids"].shape
     assert mask.shape == (rows, 1, length, length) and mask.dtype == dtype, "attention would misread the mask"
     assert ((mask == 0) | (mask == torch.finfo(dtype).min)).all(), "something is seen in part"

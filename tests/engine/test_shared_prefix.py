@@ -26,7 +26,7 @@ from running import log, run
 from transformers import AutoModelForCausalLM
 
 from tinydpo.data.pairs import load_pairs
-from tinydpo.engine.trainers import sft_rows
+from tinydpo.engine.trainers import build_sft_rows
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
 
@@ -104,12 +104,12 @@ def test_a_step_is_that_of_trl(name: str, cached: bool, trainer: Callable):
 @pytest.mark.parametrize("completion_only", [True, False])
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 def test_an_sft_step_is_that_of_trl(loss_type: str, completion_only: bool, trainer: Callable, pairs: Dataset):
-    stock, packed = (trainer(engine, sft_rows(pairs, completion_only), loss_type=loss_type) for engine in SFT)
+    stock, packed = (trainer(engine, build_sft_rows(pairs, completion_only), loss_type=loss_type) for engine in SFT)
     assert_same_step(packed, stock)
 
 
 def test_sft_examples_of_one_row_do_not_see_each_other(trainer: Callable, pairs: Dataset):
-    packed = trainer(SFT[1], sft_rows(pairs))
+    packed = trainer(SFT[1], build_sft_rows(pairs))
 
     def token_logps(rows: Dataset) -> torch.Tensor:
         with torch.no_grad():
@@ -132,7 +132,7 @@ def real_pairs(task: Path, tiny_tokenizer: Any) -> dict[str, Dataset]:
 @pytest.mark.parametrize("engines", [DPO, (*WEIGHTED, SFT[0])], ids=["dpo", "sft"])
 def test_fifty_steps_are_those_of_trl(engines: tuple, trainer: Callable, real_pairs: dict[str, Dataset]):
     """Batches of 4 and a last one of 2, accumulated, recomputed in the backward pass, evaluated on the way."""
-    train, test = (real_pairs[name] if engines is DPO else sft_rows(real_pairs[name]) for name in ("train", "test"))
+    train, test = (real_pairs[name] if engines is DPO else build_sft_rows(real_pairs[name]) for name in ("train", "test"))
     logs = []
     for engine in engines:
         made = trainer(

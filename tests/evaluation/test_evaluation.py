@@ -30,9 +30,9 @@ from tinydpo.evaluation.metrics import (
     reward_metrics,
     wilson_interval,
 )
-from tinydpo.evaluation.rewards import load_reward, rewards
-from tinydpo.evaluation.sampling import cached_answers, choose_prompts, cut_answer, cut_prompt, sample_answers
-from tinydpo.evaluation.table import beside_chance, side_by_side, table
+from tinydpo.evaluation.rewards import load_reward, sum_rewards
+from tinydpo.evaluation.sampling import sample_cached, choose_prompts, cut_answer, cut_prompt, sample_answers
+from tinydpo.evaluation.table import format_interval, format_samples, format_table
 from tinydpo.models.pretrained import check_same_vocabulary
 
 GPT2_TOKENIZER = ROOT.parent / "shared" / "gpt2-tokenizer"
@@ -289,21 +289,21 @@ def test_checkpoint_generation_defaults_are_not_inherited():
 
 def test_answers_are_cached_by_weights_prompts_and_settings(monkeypatch: pytest.MonkeyPatch):
     model, tokenizer, prompts = tiny_gpt2(7), byte_tokenizer(), [[1, 2], [3]] * 4
-    first = cached_answers(model, tokenizer, prompts, 10, seed=5)
+    first = sample_cached(model, tokenizer, prompts, 10, seed=5)
     assert first == sample_answers(model, tokenizer, prompts, 10, seed=5), "the cache gives other answers"
     others = [
-        cached_answers(tiny_gpt2(8), tokenizer, prompts, 10, seed=5),
-        cached_answers(model, tokenizer, prompts, 10, seed=6),
-        cached_answers(model, tokenizer, prompts, 10, seed=5, temperature=0.5),
-        cached_answers(model, tokenizer, prompts[::-1], 10, seed=5),
+        sample_cached(tiny_gpt2(8), tokenizer, prompts, 10, seed=5),
+        sample_cached(model, tokenizer, prompts, 10, seed=6),
+        sample_cached(model, tokenizer, prompts, 10, seed=5, temperature=0.5),
+        sample_cached(model, tokenizer, prompts[::-1], 10, seed=5),
     ]
     assert all(other != first for other in others), "another model's or setting's answers are taken for these"
     with monkeypatch.context() as patch:
         patch.setattr(model, "generate", None)  # were it sampled again, it would fail
-        assert cached_answers(model, tokenizer, prompts, 10, seed=5) == first, "answers are sampled twice"
+        assert sample_cached(model, tokenizer, prompts, 10, seed=5) == first, "answers are sampled twice"
     for path in (Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers").iterdir():
         path.write_text(path.read_text()[:20])
-    assert cached_answers(model, tokenizer, prompts, 10, seed=5) == first, "a damaged cache ends the evaluation"
+    assert sample_cached(model, tokenizer, prompts, 10, seed=5) == first, "a damaged cache ends the evaluation"
 
 
 @given(st.lists(st.integers(0, 9), max_size=20))
@@ -338,10 +338,10 @@ def test_reward_functions_are_summed_and_checked():
     def length(prompts: list[str], completions: list[str], **kwargs) -> list[float]:
         return [float(len(text)) for text in completions]
 
-    assert rewards([length, length], ["p", "q"], ["ab", ""]).tolist() == [4.0, 0.0], "several rewards are not summed"
+    assert sum_rewards([length, length], ["p", "q"], ["ab", ""]).tolist() == [4.0, 0.0], "several rewards are not summed"
     for broken in (lambda **_: [1.0], lambda **_: [None, 1.0], lambda **_: [math.nan, 1.0], lambda **_: 1 / 0):
         with pytest.raises(UserError, match="reward function"):
-            rewards([broken], ["p", "q"], ["ab", ""])
+            sum_rewards([broken], ["p", "q"], ["ab", ""])
 
 
 @pytest.mark.parametrize("name", ["no_dot", "no.such.module.f", "json.no_such_function", "json.__doc__"])
@@ -384,8 +384,8 @@ def test_arguments_take_beta_and_length_from_the_policy_run(tmp_path: Path):
 
 
 def test_chance_is_not_sold_as_a_win():
-    assert "not told apart" in beside_chance((0.48, 0.56)), "a difference within noise is read as a win"
-    assert "not told apart" not in beside_chance((0.51, 0.6)), "a real difference is read as noise"
+    assert "not told apart" in format_interval((0.48, 0.56)), "a difference within noise is read as a win"
+    assert "not told apart" not in format_interval((0.51, 0.6)), "a real difference is read as noise"
 
 
 def test_evaluate_script_end_to_end(
@@ -446,7 +446,7 @@ def test_evaluate_script_end_to_end(
     assert f"| reward accuracy | {results['reward_accuracy']:.3f} (" in card, "the card lacks the evaluation's figures"
     assert "of old" not in card and card.endswith("## Content notice\n\nkept\n"), "the card's other parts are changed"
     out = capsys.readouterr().out
-    assert table(results) in out and side_by_side(samples[:3]) in out, "what is printed is not what is saved"
+    assert format_table(results) in out and format_samples(samples[:3]) in out, "what is printed is not what is saved"
     assert "BIASED" in out, "the earlier script's figure is not marked as biased"
 
     monkeypatch.setattr(sys, "argv", [*argv.split(), "--model_name_or_path", "./no/such/folder"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tinydpo.evaluation.explicit import compared, rank_correlation
+from tinydpo.evaluation.explicit import paired_accuracies, rank_correlation
 from tinydpo.evaluation.metrics import wilson_interval
 
 
@@ -15,7 +15,7 @@ def judges(both: int, implicit: int, explicit: int, neither: int) -> tuple[np.nd
 
 def test_the_interval_is_that_of_a_paired_bootstrap():
     implicit, explicit = judges(500, 60, 40, 400)
-    told = compared(implicit, explicit)
+    told = paired_accuracies(implicit, explicit)
     assert told["explicit_accuracy"] == 0.54 and told["explicit_accuracy_ci95"] == list(wilson_interval(540, 1000))
     assert told["implicit_minus_explicit"] == pytest.approx(0.02)
     rng = np.random.default_rng(1)
@@ -28,7 +28,7 @@ def test_the_interval_is_that_of_a_paired_bootstrap():
 
 def test_two_judges_that_agree_differ_by_nothing():
     implicit, explicit = judges(7, 0, 0, 3)
-    told = compared(implicit, explicit)
+    told = paired_accuracies(implicit, explicit)
     assert told["implicit_minus_explicit"] == 0 and told["implicit_minus_explicit_ci95"] == [0, 0]
 
 

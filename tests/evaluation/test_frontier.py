@@ -20,10 +20,10 @@ from torch.nn.functional import logsigmoid
 
 from tinydpo.engine.trainers import FittedDPOTrainer
 from tinydpo.errors import UserError
-from tinydpo.evaluation.frontier import FrontierArguments, dpo_flags, loss_flags, plan, write_data
-from tinydpo.evaluation.frontier_points import best_of_n, table
+from tinydpo.evaluation.frontier import FrontierArguments, get_dpo_flags, get_loss_flags, plan_runs, write_frontier_data
+from tinydpo.evaluation.frontier_points import best_of_n, format_frontier
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.report.figures import frontier
+from tinydpo.report.figures import draw_frontier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +43,7 @@ def test_conservative_dpo_is_its_formula(smoothing: float, task: Path, tiny_toke
     config = DPOConfig(
         output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2, beta=beta,
         use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
-        activation_checkpointing=False, gradient_checkpointing=False, **loss_flags("conservative", smoothing),
+        activation_checkpointing=False, gradient_checkpointing=False, **get_loss_flags("conservative", smoothing),
     )  # fmt: skip
     trainer = FittedDPOTrainer(
         model=str(task / "base"), args=config, train_dataset=pairs, processing_class=tiny_tokenizer
@@ -73,7 +73,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(rewards: list[list[int]]):
 
 
 def test_shuffled_labels_exchange_half_of_the_training_pairs_and_no_others(task: Path, tmp_path: Path):
-    write_data(DataArguments(dataset_name=str(task / "data")), {}, tmp_path)
+    write_frontier_data(DataArguments(dataset_name=str(task / "data")), {}, tmp_path)
     for split in ("train", "test"):
         before, after = (
             [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
@@ -89,25 +89,25 @@ def test_shuffled_labels_exchange_half_of_the_training_pairs_and_no_others(task:
 
 def test_every_loss_beta_and_seed_is_one_run_beside_the_control():
     args = FrontierArguments("dpo.yaml", "sft", "out", losses=["sigmoid", "ipo"], betas=[0.1, 1.0], seeds=[0, 1])
-    runs = list(plan(args))
+    runs = list(plan_runs(args))
     assert len({run.name for run in runs}) == len(runs) == 2 * (2 * 2 + 1), "runs share a folder, or one is missing"
 
 
 def test_learning_rates_are_an_axis_like_the_others(tmp_path: Path):
     args = FrontierArguments("dpo.yaml", "sft", "out", losses=["sigmoid"], betas=[0.1], learning_rates=[1e-5, 2e-5])
-    runs = list(plan(args))
+    runs = list(plan_runs(args))
     assert len({run.name for run in runs}) == 4, f"two rates and the control beside each are not four runs: {runs}"
     for run in runs:
-        flags = dpo_flags(run, args, DataArguments(dataset_name="rows"), tmp_path)
+        flags = get_dpo_flags(run, args, DataArguments(dataset_name="rows"), tmp_path)
         assert flags[flags.index("--learning_rate") + 1] == str(run.learning_rate), "a run trains at another rate"
     points = [
         {"curve": run.curve, "loss": run.loss, "beta": 0.1, "seed": 0, "step": 1, "kl": 1.0, "kl_se": 0.1,
          "reward": 2.0, "reward_se": 0.1, "learning_rate": run.learning_rate} for run in runs
     ]  # fmt: skip
     sft = {"reward": 1.0, "reward_se": 0.1}
-    told = table(points, sft)
+    told = format_frontier(points, sft)
     assert told.count("learning rate 1e-05") == told.count("learning rate 2e-05") == 2, f"rates are mixed up:\n{told}"
-    drawn = frontier({"points": points, "sft": sft, "reward": "gold"})
+    drawn = draw_frontier({"points": points, "sft": sft, "reward": "gold"})
     assert "DPO, 1e-05" in {text.get_text() for text in drawn.axes[0].texts}, "curves of two rates look alike"
 
 

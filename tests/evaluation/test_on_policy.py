@@ -18,11 +18,11 @@ from running import ROOT, call, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinydpo.data.embedded_task import gold_reward
-from tinydpo.data.held_out import IN_TRAIN_TOO
+from tinydpo.data.held_out import SHARED_PROMPT_NOTE
 from tinydpo.data.pairs import load_pairs
 from tinydpo.errors import UserError
 from tinydpo.evaluation import on_policy, sampling
-from tinydpo.evaluation.on_policy import Scored, pairs_of
+from tinydpo.evaluation.on_policy import ScoredAnswer, make_pairs
 from tinydpo.launching.arguments import DataArguments
 from tinydpo.report.page import write_report
 
@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 ANSWERS = st.lists(
-    st.builds(Scored, st.sampled_from(["a", "b", "c", "d", " "]), st.booleans(), st.integers(-2, 2).map(float)),
+    st.builds(ScoredAnswer, st.sampled_from(["a", "b", "c", "d", " "]), st.booleans(), st.integers(-2, 2).map(float)),
     max_size=8,
 )
 
@@ -61,14 +61,14 @@ def sample_pairs(policy: Path, data: Path, folder: Path, *flags: str) -> dict[st
 
 
 @given(ANSWERS)
-def test_a_pair_is_of_unlike_answers_the_better_first(answers: list[Scored]):
-    every = pairs_of(answers, "all")
+def test_a_pair_is_of_unlike_answers_the_better_first(answers: list[ScoredAnswer]):
+    every = make_pairs(answers, "all")
     for better, worse in every:
         assert better.reward > worse.reward, "the worse answer is the chosen one"
         assert better.ended, "chosen is an answer that ran out of room: training would put an end in its middle"
         assert better.text != worse.text and better.text.strip() and worse.text.strip()
     assert not [pair for pair, count in Counter((b.text, w.text) for b, w in every).items() if count > 1]
-    best = pairs_of(answers, "best_worst")
+    best = make_pairs(answers, "best_worst")
     assert len(best) == bool(every), "a prompt with unlike answers gives no pair, or several"
     widest = max((better.reward - worse.reward for better, worse in every), default=None)
     assert not best or best[0][0].reward - best[0][1].reward == widest, "not the best against the worst"
@@ -89,7 +89,7 @@ def test_pairs_are_right_and_train(policy: Path, task: Path, tmp_path: Path, cap
         assert any(dialogue.startswith(prompt) for dialogue in asked), "a prompt is not one of the train split"
     card, made = (
         (tmp_path / "pairs/README.md").read_text(),
-        json.loads((tmp_path / "pairs" / on_policy.MADE).read_text()),
+        json.loads((tmp_path / "pairs" / on_policy.PAIRS_RESULTS).read_text()),
     )
     assert "gold_reward" in card and made["settings"]["weights"][:12] in card and "seed 0" in card
     assert str(tmp_path) not in card, "the card leaks a path"
@@ -97,7 +97,7 @@ def test_pairs_are_right_and_train(policy: Path, task: Path, tmp_path: Path, cap
     again = load_pairs(DataArguments(dataset_name=str(tmp_path / "pairs")), AutoTokenizer.from_pretrained(policy), 96)
     assert [again[split].summary["pairs_kept"] for split in rows] == [len(rows[split]) for split in rows]
     assert not again["train"].summary["notes"], "pairs made here are told to hold what is not read"
-    assert IN_TRAIN_TOO not in again["test"].summary["notes"]
+    assert SHARED_PROMPT_NOTE not in again["test"].summary["notes"]
     run("dpo", "--model_name_or_path", policy, "--dataset_name", tmp_path / "pairs", "--output_dir", tmp_path / "dpo",
         "--max_steps", "1", "--save_strategy", "no")  # fmt: skip
     capsys.readouterr()
@@ -215,7 +215,7 @@ def test_rounds_go_on_and_keep_their_first_reference(
     assert second["model_name_or_path"] == str(tmp_path / "runs/round-1/dpo"), "it does not go on from the last policy"
     assert second["ref_model_name_or_path"] == str(policy), "the reference moves with the rounds"
     assert second["dataset_name"] == str(tmp_path / "runs/round-2/pairs"), "it trains on another policy's answers"
-    asked = json.loads((tmp_path / "runs/round-2/pairs" / on_policy.MADE).read_text())["settings"]
+    asked = json.loads((tmp_path / "runs/round-2/pairs" / on_policy.PAIRS_RESULTS).read_text())["settings"]
     assert asked["model_name_or_path"] == str(tmp_path / "runs/round-1/dpo"), "not the last policy's answers"
     made = json.loads((tmp_path / "runs/rounds.json").read_text())
     assert made["reward"] == "gold_reward" and (tmp_path / "runs/rounds.png").stat().st_size > 10_000

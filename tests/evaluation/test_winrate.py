@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from judge_server import Script, judge_server, reply
 from running import ROOT
 
-from tinydpo.errors import UserError, one_sentence
+from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import judge as judge_module
-from tinydpo.evaluation.calibration import agreement
-from tinydpo.evaluation.judge import Judge, JudgeArguments, outcome, read_verdict
-from tinydpo.evaluation.winrate import WinrateArguments, comparison, cut_to_room, length_controlled, table
+from tinydpo.evaluation.calibration import judge_agreement
+from tinydpo.evaluation.judge import Judge, JudgeArguments, get_outcome, read_verdict
+from tinydpo.evaluation.winrate import WinrateArguments, summarize_outcomes, cut_answers, length_controlled_rate, format_winrates
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse
+from tinydpo.launching.parsing import parse_args
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = "sk-secret-of-the-test"
@@ -111,7 +111,7 @@ def test_garbage_and_refusals_are_invalid_and_kept(said: Any, tmp_path: Path):
         again = judge_at(server.url, tmp_path).compare(prompts, *sides)
     assert outcomes == again == [None, None, None, 0.5], "what is no verdict counts for one side"
     assert len(server.questions) == 6, "an invalid verdict, which was paid for, is asked again"
-    figures = comparison(outcomes, *sides)
+    figures = summarize_outcomes(outcomes, *sides)
     assert (figures["invalid"], figures["ties"], figures["win_rate"]) == (3, 1, 0.5), "invalid verdicts are not shown"
 
 
@@ -146,7 +146,7 @@ def test_any_reply_is_a_verdict_or_invalid(said: str):
 
 @given(*[st.sampled_from(["A", "B", "tie", "invalid"])] * 2)
 def test_outcomes_have_no_side(first: str, second: str):
-    mine, other = outcome(first, second), outcome(second, first)
+    mine, other = get_outcome(first, second), get_outcome(second, first)
     assert (mine is None) == (other is None) and (mine is None or mine + other == 1), (
         "the same verdicts, with the answers swapped, give another result"
     )
@@ -205,7 +205,7 @@ def test_lasting_faults_are_one_sentence(
     script: Script, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(judge_module, "RETRIES", 1)
-    with pytest.raises(SystemExit), one_sentence():
+    with pytest.raises(SystemExit), report_errors():
         compare(script, tmp_path, PAIRS, judge_timeout=0.05 if "0.05" in said else 30)
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1, "the fault is not told in one sentence that says what it is"
@@ -345,9 +345,9 @@ def test_shipped_recipes_parse_and_impossible_arguments_are_named():
             JudgeArguments(**{"judge_base_url": "http://host/v1", "judge_model": "m", **wrong})
     for recipe in sorted(ROOT.glob("recipes/*/winrate.yaml")):
         argv = ["--config", str(recipe), "--judge_model", "m", "--judge_base_url", "http://host/v1"]
-        parse(WinrateArguments, JudgeArguments, DataArguments, argv=argv)
+        parse_args(WinrateArguments, JudgeArguments, DataArguments, argv=argv)
         with pytest.raises(UserError, match="--judge_model is missing"):
-            parse(WinrateArguments, JudgeArguments, DataArguments, argv=[*argv, "--judge_model", ""])
+            parse_args(WinrateArguments, JudgeArguments, DataArguments, argv=[*argv, "--judge_model", ""])
     needed = {"model_name_or_path": "p", "ref_model_name_or_path": "r", "output_dir": "o"}
     impossible = [{"output_dir": None}, {"num_prompts": 0}, {"temperatures": [0.0]}, {"temperatures": []}]
     for wrong in (*impossible, {"calibration_pairs": -1}):
@@ -365,7 +365,7 @@ def simulate(n: int, rate: float, effect: float, longer: float, seed: int) -> tu
 
 def test_without_an_effect_of_length_both_rates_agree():
     outcomes, differences = simulate(4000, 0.7, 0.0, 3, seed=0)
-    rate, low, high = length_controlled(outcomes, differences)
+    rate, low, high = length_controlled_rate(outcomes, differences)
     assert rate == pytest.approx(outcomes.mean(), abs=0.015), "length control changes a rate that length does not"
     assert high - low < 0.04, "4,000 prompts leave the rate open"
 
@@ -374,7 +374,7 @@ def test_a_judge_of_length_alone_names_no_winner():
     rng = np.random.default_rng(0)
     differences = rng.normal(20, 10, 500)
     outcomes = (differences > 0).astype(float)
-    rate, low, high = length_controlled(outcomes, differences)
+    rate, low, high = length_controlled_rate(outcomes, differences)
     assert outcomes.mean() > 0.95 and low < 0.5 < high and abs(rate - 0.5) < 0.2, (
         f"answers that win by length alone win at equal length too: {rate} ({low} to {high})"
     )
@@ -383,13 +383,13 @@ def test_a_judge_of_length_alone_names_no_winner():
 def test_the_interval_holds_the_rate_as_often_as_it_says():
     held = 0
     for seed in range(300):
-        _, low, high = length_controlled(*simulate(200, 0.6, 1.0, 8, seed))
+        _, low, high = length_controlled_rate(*simulate(200, 0.6, 1.0, 8, seed))
         held += low <= 0.6 <= high
     assert 0.91 < held / 300 < 0.99, f"the 95 % interval holds the true rate in {held / 300:.0%} of 300 runs"
 
 
 def test_answers_that_are_always_longer_leave_equal_length_open():
-    _, low, high = length_controlled(np.ones(100), np.full(100, 30.0))
+    _, low, high = length_controlled_rate(np.ones(100), np.full(100, 30.0))
     assert high - low > 0.9, "a rate at equal length is claimed from answers that never are equally long"
 
 
@@ -402,37 +402,37 @@ outcomes_and_lengths = st.lists(
 @given(outcomes_and_lengths)
 def test_length_control_is_a_rate_and_has_no_side(rows: list[tuple[float, int]]):
     outcomes, differences = np.array(rows).T
-    rate, low, high = length_controlled(outcomes, differences)
+    rate, low, high = length_controlled_rate(outcomes, differences)
     assert 0 <= low <= rate <= high <= 1, "the interval does not hold the rate"
-    swapped = length_controlled(1 - outcomes, -differences)
+    swapped = length_controlled_rate(1 - outcomes, -differences)
     assert swapped[0] == pytest.approx(1 - rate, abs=1e-5), "policy and opponent are not treated alike"
 
 
 def test_all_invalid_has_no_rate():
-    assert comparison([None, None], ["a", "b"], ["c", "d"]) is None, "no verdict at all becomes a win rate"
+    assert summarize_outcomes([None, None], ["a", "b"], ["c", "d"]) is None, "no verdict at all becomes a win rate"
 
 
 def results_of(*outcomes: float | None, **more: Any) -> dict[str, Any]:
     """`winrate.json` of one comparison."""
     answers = ["some answer"] * len(outcomes)
-    figures = {"opponent": "ref", "temperature": 1.0, **comparison(outcomes, answers, answers)}
+    figures = {"opponent": "ref", "temperature": 1.0, **summarize_outcomes(outcomes, answers, answers)}
     where = {"model_name_or_path": "policy", "ref_model_name_or_path": "ref", "max_length": 128}
     tokens = {"verdicts_asked": 0, "verdicts_cached": 0, "prompt": 0, "completion": 0}
     return {"settings": where, "judge": "scripted", "comparisons": [figures], "tokens": tokens, **more}
 
 
 def test_a_rate_that_lacks_many_pairs_says_so_beside_it():
-    rates = [line for line in table(results_of(*[1.0] * 18, *[None] * 7)).splitlines() if "(95 % between" in line]
+    rates = [line for line in format_winrates(results_of(*[1.0] * 18, *[None] * 7)).splitlines() if "(95 % between" in line]
     assert len(rates) == 2 and all("28% of the pairs are invalid" in line for line in rates), (
         f"more than a quarter of the pairs is missing, and the rates stand there as {rates}"
     )
-    told = table(results_of(*[1.0] * 18, *[None] * 7))
+    told = format_winrates(results_of(*[1.0] * 18, *[None] * 7))
     assert "would make it 0.720 or 1.000" in told, "it is not said what the missing pairs could make of the rate"
-    assert "of the pairs are invalid" not in table(results_of(*[1.0] * 99, None)), "one pair in a hundred is an alarm"
+    assert "of the pairs are invalid" not in format_winrates(results_of(*[1.0] * 99, None)), "one pair in a hundred is an alarm"
 
 
 def test_chosen_answers_get_the_room_of_sampled_ones(tiny_tokenizer: Any):
-    cut = cut_to_room([" one two three four five", " one"], tiny_tokenizer, 3)
+    cut = cut_answers([" one two three four five", " one"], tiny_tokenizer, 3)
     ids = tiny_tokenizer([" one two three four five"]).input_ids[0]
     assert cut == [tiny_tokenizer.decode(ids[:3]), " one"[: len(cut[1])]], (
         "the dataset's answers are longer or changed"
@@ -474,7 +474,7 @@ def test_the_script_end_to_end(task: Path, tiny_model: Path, tmp_path: Path, cap
     assert again["tokens"]["prompt"] == first["tokens"]["prompt"] == 10 * asked, "cached verdicts lose their tokens"
     assert sorted(path.name for path in out.iterdir()) == ["verdicts.jsonl", "winrate.json"], "partial files are left"
     printed = "".join(capfd.readouterr())
-    assert table(first) in printed and printed.count("no winner can be named") == 16, "a coin is sold as a winner"
+    assert format_winrates(first) in printed and printed.count("no winner can be named") == 16, "a coin is sold as a winner"
     everything = printed + "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
     assert KEY not in everything, "the key stands in a file or in the output"
 
@@ -535,7 +535,7 @@ def test_a_judge_is_judged_by_the_labels_first(
 
 @given(st.lists(st.tuples(*[st.sampled_from(["A", "B", "tie", "invalid"])] * 2), min_size=1))
 def test_agreement_with_the_labels_counts_every_pair_once(verdicts: list[tuple[str, str]]):
-    figures = agreement(verdicts)
+    figures = judge_agreement(verdicts)
     invalid = sum("invalid" in pair for pair in verdicts)
     if invalid == len(verdicts):
         assert figures is None, "no verdict at all becomes an agreement"
@@ -543,7 +543,7 @@ def test_agreement_with_the_labels_counts_every_pair_once(verdicts: list[tuple[s
     counts = [figures[kind] for kind in ("agreed", "ties", "disagreed", "invalid")]
     assert sum(counts) == len(verdicts) and counts[3] == invalid, "pairs are lost or doubled"
     assert figures["agreement"] * (len(verdicts) - invalid) == pytest.approx(counts[0] + counts[1] / 2)
-    swapped = agreement([(second, first) for first, second in verdicts])
+    swapped = judge_agreement([(second, first) for first, second in verdicts])
     assert swapped["agreement"] == pytest.approx(1 - figures["agreement"]), "the labels' side has an advantage"
     assert swapped["turned_share"] == figures["turned_share"]
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from running import ROOT
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
-from tinydpo.errors import UserError, one_sentence
+from tinydpo.errors import UserError, report_errors
 from tinydpo.launching.arguments import DataArguments, RunArguments
-from tinydpo.launching.parsing import parse, parse_resolved
+from tinydpo.launching.parsing import parse_args, parse_training_args
 
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 DPO = (DataArguments, RunArguments, DPOConfig, ModelConfig)
@@ -35,7 +35,7 @@ def recipe(tmp_path: Path):
 
 def mistake(argv: list[str], types: tuple = DPO) -> str:
     with pytest.raises(UserError) as caught:
-        parse(*types, argv=argv)
+        parse_args(*types, argv=argv)
     return " ".join(str(caught.value).split())
 
 
@@ -138,8 +138,8 @@ def test_a_bad_value_on_the_command_line_is_one_sentence(tmp_path: Path, argv: l
 
 
 def test_a_mistake_exits_with_one_line_and_no_traceback(recipe, capsys):
-    with pytest.raises(SystemExit) as caught, one_sentence():
-        parse(*DPO, argv=recipe("a: [\nb: c"))
+    with pytest.raises(SystemExit) as caught, report_errors():
+        parse_args(*DPO, argv=recipe("a: [\nb: c"))
     out, err = capsys.readouterr()
     assert caught.value.code == 1, "a mistake must not look like success to make or a shell script"
     assert err.startswith("error: ") and err.count("\n") == 1, f"not one line: {err!r}"
@@ -172,26 +172,26 @@ def test_a_mistake_exits_with_one_line_and_no_traceback(recipe, capsys):
     ],
 )
 def test_yaml_values_come_out_as_meant(recipe, text: str, key: str, value: object):
-    _, _, training, _ = parse(*DPO, argv=recipe(text))
+    _, _, training, _ = parse_args(*DPO, argv=recipe(text))
     got = getattr(training, key)
     assert getattr(got, "value", got) == value, f"{text!r} trains with {key} {got!r}"
     assert isinstance(got, type(value)) or hasattr(got, "value")
 
 
 def test_mappings_on_the_command_line_are_json(recipe):
-    by_yaml, yaml_resolved = parse_resolved(*DPO, argv=recipe({"model_init_kwargs": {"a": 1}}))
-    by_flag, flag_resolved = parse_resolved(*DPO, argv=recipe({}, "--model_init_kwargs", json.dumps({"a": 1})))
+    by_yaml, yaml_resolved = parse_training_args(*DPO, argv=recipe({"model_init_kwargs": {"a": 1}}))
+    by_flag, flag_resolved = parse_training_args(*DPO, argv=recipe({}, "--model_init_kwargs", json.dumps({"a": 1})))
     assert by_yaml[2].model_init_kwargs == by_flag[2].model_init_kwargs == {"a": 1}
     assert yaml_resolved == flag_resolved, "the same run would not be recognised as the same"
-    assert parse(*DPO, argv=recipe({}, "--liger_kernel_config", '{"rope": true}'))[2].liger_kernel_config
+    assert parse_args(*DPO, argv=recipe({}, "--liger_kernel_config", '{"rope": true}'))[2].liger_kernel_config
 
 
 def test_the_command_line_wins(recipe):
     argv = recipe("beta: 0.1\nseed: 1\nloss_type: [ipo]\nuse_cpu: true\neval_pairs: 7\nmodel_name_or_path: here\n")
-    _, run, training, model = parse(*DPO, argv=argv)
+    _, run, training, model = parse_args(*DPO, argv=argv)
     assert (training.beta, training.seed, training.loss_type, run.eval_pairs) == (0.1, 1, ["ipo"], 7)
     more = ["--beta", "0.3", "--seed=2", "--loss_type", "sigmoid", "sft", "--eval-pairs", "9"]
-    _, run, training, model = parse(*DPO, argv=[*argv, *more, "--model_name_or_path", "there"])
+    _, run, training, model = parse_args(*DPO, argv=[*argv, *more, "--model_name_or_path", "there"])
     assert (training.beta, training.seed, training.loss_type, run.eval_pairs) == (0.3, 2, ["sigmoid", "sft"], 9)
     assert model.model_name_or_path == "there"
 
@@ -202,7 +202,7 @@ def test_the_command_line_wins(recipe):
 )
 def test_a_pinned_revision_goes_with_its_own_id(recipe, name: str, revision: str, unpinned: str | None):
     def came_to(*more: str) -> str | None:
-        return parse_resolved(*DPO, argv=recipe({name: "org/own", revision: "abc"}, *more))[1][revision]
+        return parse_training_args(*DPO, argv=recipe({name: "org/own", revision: "abc"}, *more))[1][revision]
 
     assert came_to() == "abc", "the recipe's pinned revision is not used"
     assert came_to(f"--{name}", "org/own") == "abc", "naming the recipe's own id again drops its revision"
@@ -227,14 +227,14 @@ def test_an_unreadable_recipe_is_named(tmp_path: Path, recipe):
 
 def test_config_may_stand_anywhere(recipe):
     argv = recipe({"beta": 0.2, "seed": 5})
-    assert parse(*DPO, argv=[f"--config={argv[1]}", "--seed", "6"])[2].beta == 0.2
-    training = parse(*DPO, argv=["--seed", "6", *argv])[2]
+    assert parse_args(*DPO, argv=[f"--config={argv[1]}", "--seed", "6"])[2].beta == 0.2
+    training = parse_args(*DPO, argv=["--seed", "6", *argv])[2]
     assert (training.beta, training.seed) == (0.2, 6), "flags before --config are lost"
 
 
 def test_env_in_a_recipe_is_set(recipe, monkeypatch):
     monkeypatch.setenv("TINYDPO_TEST", "old")
-    parse(*DPO, argv=recipe({"env": {"TINYDPO_TEST": 1}}))
+    parse_args(*DPO, argv=recipe({"env": {"TINYDPO_TEST": 1}}))
     import os
 
     assert os.environ["TINYDPO_TEST"] == "1", "TRL's `env` key has no effect"
@@ -256,7 +256,7 @@ def test_env_in_a_recipe_is_set(recipe, monkeypatch):
     ],
 )
 def test_both_names_of_activation_checkpointing_work(recipe, text: str, argv: list[str], on: bool):
-    (_, _, training, _), resolved = parse_resolved(*DPO, argv=recipe(text, *argv))
+    (_, _, training, _), resolved = parse_training_args(*DPO, argv=recipe(text, *argv))
     assert training.activation_checkpointing is on, f"{text} and {argv} train with it {'off' if on else 'on'}"
     assert resolved["activation_checkpointing"] is resolved["gradient_checkpointing"] is on
 
@@ -264,12 +264,12 @@ def test_both_names_of_activation_checkpointing_work(recipe, text: str, argv: li
 def test_the_old_name_of_its_kwargs_works_too(recipe):
     text = {"activation_checkpointing_kwargs": {"use_reentrant": True}}
     argv = recipe(text, "--gradient_checkpointing_kwargs", '{"use_reentrant": false}')
-    assert parse(*DPO, argv=argv)[2].activation_checkpointing_kwargs == {"use_reentrant": False}
+    assert parse_args(*DPO, argv=argv)[2].activation_checkpointing_kwargs == {"use_reentrant": False}
 
 
 def test_output_dir_follows_the_recipe(recipe, tmp_path: Path):
-    assert parse(*DPO, argv=recipe({}))[2].output_dir == f"runs/{tmp_path.name}/recipe"
-    assert parse(*DPO, argv=recipe({}, "--output_dir", "there"))[2].output_dir == "there"
+    assert parse_args(*DPO, argv=recipe({}))[2].output_dir == f"runs/{tmp_path.name}/recipe"
+    assert parse_args(*DPO, argv=recipe({}, "--output_dir", "there"))[2].output_dir == "there"
     assert "output_dir" in mistake([])
 
 
@@ -281,27 +281,27 @@ def test_every_shipped_recipe_parses(path: Path):
         from tinydpo.evaluation.compared import EvaluateArguments
         from tinydpo.evaluation.rewards import RewardArguments
 
-        parsed = parse(EvaluateArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
+        parsed = parse_args(EvaluateArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
     elif path.name == "winrate.yaml":
         from tinydpo.evaluation.judge import JudgeArguments
         from tinydpo.evaluation.winrate import WinrateArguments
 
         judge = ["--judge_model", "m", *([] if "judge_base_url" in keys else ["--judge_base_url", "http://host/v1"])]
-        parsed = parse(WinrateArguments, JudgeArguments, DataArguments, argv=["--config", str(path), *judge])
+        parsed = parse_args(WinrateArguments, JudgeArguments, DataArguments, argv=["--config", str(path), *judge])
     elif path.name == "frontier.yaml":
         from tinydpo.evaluation.frontier import FrontierArguments
         from tinydpo.evaluation.rewards import RewardArguments
 
-        parsed = parse(FrontierArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
+        parsed = parse_args(FrontierArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
         assert Path(keys["dpo_config"]).parent.name == path.parent.name, "a frontier of another recipe's runs"
     elif path.name == "pairs.yaml":
         from tinydpo.evaluation.on_policy import PairsArguments
         from tinydpo.evaluation.rewards import RewardArguments
 
-        parsed = parse(PairsArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
+        parsed = parse_args(PairsArguments, RewardArguments, DataArguments, argv=["--config", str(path)])
     else:
         types = {"sft": SFT, "reward": REWARD}.get(path.stem.split("-")[0], DPO)
-        parsed = parse(*types, argv=["--config", str(path)])
+        parsed = parse_args(*types, argv=["--config", str(path)])
         batch = parsed[2].per_device_train_batch_size * parsed[2].gradient_accumulation_steps
         assert batch == keys["pairs_per_step"] == parsed[1].pairs_per_step
         assert parsed[2].activation_checkpointing is keys["activation_checkpointing"]
@@ -314,16 +314,16 @@ def test_every_shipped_recipe_parses(path: Path):
 
 def test_another_script_may_read_a_training_recipe():
     argv = ["--config", str(ROOT / "recipes/gpt2-medium-hh/sft.yaml")]
-    (data,) = parse(DataArguments, argv=argv, ignored=SFT[1:])
+    (data,) = parse_args(DataArguments, argv=argv, ignored=SFT[1:])
     assert data.dataset_name == "Anthropic/hh-rlhf"
     with pytest.raises(UserError, match="not a known key"):
-        parse(DataArguments, argv=[*argv, "--learning_rate", "1"], ignored=SFT[1:])
+        parse_args(DataArguments, argv=[*argv, "--learning_rate", "1"], ignored=SFT[1:])
 
 
 @pytest.mark.parametrize("types", [SFT, DPO, REWARD], ids=["sft", "dpo", "reward"])
 def test_help_lists_every_flag(types: tuple, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse(*types, argv=["--help"])
+        parse_args(*types, argv=["--help"])
     out = capsys.readouterr().out
     assert not caught.value.code, "--help must exit with status 0"
     missing = [f.name for kind in types for f in fields(kind) if f.init and f"--{f.name}" not in out]
@@ -344,7 +344,7 @@ def test_a_value_is_the_same_from_yaml_and_command_line(recipe, data):
     key = data.draw(st.sampled_from(sorted(NUMBERS)))
     value = data.draw(NUMBERS[key])
     written = data.draw(st.sampled_from([repr(value), yaml.safe_dump(value).split("\n")[0], f"'{value}'"]))
-    _, by_yaml = parse_resolved(*DPO, argv=recipe(f"{key}: {written}"))
-    _, by_flag = parse_resolved(*DPO, argv=recipe("{}", f"--{key}", str(value)))
+    _, by_yaml = parse_training_args(*DPO, argv=recipe(f"{key}: {written}"))
+    _, by_flag = parse_training_args(*DPO, argv=recipe("{}", f"--{key}", str(value)))
     assert by_yaml == by_flag, f"{key}: {written} in a recipe is {by_yaml[key]!r}, as a flag {by_flag[key]!r}"
     assert by_yaml[key] == value and type(by_yaml[key]) is type(value)

@@ -15,9 +15,9 @@ from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments, RunArguments
-from tinydpo.launching.machine import SHARDING
-from tinydpo.launching.parsing import parse_resolved
-from tinydpo.launching.refused import REFUSED, refuse
+from tinydpo.launching.machine import SHARDING_FLAGS
+from tinydpo.launching.parsing import parse_training_args
+from tinydpo.launching.refused import REFUSED, check_flags
 
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig}
 
@@ -195,7 +195,7 @@ def refusal(script: str, *argv: str) -> str:
 def test_every_flag_is_in_one_list():
     acts = names(ACTS.values())
     refused = names(row.flags for row in REFUSED if row.when is None) | {
-        *SHARDING,
+        *SHARDING_FLAGS,
         "parallelism_config",
     }  # the last by the parser, which has no type for it
     listed = [acts, names([PASSED_ON]), refused]
@@ -235,17 +235,17 @@ def test_what_is_left_as_it_is_is_not_refused():
     for path in recipes:
         config = next(config for name, config in CONFIGS.items() if path.name.startswith(name))
         types = (DataArguments, RunArguments, config, ModelConfig)
-        _, resolved = parse_resolved(*types, argv=["--config", str(path)])
-        refuse(resolved, config, ModelConfig)
+        _, resolved = parse_training_args(*types, argv=["--config", str(path)])
+        check_flags(resolved, config, ModelConfig)
     for flags in (
         "--eval_packing false",
         "--lora_dropout 0 --use_peft true",
         "--save_only_model false",
     ):
-        _, resolved = parse_resolved(
+        _, resolved = parse_training_args(
             DataArguments, RunArguments, SFTConfig, ModelConfig, argv=["--output_dir", "x", *flags.split()]
         )
-        refuse(resolved, SFTConfig, ModelConfig)
+        check_flags(resolved, SFTConfig, ModelConfig)
 
 
 @pytest.mark.parametrize("name", [*INTEGRATION_TO_CALLBACK, "wandbb"])

@@ -67,7 +67,7 @@ def filled(**given: object) -> Namespace:
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     namespace = Namespace(**{**unset, **given})
-    machine.fill(namespace)
+    machine.fill_defaults(namespace)
     return namespace
 
 
@@ -82,7 +82,7 @@ def running(processes: int = 1, kind: str = "NO", **given: object) -> SimpleName
 
 def refusal(args: SimpleNamespace, file: str | None) -> str:
     with pytest.raises(UserError) as caught:
-        machine.check(args, file)
+        machine.check_launch(args, file)
     return str(caught.value)
 
 
@@ -106,12 +106,12 @@ def test_a_cpu_computes_in_bf16_where_it_has_it(has: str, monkeypatch):
     monkeypatch.setattr(torch.cpu, has, lambda: True)
     assert filled().bf16 is True, "a CPU that is fast in bf16 computes slower than it could"
     assert filled(bf16=False).bf16 is False, "--bf16 false does not give float32"
-    assert machine.device_and_dtype("auto") == ("cpu", torch.bfloat16), "evaluation computes otherwise than training"
-    assert "bfloat16," in machine.check(running(bf16=True), None), "the line calls a fast precision slow"
+    assert machine.pick_device_and_dtype("auto") == ("cpu", torch.bfloat16), "evaluation computes otherwise than training"
+    assert "bfloat16," in machine.check_launch(running(bf16=True), None), "the line calls a fast precision slow"
 
 
 def test_bf16_asked_for_on_a_cpu_without_it_is_told_to_be_slow():
-    assert "bfloat16 (slow on this CPU; --bf16 false is faster)" in machine.check(running(bf16=True), None)
+    assert "bfloat16 (slow on this CPU; --bf16 false is faster)" in machine.check_launch(running(bf16=True), None)
 
 
 def test_a_run_goes_on_in_the_precision_it_began_in(tmp_path: Path, monkeypatch):
@@ -203,11 +203,11 @@ def test_without_pairs_per_step_the_batch_is_the_users():
 
 
 def test_one_line_says_what_runs(monkeypatch):
-    assert machine.check(running(), None) == "1 process (NO) on cpu, float32, 32 pairs per step (8 at a time x 4)"
+    assert machine.check_launch(running(), None) == "1 process (NO) on cpu, float32, 32 pairs per step (8 at a time x 4)"
     monkeypatch.setenv("WORLD_SIZE", "2")
     cuda = running(2, "MULTI_GPU", bf16=True, use_cpu=False, device=torch.device("cuda", 0))
     told = "2 processes (MULTI_GPU) on cuda, bfloat16, 64 pairs per step (8 at a time x 4)"
-    assert machine.check(cuda, None) == told
+    assert machine.check_launch(cuda, None) == told
 
 
 @pytest.mark.parametrize("kind", ["MULTI_CPU", "MULTI_GPU", "NO"])
@@ -240,7 +240,7 @@ def test_sharding_that_does_not_happen_is_refused(accelerate_file, monkeypatch, 
     assert kind in refusal(args, file)
     for name, value in SHARDED[kind].items():
         monkeypatch.setenv(name, value)
-    assert {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO-3"}[kind] in machine.check(args, file), (
+    assert {"FSDP": "FSDP2", "DEEPSPEED": "ZeRO-3"}[kind] in machine.check_launch(args, file), (
         "the line does not say what runs"
     )
 
@@ -275,7 +275,7 @@ def test_a_precision_asked_for_and_not_used_is_refused(accelerate_file, monkeypa
 
 def test_a_precision_used_and_not_asked_for_is_refused(accelerate_file):
     assert "mixed_precision no" in refusal(running(bf16=True), accelerate_file(mixed_precision="no"))
-    assert "bfloat16" in machine.check(running(bf16=True), accelerate_file(mixed_precision="bf16"))
+    assert "bfloat16" in machine.check_launch(running(bf16=True), accelerate_file(mixed_precision="bf16"))
 
 
 def test_a_gpu_asked_for_and_missing_is_refused():
@@ -292,7 +292,7 @@ def test_an_accelerate_file_that_cannot_be_read_is_named(tmp_path: Path):
             filled(accelerate_config=str(tmp_path / "broken.yaml"))
     (tmp_path / "broken.yaml").write_text("num_processes: two")
     with pytest.raises(UserError, match=r"broken\.yaml: num_processes is .two."):
-        machine.read(str(tmp_path / "broken.yaml"))
+        machine.read_accelerate_config(str(tmp_path / "broken.yaml"))
 
 
 def test_real_arguments_on_the_cpu(tmp_path: Path, capsys, monkeypatch):
@@ -300,13 +300,13 @@ def test_real_arguments_on_the_cpu(tmp_path: Path, capsys, monkeypatch):
     from trl import DPOConfig, ModelConfig
 
     from tinydpo.launching.arguments import DataArguments, RunArguments
-    from tinydpo.launching.parsing import parse
+    from tinydpo.launching.parsing import parse_args
 
     file = str(ROOT / "accelerate_configs/cpu.yaml")
     argv = ["--output_dir", str(tmp_path), "--pairs_per_step", "12", "--accelerate_config", file]
     argv += ["--model_revision", "abc", "--model_init_kwargs", '{"use_cache": false}']
-    _, run, training, model = parse(DataArguments, RunArguments, DPOConfig, ModelConfig, argv=argv)
-    machine.prepare(training, model, run.accelerate_config)
+    _, run, training, model = parse_args(DataArguments, RunArguments, DPOConfig, ModelConfig, argv=argv)
+    machine.prepare_process(training, model, run.accelerate_config)
     out = capsys.readouterr().out
     assert out == "1 process (NO) on cpu, float32, 12 pairs per step (6 at a time x 2)\n"
     assert training.model_init_kwargs["revision"] == "abc", "the pinned model would not be the one that trains"
@@ -319,6 +319,6 @@ def test_one_process_takes_one_gpu(capsys):
     """Else transformers would spread one process over all GPUs, each with a batch of its own."""
     args = running(use_cpu=False, device=torch.device("cuda", 0), n_gpu=4, model_init_kwargs=None)
     model = SimpleNamespace(model_revision="main", dtype="float32", attn_implementation=None)
-    machine.prepare(args, model, None)
+    machine.prepare_process(args, model, None)
     assert args._n_gpu == 1, "pairs per step would be 4 times what the line says"
     assert "32 pairs per step" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, set_seed
 
 from tinydpo.errors import UserError
-from tinydpo.models.adapters import merged, weights_sha256
+from tinydpo.models.adapters import merge_adapter, hash_weights
 from tinydpo.models.loading import load_model
 from tinydpo.training import runs
 
@@ -281,6 +281,6 @@ def test_a_run_that_learns_nothing_stops_at_its_first_real_step(base: Path, task
 
 
 def test_the_record_of_a_base_is_its_weights(adapter: Path, base: Path, tmp_path: Path):
-    assert json.loads((adapter / "environment.json").read_text())["base_sha256"] == weights_sha256(base)
-    assert weights_sha256(other_base(base, tmp_path / "other")) != weights_sha256(base)
-    assert logits(merged(adapter, str(shutil.copytree(base, tmp_path / "moved")))).equal(logits(merged(adapter)))
+    assert json.loads((adapter / "environment.json").read_text())["base_sha256"] == hash_weights(base)
+    assert hash_weights(other_base(base, tmp_path / "other")) != hash_weights(base)
+    assert logits(merge_adapter(adapter, str(shutil.copytree(base, tmp_path / "moved")))).equal(logits(merge_adapter(adapter)))

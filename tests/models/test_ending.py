@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tinydpo.data.pairs import load_pairs
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.models.ending import stop_tokens, turn_end
-from tinydpo.training.runs import trained_on_turns
+from tinydpo.models.ending import get_stop_token_ids, find_turn_end
+from tinydpo.training.runs import was_trained_on_chat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ASKED = [say("user", "Hi!"), say("assistant", "Hello."), say("user", "How are you?")]
@@ -72,18 +72,18 @@ def test_a_merged_adapter_does_too(gemma: Path, rows: Path, tmp_path: Path):
     argv = ["--model_name_or_path", str(adapter), "--output_dir", str(tmp_path / "merged")]
     runpy.run_path("scripts/merge.py")["main"](argv)
     assert_samples_plainly(tmp_path / "merged")
-    assert trained_on_turns(str(tmp_path / "merged")), "the playground would ask the merged model in another form"
+    assert was_trained_on_chat(str(tmp_path / "merged")), "the playground would ask the merged model in another form"
 
 
 def test_a_run_knows_how_its_rows_were_written(sft: Path, tiny_model: Path, tmp_path: Path):
-    assert trained_on_turns(str(sft)) and trained_on_turns(str(sft / "checkpoint-1"))
-    assert trained_on_turns(str(tiny_model)) is None, "what no run has made has no rows"
+    assert was_trained_on_chat(str(sft)) and was_trained_on_chat(str(sft / "checkpoint-1"))
+    assert was_trained_on_chat(str(tiny_model)) is None, "what no run has made has no rows"
     texts = [
         {"chosen": f"\n\nHuman: Hi!\n\nAssistant: {i}.", "rejected": "\n\nHuman: Hi!\n\nAssistant: No"} for i in "ab"
     ]
     chatml = write_family(tiny_model, tmp_path / "chatml", CHATML)
     folder = trained("dpo", chatml, write_rows(tmp_path / "texts", texts), tmp_path / "dpo")
-    assert trained_on_turns(str(folder)) is False, "a chat model trained on HH's texts would be asked in turns"
+    assert was_trained_on_chat(str(folder)) is False, "a chat model trained on HH's texts would be asked in turns"
 
 
 @pytest.mark.parametrize("template", [GEMMA, PHI, CHATML])
@@ -114,11 +114,11 @@ def test_stop_tokens_come_from_tokenizer_config_and_template(tiny_model: Path, t
     end = tokenizer.convert_tokens_to_ids("<end>")
     for listed in (None, 0, [0, end], [end, 5]):
         model.generation_config = GenerationConfig(eos_token_id=listed)
-        assert {*stop_tokens(model, tokenizer)} == {0, end} | ({5} if listed == [end, 5] else set()), (
+        assert {*get_stop_token_ids(model, tokenizer)} == {0, end} | ({5} if listed == [end, 5] else set()), (
             f"with {listed} in the generation config, answers go on after a token that ends them"
         )
-    assert turn_end(tokenizer).token == "<end>"
+    assert find_turn_end(tokenizer).token == "<end>"
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} (over)\n{% endfor %}"
-    assert turn_end(tokenizer) is None, "a template that ends turns in plain text has no token for it"
+    assert find_turn_end(tokenizer) is None, "a template that ends turns in plain text has no token for it"
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert stop_tokens(model, tokenizer) == [0, end, 5], "a template that refuses to be asked ends nothing"
+    assert get_stop_token_ids(model, tokenizer) == [0, end, 5], "a template that refuses to be asked ends nothing"

@@ -292,7 +292,7 @@ def test_patience_ends(monkeypatch, status: int, calls: int):
         raise OSError("as transformers wraps it") from busy
 
     with pytest.raises(OSError, match="wraps"):
-        hub_clients.patiently(load)
+        hub_clients.retry_hub(load)
     assert len(made) == calls, f"{len(made)} attempts after a {status}"
 
 

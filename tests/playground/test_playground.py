@@ -26,7 +26,7 @@ from tinydpo.engine.logps import token_logps
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
 from tinydpo.models.loading import load_model
-from tinydpo.playground.side_by_side import SideBySide, as_prompt, count_votes, save_vote
+from tinydpo.playground.side_by_side import SideBySide, typed_to_dialogue, count_votes, save_vote
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 CHROMIUM = "/usr/bin/chromium"
@@ -74,7 +74,7 @@ def models(folders: Path) -> SideBySide:
 
 
 def test_streamed_rewards_are_those_of_scoring(models: SideBySide):
-    prompt, _ = models.fit_prompt(as_prompt("How do I bake bread?"), 20)
+    prompt, _ = models.fit_prompt(typed_to_dialogue("How do I bake bread?"), 20)
     *_, answers = models.stream(prompt, 20, **PLAIN)
     for answer in answers:
         policy, ref = (token_logps(model, [prompt], [answer.ids])[0] for model in (models.policy, models.ref))
@@ -85,7 +85,7 @@ def test_streamed_rewards_are_those_of_scoring(models: SideBySide):
 
 
 def test_each_side_is_its_own_model_and_ends_by_itself(models: SideBySide):
-    greedy, (prompt, _) = PLAIN | {"top_k": 1}, models.fit_prompt(as_prompt("Hello?"), 12)
+    greedy, (prompt, _) = PLAIN | {"top_k": 1}, models.fit_prompt(typed_to_dialogue("Hello?"), 12)
     *_, (ref, policy) = models.stream(prompt, 12, **greedy)
     for answer, model in ((ref, models.ref), (policy, models.policy)):
         ids: list[int] = []
@@ -105,7 +105,7 @@ def test_each_side_is_its_own_model_and_ends_by_itself(models: SideBySide):
 
 
 def test_settings_have_effect_and_checkpoint_defaults_have_none(models: SideBySide):
-    prompt, _ = models.fit_prompt(as_prompt("Hello?"), 12)
+    prompt, _ = models.fit_prompt(typed_to_dialogue("Hello?"), 12)
 
     def sample(**changed: Any) -> list[list[int]]:
         *_, answers = models.stream(prompt, 12, **PLAIN | changed)
@@ -133,26 +133,26 @@ def test_settings_have_effect_and_checkpoint_defaults_have_none(models: SideBySi
     ],
 )
 def test_prompts_are_written_as_hh_writes_them(typed: str, prompt: str):
-    assert as_prompt(typed) == prompt, "the models see another form of prompt than in training"
+    assert typed_to_dialogue(typed) == prompt, "the models see another form of prompt than in training"
 
 
 @given(st.text(min_size=1).filter(str.strip))
 def test_wrapping_twice_changes_nothing(typed: str):
-    assert as_prompt(as_prompt(typed)) == as_prompt(typed), "a prompt copied from a vote becomes another prompt"
+    assert typed_to_dialogue(typed_to_dialogue(typed)) == typed_to_dialogue(typed), "a prompt copied from a vote becomes another prompt"
 
 
 def test_long_prompts_keep_their_end_and_say_so(models: SideBySide):
-    text = as_prompt("word " * 200 + "the question?")
+    text = typed_to_dialogue("word " * 200 + "the question?")
     ids, cut = models.fit_prompt(text, 32)
     assert cut and len(ids) == 32, "a long prompt leaves no room for the answer, or is cut in silence"
     assert text.endswith(models.tokenizer.decode(ids)), "the question at the prompt's end is cut away"
-    assert not models.fit_prompt(as_prompt("Hi"), 32)[1], "a short prompt is said to be cut"
+    assert not models.fit_prompt(typed_to_dialogue("Hi"), 32)[1], "a short prompt is said to be cut"
 
 
 def test_a_pair_is_scored_as_evaluation_does(models: SideBySide):
     first, second, cut = models.compare("How are you?", "Fine, thanks.", "Go away <b>!</b>")
     assert not cut and first.ended and second.ended, "a whole pair is said to be cut"
-    prompt = models.tokenizer(as_prompt("How are you?")).input_ids
+    prompt = models.tokenizer(typed_to_dialogue("How are you?")).input_ids
     for answer, text in ((first, " Fine, thanks."), (second, " Go away <b>!</b>")):
         ids = [*models.tokenizer(text).input_ids, models.tokenizer.eos_token_id]
         policy, ref = (token_logps(model, [prompt], [ids])[0].sum() for model in (models.policy, models.ref))
@@ -217,7 +217,7 @@ def free_port() -> int:
 
 def test_a_taken_port_is_one_sentence():
     gradio = pytest.importorskip("gradio", reason="needs the extra 'playground'")
-    from tinydpo.playground.page import serve
+    from tinydpo.playground.page import serve_app
 
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -226,7 +226,7 @@ def test_a_taken_port_is_one_sentence():
         with pytest.raises(UserError, match=f"port {port} is taken"):
             with gradio.Blocks() as app:
                 pass
-            serve(app, port)
+            serve_app(app, port)
 
 
 class Open(NamedTuple):
@@ -315,7 +315,7 @@ def test_the_page_in_a_browser(playground: Open):
     said("2 votes in")
     rows = [json.loads(line) for line in (folder / "votes.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [sorted(row) for row in rows] == [["chosen", "prompt", "rejected", "voted_at"]] * 2, "votes lack a part"
-    assert {row["prompt"] for row in rows} == {as_prompt("How do I <b>bake</b> bread at home?")}, "a prompt is changed"
+    assert {row["prompt"] for row in rows} == {typed_to_dialogue("How do I <b>bake</b> bread at home?")}, "a prompt is changed"
 
     page.get_by_label("Prompt").first.fill("Tell me a long story.")
     press("Generate")

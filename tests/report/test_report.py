@@ -17,10 +17,10 @@ from running import ROOT
 
 from tinydpo.data.notice import CONTENT_NOTICE
 from tinydpo.errors import UserError
-from tinydpo.evaluation.rounds import beside
-from tinydpo.evaluation.table import headline
+from tinydpo.evaluation.rounds import add_rounds_to_frontier
+from tinydpo.evaluation.table import headline_rows
 from tinydpo.report import figures
-from tinydpo.report.page import by_length, by_subset, write_report
+from tinydpo.report.page import group_pairs_by_length, group_pairs_by_subset, write_report
 
 VOID = {"meta", "br", "use"}
 RESULTS = {
@@ -288,7 +288,7 @@ def test_doubts_stand_beside_win_rates(folder: Path):
 
 def test_noise_is_no_win(folder: Path):
     page = Page(write_report(folder))
-    told = {row.label: row.says_nothing() for row in headline(RESULTS)}
+    told = {row.label: row.says_nothing() for row in headline_rows(RESULTS)}
     assert told["reward accuracy"] and not told["reward margin"], "an interval that holds chance is read as a win"
     # reward accuracy and both win rates of the judge
     assert page.text.count("no winner can be named") == 3, "a figure within noise stands there without a warning"
@@ -305,7 +305,7 @@ def test_noise_is_no_win(folder: Path):
 )
 def test_groups_hold_every_pair_once(pairs: list[dict[str, Any]]):
     right = sum(pair["margin"] > 0 for pair in pairs)
-    lengths, subsets = by_length(pairs), by_subset(pairs)
+    lengths, subsets = group_pairs_by_length(pairs), group_pairs_by_subset(pairs)
     assert (sum(g.n for g in lengths), sum(g.right for g in lengths)) == (len(pairs), right), (
         "pairs are lost or doubled"
     )
@@ -318,13 +318,13 @@ def test_groups_hold_every_pair_once(pairs: list[dict[str, Any]]):
 
 def test_histogram_counts_every_pair():
     margins = [*np.random.default_rng(0).normal(size=200), 0.0, 1e9, -1e9]
-    bars = figures.margin_histogram(margins).axes[0].patches
+    bars = figures.draw_margin_histogram(margins).axes[0].patches
     heights = {side: sum(b.get_height() for b in bars if (b.get_x() >= 0) == side) for side in (True, False)}
     assert heights == {True: sum(m > 0 for m in margins), False: sum(m <= 0 for m in margins)}, (
         "outliers, or ties, are missing from the histogram or stand on the wrong side"
     )
     for odd in ([], [0.0], [0.0, 0.0], [float("nan"), 1.0]):
-        figures.svg(figures.margin_histogram(odd), "x", "")  # nothing to see, but no crash either
+        figures.to_svg(figures.draw_margin_histogram(odd), "x", "")  # nothing to see, but no crash either
 
 
 def test_frontier_joins_last_checkpoints_in_the_mean_over_seeds():
@@ -334,7 +334,7 @@ def test_frontier_joins_last_checkpoints_in_the_mean_over_seeds():
         for beta, end in ((1.0, 2.0), (0.1, 6.0)) for seed in (0, 1) for step, kl in ((100, end), (50, 9.0))
     ]  # fmt: skip
     drawn = [
-        line.get_xydata().tolist() for line in figures.frontier(make_frontier() | {"points": points}).axes[0].lines
+        line.get_xydata().tolist() for line in figures.draw_frontier(make_frontier() | {"points": points}).axes[0].lines
     ]
     assert [[0.0, 0.0], [2.5, 1.5], [6.5, 3.5]] in drawn, "the curve is not SFT and the last checkpoints' mean"
 
@@ -348,19 +348,19 @@ ROUNDS = [
 
 @pytest.mark.parametrize("frontier", [{}, make_frontier()], ids=["alone", "on the frontier"])
 def test_rounds_are_a_curve_of_their_own_from_the_first_model(frontier: dict[str, Any]):
-    both = beside(frontier, {"reward": "gold", "rounds": ROUNDS})
-    axes = figures.frontier(both).axes[0]
+    both = add_rounds_to_frontier(frontier, {"reward": "gold", "rounds": ROUNDS})
+    axes = figures.draw_frontier(both).axes[0]
     drawn = [line.get_xydata().tolist() for line in axes.lines]
     assert [[0.0, 1.0], [4.0, 2.0], [7.0, 2.75]] in drawn, "the rounds are not joined from SFT on"
     assert {"SFT", "round-1", "round-2", "on-policy rounds"} <= {text.get_text() for text in axes.texts}
-    assert beside(frontier, {"reward": "another", "rounds": ROUNDS}) == frontier or not frontier, (
+    assert add_rounds_to_frontier(frontier, {"reward": "another", "rounds": ROUNDS}) == frontier or not frontier, (
         "rounds measured by another reward stand on the frontier's axes"
     )
-    assert beside(frontier, {"reward": "", "rounds": ROUNDS}) == frontier, "rounds without a reward are drawn"
+    assert add_rounds_to_frontier(frontier, {"reward": "", "rounds": ROUNDS}) == frontier, "rounds without a reward are drawn"
 
 
 def test_each_reward_over_rounds_has_a_panel():
-    panels = figures.rewards_over_rounds(ROUNDS).axes
+    panels = figures.draw_rewards_over_rounds(ROUNDS).axes
     drawn = {axes.get_title(): axes.lines[0].get_xydata().tolist() for axes in panels}
     assert drawn == {"gold": [[0, 0], [4, 4], [7, 7]], "proxy": [[0, 0], [4, 8], [7, 14]]}, "not the rewards over KL"
 
@@ -374,11 +374,11 @@ def test_rounds_alone_stand_in_the_report(tmp_path: Path):
 
 
 def test_win_rates_over_temperature():
-    axes = figures.win_rates(make_winrate((0.25, 1.0))["comparisons"]).axes[0]
+    axes = figures.draw_win_rates(make_winrate((0.25, 1.0))["comparisons"]).axes[0]
     assert axes.get_xlabel() == "sampling temperature", "several temperatures are not drawn over temperature"
     drawn = make_winrate()["comparisons"]
     drawn[0]["length_controlled_win_rate"] = None
-    assert len(figures.win_rates(drawn).axes[0].get_yticks()) == 3, "a rate that could not be had is drawn"
+    assert len(figures.draw_win_rates(drawn).axes[0].get_yticks()) == 3, "a rate that could not be had is drawn"
 
 
 def test_script(folder: Path, capsys: pytest.CaptureFixture[str]):

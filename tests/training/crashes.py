@@ -128,13 +128,13 @@ def _run(prepare: Callable | None, script: str, argv: list[str], output: str, en
     import datasets.config
     import torch
 
-    from tinydpo.errors import one_sentence
+    from tinydpo.errors import report_errors
 
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = Path(output).parent / "cache"  # with no reference log-probs of another run
     if prepare:
         prepare()
-    with one_sentence():
+    with report_errors():
         runpy.run_path(f"scripts/{script}.py")["main"](argv)
 
 

@@ -176,12 +176,12 @@ def test_sigterm_to_the_whole_group_saves_once(flags: tuple, command: list[Any],
 def slowly_in_a_group() -> None:
     import os
 
-    from tinydpo.training.checkpoints import WholeCheckpoints
+    from tinydpo.training.checkpoints import SealedCheckpointsMixin
 
     os.setpgrp()
     slowly()
-    save = WholeCheckpoints._save_checkpoint
-    WholeCheckpoints._save_checkpoint = lambda *args: print("saving now", flush=True) or save(*args)
+    save = SealedCheckpointsMixin._save_checkpoint
+    SealedCheckpointsMixin._save_checkpoint = lambda *args: print("saving now", flush=True) or save(*args)
 
 
 def test_sigterm_before_training_ends_it_at_once(command: list[Any], tmp_path: Path):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tinydpo.training.reward_trend import what_rewards_did
+from tinydpo.training.reward_trend import describe_rewards
 
 
 def log(chosen: float, rejected: float, accuracy: float, prefix: str = "") -> list[dict[str, Any]]:
@@ -27,14 +27,14 @@ def log(chosen: float, rejected: float, accuracy: float, prefix: str = "") -> li
 )
 def test_the_sentence_is_chosen_by_the_runs_own_numbers(ends: tuple, kl: float | None, expected: str, unexpected: str):
     for prefix in ("", "eval_"):
-        told = what_rewards_did(log(*ends, prefix), 0.1, kl)
+        told = describe_rewards(log(*ends, prefix), 0.1, kl)
         assert expected in told and unexpected not in told, f"a user draws the wrong conclusion: {told}"
 
 
 def test_held_out_rewards_come_first():
-    told = what_rewards_did(log(-3, -9, 0.7, "eval_") + log(5, 1, 0.9), 0.1)
+    told = describe_rewards(log(-3, -9, 0.7, "eval_") + log(5, 1, 0.9), 0.1)
     assert "3.0 nats less likely" in told, f"training pairs speak for the run although held-out ones are there: {told}"
 
 
 def test_a_run_without_rewards_says_nothing():
-    assert what_rewards_did([{"loss": 2.0}], 0.1) == ""
+    assert describe_rewards([{"loss": 2.0}], 0.1) == ""

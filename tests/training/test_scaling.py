@@ -18,7 +18,7 @@ import yaml
 from running import FLOAT32, ROOT, log
 from safetensors.torch import load_file
 
-from tinydpo.training.peers import lost_peer
+from tinydpo.training.peers import find_lost_peer
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TRAIN = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_batch_size", "4", "--report_to", "none",
@@ -207,7 +207,7 @@ def test_only_a_lost_process_is_told_as_one(told, gone):
         except RuntimeError as error:
             raise ValueError("while saving") from error
     except ValueError as error:
-        assert lost_peer(error) == (told if gone else ""), (
+        assert find_lost_peer(error) == (told if gone else ""), (
             "another mistake is blamed on a lost process, or the reverse"
         )
 

@@ -10,31 +10,31 @@ from typing import Any
 from datasets import Dataset
 
 from tinydpo.data.conversations import Message
-from tinydpo.data.dialogues import ASSISTANT, HUMAN, special_tokens
+from tinydpo.data.dialogues import ASSISTANT, HUMAN, special_token_pattern
 
 Prompt = str | list[Message]
 NAMES = {"user": HUMAN, "assistant": ASSISTANT}
 TURN = re.compile("|".join(map(re.escape, NAMES.values())))
 
 
-def prompts_of(texts: Dataset) -> list[Prompt]:
+def get_prompts(texts: Dataset) -> list[Prompt]:
     """The prompts of rows with the columns of `dialogues.TEXTS`: a conversation's messages, else the text as it is."""
     columns = (texts[name][:] for name in ("prompt", "messages"))
     return [json.loads(messages) if messages else text for text, messages in zip(*columns, strict=True)]
 
 
-def readable(texts: Dataset, tokenizer: Any, *completions: str) -> dict[str, list[str]]:
+def get_readable_columns(texts: Dataset, tokenizer: Any, *completions: str) -> dict[str, list[str]]:
     """`prompt` and `completions` (by default `chosen`) of such rows as people read them, without the markers of a chat
     template."""
-    markers = special_tokens(tokenizer)
-    read = {"prompt": [*map(for_people, prompts_of(texts))]}
+    markers = special_token_pattern(tokenizer)
+    read = {"prompt": [*map(format_prompt, get_prompts(texts))]}
     for name in completions or ("chosen",):
         columns = (texts[name][:], texts["templated"][:])
         read[name] = [markers.sub("", text) if made else text for text, made in zip(*columns, strict=True)]
     return read
 
 
-def dialogue(messages: list[Message]) -> str:
+def format_dialogue(messages: list[Message]) -> str:
     """A conversation as people read it: HH's form, and other roles by their names."""
     turns = []
     for message in messages:
@@ -44,22 +44,22 @@ def dialogue(messages: list[Message]) -> str:
     return "".join(turns)
 
 
-def for_people(prompt: Prompt) -> str:
+def format_prompt(prompt: Prompt) -> str:
     """A prompt up to where the answer begins, as people and judges read it."""
-    return prompt if isinstance(prompt, str) else dialogue(prompt) + ASSISTANT
+    return prompt if isinstance(prompt, str) else format_dialogue(prompt) + ASSISTANT
 
 
-def as_prompt(typed: str) -> str:
+def typed_to_dialogue(typed: str) -> str:
     """A question in plain text as HH writes dialogues; a text in that form already only gets what it lacks."""
-    text = f"\n\n{_writable(typed)}"
+    text = f"\n\n{_clean_typed(typed)}"
     text = text if HUMAN in text else f"{HUMAN} {text[2:]}"
     return text if text.endswith(ASSISTANT) else text + ASSISTANT
 
 
-def as_messages(typed: str) -> list[Message]:
+def typed_to_messages(typed: str) -> list[Message]:
     """A question in plain text, or a dialogue in HH's form, as messages; what stands before its first turn is the
     system's."""
-    text = f"\n\n{_writable(typed)}"
+    text = f"\n\n{_clean_typed(typed)}"
     if HUMAN not in text:
         return [{"role": "user", "content": text[2:]}]
     roles = ["system", *({name: role for role, name in NAMES.items()}[turn] for turn in TURN.findall(text))]
@@ -69,5 +69,5 @@ def as_messages(typed: str) -> list[Message]:
     return turns if turns[0]["content"] else turns[1:]
 
 
-def _writable(typed: str) -> str:
+def _clean_typed(typed: str) -> str:
     return typed.strip().encode(errors="replace").decode()  # half of a character cannot be written to a file

@@ -3,13 +3,13 @@
 import json
 from typing import Any
 
-from tinydpo.data.records import BrokenRow, kind, shown
-from tinydpo.launching.arguments import IN_MESSAGES
+from tinydpo.data.records import BrokenRow, describe_type, printable
+from tinydpo.launching.arguments import MESSAGE_KEYS
 
 Message = dict[str, Any]
 
 
-def messages_of(name: str, messages: list) -> list[Message]:
+def normalize_messages(name: str, messages: list) -> list[Message]:
     """The messages under a key: each with text for its content, or null where it only calls tools.
 
     Raises:
@@ -17,7 +17,7 @@ def messages_of(name: str, messages: list) -> list[Message]:
     """
     if not messages:
         raise BrokenRow(f"expected {name!r} to hold at least one message, found an empty list")
-    return [_message(name, message) for message in messages]
+    return [_normalize_message(name, message) for message in messages]
 
 
 def split_conversations(answers: dict[str, list[Message]]) -> tuple[list[Message], dict[str, list[Message]]]:
@@ -34,12 +34,12 @@ def split_conversations(answers: dict[str, list[Message]]) -> tuple[list[Message
     told = "expected conversations that share a prompt before an assistant message"
     roles = {message["role"]: None for message in first if message["role"] != "user"}
     if roles and "assistant" not in roles:
-        role = shown(list(roles)[-1])
+        role = printable(list(roles)[-1])
         told += f"; found the role {role!r}, and --role {role}=assistant says that it is one"
     raise BrokenRow(told)
 
 
-def after_system(system: str | None, prompt: list[Message]) -> list[Message]:
+def prepend_system(system: str | None, prompt: list[Message]) -> list[Message]:
     """A prompt after the system message that stood beside it, if any."""
     if not system:
         return prompt
@@ -50,32 +50,32 @@ def after_system(system: str | None, prompt: list[Message]) -> list[Message]:
     return prompt
 
 
-def _message(name: str, message: Any) -> Message:
+def _normalize_message(name: str, message: Any) -> Message:
     told = f"expected {name!r} to hold messages with the strings 'role' and 'content'"
     if not isinstance(message, dict):
-        raise BrokenRow(f"{told}, found {kind(message)}")
+        raise BrokenRow(f"{told}, found {describe_type(message)}")
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
-        message = {**message, "content": (content := "".join(_part(name, part) for part in content))}
+        message = {**message, "content": (content := "".join(_read_text_part(name, part) for part in content))}
     if calls and isinstance(calls, list):
-        message = {**message, "tool_calls": [_call(call) for call in calls]}
+        message = {**message, "tool_calls": [_decode_tool_call(call) for call in calls]}
     if isinstance(message.get("role"), str) and (isinstance(content, str) or (content is None and calls)):
         return message
-    texts = [key for key, value in message.items() if isinstance(value, str) and key not in IN_MESSAGES]
+    texts = [key for key, value in message.items() if isinstance(value, str) and key not in MESSAGE_KEYS]
     theirs = sorted(texts, key=lambda key: len(message[key]))  # the name of a role is short
-    pairs = zip(theirs, [key for key in IN_MESSAGES if key not in message], strict=False)
-    example = " ".join(f"{shown(one)}={ours}" for one, ours in pairs)
+    pairs = zip(theirs, [key for key in MESSAGE_KEYS if key not in message], strict=False)
+    example = " ".join(f"{printable(one)}={ours}" for one, ours in pairs)
     raise BrokenRow(told + f"; --column says what is what, for example --column {example}" * bool(example))
 
 
-def _part(name: str, part: Any) -> str:
+def _read_text_part(name: str, part: Any) -> str:
     found = part.get("type") if isinstance(part, dict) else part
     if found != "text" or not isinstance(part.get("text"), str):
         raise BrokenRow(f"expected the content of messages in {name!r} to be text, found a part {repr(found)[:40]}")
     return part["text"]
 
 
-def _call(call: Any) -> Any:
+def _decode_tool_call(call: Any) -> Any:
     """A tool call whose arguments, JSON as OpenAI sends them, are the mapping that templates write as JSON again."""
     function = call.get("function") if isinstance(call, dict) else None
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):

@@ -15,13 +15,13 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from tinydpo.data.conversations import Message
-from tinydpo.data.forms import ASSISTANT, HUMAN, Form, not_read, read, shared_start
-from tinydpo.data.records import AS_THEY_ARE, BrokenRow, Names, decode, rename, shown
+from tinydpo.data.forms import ASSISTANT, HUMAN, ParsedRow, unread_column_note, read_row, common_prefix
+from tinydpo.data.records import NO_RENAMES, BrokenRow, ColumnNames, decode_row, rename_columns, printable
 from tinydpo.errors import UserError
-from tinydpo.models.ending import turn_end, without_end
+from tinydpo.models.ending import find_turn_end, strip_turn_end
 
 TURNS = {"system": "\n\n", "user": HUMAN, "assistant": ASSISTANT}
-TEXTS = Features(
+TEXT_FEATURES = Features(
     {
         "prompt": Value("string"),
         "question": Value("int64"),  # where in the prompt the last human turn starts, in characters
@@ -34,17 +34,17 @@ TEXTS = Features(
         "broken": Value("string"),  # why a skipped row could not be read, else null
     }
 )
-SPACE_MOVED = "a space at the prompt's end goes to the answers, where tokens have it"
+SPACE_MOVED_NOTE = "a space at the prompt's end goes to the answers, where tokens have it"
 MADE_BY = ("records", "conversations", "forms", "dialogues")  # a change in these modules is another cache
 
 
-def to_texts(
+def render_texts(
     records: Dataset,
     tokenizer: Any,
     need_pairs: bool | None,
     on_bad_row: str,
     workers: int,
-    names: Names = AS_THEY_ARE,
+    names: ColumnNames = NO_RENAMES,
 ) -> Dataset:
     """Read records into text pairs (the columns of `TEXTS`), in the same order.
 
@@ -61,39 +61,39 @@ def to_texts(
     """
 
     def texts_of(batch: dict[str, list]) -> dict[str, list]:
-        texts = {name: [] for name in TEXTS}
+        texts = {name: [] for name in TEXT_FEATURES}
         for file, row, subset, record in zip(*(batch[k] for k in ("file", "row", "subset", "record")), strict=True):
             try:
-                text = text_pair(rename(decode(record), names), tokenizer, need_pairs)
+                text = render_row(rename_columns(decode_row(record), names), tokenizer, need_pairs)
             except BrokenRow as error:
                 if on_bad_row == "stop":
                     advice = "mend it or pass --on_bad_row skip"
                     raise UserError(f"{file} row {row}: {error}; {advice}") from None
                 text = {"broken": str(error).encode(errors="replace").decode()}
             text = {"subset": subset, **text}
-            for name in TEXTS:
+            for name in TEXT_FEATURES:
                 texts[name].append(text.get(name))
         return texts
 
     key = (records._fingerprint, tokenizer.chat_template, tokenizer.special_tokens_map, need_pairs, on_bad_row)
-    key += (sorted(names.columns.items()), sorted(names.roles.items()), _joins_spaces(tokenizer), turn_end(tokenizer))
+    key += (sorted(names.columns.items()), sorted(names.roles.items()), _merges_leading_space(tokenizer), find_turn_end(tokenizer))
     fingerprint = Hasher.hash((*key, *(Path(__file__).with_name(f"{name}.py").read_bytes() for name in MADE_BY)))
     return records.map(
-        texts_of, batched=True, remove_columns=records.column_names, features=TEXTS,
+        texts_of, batched=True, remove_columns=records.column_names, features=TEXT_FEATURES,
         num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint, desc="Reading pairs",
     )  # fmt: skip
 
 
-def text_pair(row: dict[str, Any], tokenizer: Any, need_pairs: bool | None) -> dict[str, Any]:
+def render_row(row: dict[str, Any], tokenizer: Any, need_pairs: bool | None) -> dict[str, Any]:
     """Turn one row into the columns of `TEXTS`, but for `broken`, and `subset` where it has none.
 
     Raises:
         BrokenRow: if the row has none of the known forms, saying what was expected.
     """
-    form = read(row, need_pairs)
+    form = read_row(row, need_pairs)
     if isinstance(form.prompt, str):
-        form = _as_conversation(form, tokenizer)
-    write = _from_texts if isinstance(form.prompt, str) else _from_messages
+        form = _wrap_with_system(form, tokenizer)
+    write = _render_texts if isinstance(form.prompt, str) else _render_messages
     pair = {"messages": None, **write(form, tokenizer), "notes": form.notes}
     if isinstance(row.get("subset"), str):
         pair["subset"] = row["subset"]
@@ -105,7 +105,7 @@ def text_pair(row: dict[str, Any], tokenizer: Any, need_pairs: bool | None) -> d
     return pair
 
 
-def _as_conversation(form: Form, tokenizer: Any) -> Form:
+def _wrap_with_system(form: ParsedRow, tokenizer: Any) -> ParsedRow:
     """Texts beside a system message are a conversation where the model has a template: that alone knows its place.
 
     HH's form has one too, but in it texts are dialogues already, whose start is theirs to say.
@@ -127,82 +127,82 @@ def _as_conversation(form: Form, tokenizer: Any) -> Form:
     return form
 
 
-def _from_texts(form: Form, tokenizer: Any) -> dict[str, Any]:
+def _render_texts(form: ParsedRow, tokenizer: Any) -> dict[str, Any]:
     prompt, answers = form.prompt, form.answers
     apart = prompt.endswith(" ") and not all(text[:1].isspace() for text in answers.values())
-    if apart and prompt.strip() and _joins_spaces(tokenizer):  # "A: " + "Yes" is never two tokens "Ġ", "Yes" in a text
+    if apart and prompt.strip() and _merges_leading_space(tokenizer):  # "A: " + "Yes" is never two tokens "Ġ", "Yes" in a text
         prompt, answers = prompt[:-1], {name: text and f" {text}" for name, text in answers.items()}
-        form.notes.append(SPACE_MOVED)
-    form.notes += _unused(form, "")
-    return {"prompt": prompt, "question": max(prompt.rfind(HUMAN), 0), "templated": False, **_named(answers)}
+        form.notes.append(SPACE_MOVED_NOTE)
+    form.notes += _list_unused_options(form, "")
+    return {"prompt": prompt, "question": max(prompt.rfind(HUMAN), 0), "templated": False, **_name_answers(answers)}
 
 
-def _from_messages(form: Form, tokenizer: Any) -> dict[str, Any]:
+def _render_messages(form: ParsedRow, tokenizer: Any) -> dict[str, Any]:
     prompt, answers = form.prompt, form.answers
     said = json.dumps(prompt)
     if tokenizer.chat_template is None:
         if form.tools:
             raise BrokenRow("expected a model with a chat template, which 'tools' need, found one without")
-        text = "".join(map(_hh_turn, prompt)) + ASSISTANT
-        texts = {k: "".join(map(_hh_turn, messages)).removeprefix(ASSISTANT) for k, messages in answers.items()}
+        text = "".join(map(_format_hh_turn, prompt)) + ASSISTANT
+        texts = {k: "".join(map(_format_hh_turn, messages)).removeprefix(ASSISTANT) for k, messages in answers.items()}
         question = max(text.rfind(HUMAN), 0)
-        form.notes += _unused(form, "")
-        return {"prompt": text, "question": question, "templated": False, "messages": said, **_named(texts)}
-    _check_known(form, tokenizer)
-    render = partial(_render, tokenizer, {"tools": form.tools, **form.options})
+        form.notes += _list_unused_options(form, "")
+        return {"prompt": text, "question": question, "templated": False, "messages": said, **_name_answers(texts)}
+    _check_template_support(form, tokenizer)
+    render = partial(_apply_chat_template, tokenizer, {"tools": form.tools, **form.options})
     wholes = {name: render([*prompt, *messages]) for name, messages in answers.items()}
-    text = shared_start([render(prompt, add_generation_prompt=True), *wholes.values()])
+    text = common_prefix([render(prompt, add_generation_prompt=True), *wholes.values()])
     if prompt[0]["role"] == "system" and (prompt[0]["content"] or "").strip() not in text:
         raise BrokenRow("expected a chat template with a place for a system message, the model's leaves it out")
     # The template ends a turn with a token; fitting puts it back where the completion stays whole.
-    texts = {k: without_end(tokenizer, whole[len(text) :]) for k, whole in wholes.items()}
+    texts = {k: strip_turn_end(tokenizer, whole[len(text) :]) for k, whole in wholes.items()}
     # A template may end turns with text of its own: an answer without a word is empty all the same.
     texts = {
         k: text if any(m["content"] or m.get("tool_calls") for m in answers[k]) else "" for k, text in texts.items()
     }
-    question = _template_question(render, prompt, text)
-    return {"prompt": text, "question": question, "templated": True, "messages": said, **_named(texts)}
+    question = _find_last_question(render, prompt, text)
+    return {"prompt": text, "question": question, "templated": True, "messages": said, **_name_answers(texts)}
 
 
-def _check_known(form: Form, tokenizer: Any) -> None:
+def _check_template_support(form: ParsedRow, tokenizer: Any) -> None:
     """Refuse what the template would leave out, or write down as it stands, without a word."""
-    template = _text_of(tokenizer.chat_template)
+    template = _template_source(tokenizer.chat_template)
     for message in (message for messages in (form.prompt, *form.answers.values()) for message in messages):
         role, calls = message["role"], message.get("tool_calls")
         if role not in TURNS and f"'{role}'" not in template and f'"{role}"' not in template:
-            told = f"expected roles that the model's chat template knows, found {shown(role)!r}"
-            raise BrokenRow(f"{told}; --role says which one it is, for example --role {shown(role)}=user")
+            told = f"expected roles that the model's chat template knows, found {printable(role)!r}"
+            raise BrokenRow(f"{told}; --role says which one it is, for example --role {printable(role)}=user")
         if calls and "tool_calls" not in template:
             raise BrokenRow("expected a chat template that writes 'tool_calls', the model's leaves them out")
         words = "\n".join(value for value in message.values() if isinstance(value, str))
-        _check_special(words + json.dumps(calls, ensure_ascii=False) * bool(calls), tokenizer)
+        _reject_special_tokens(words + json.dumps(calls, ensure_ascii=False) * bool(calls), tokenizer)
     if form.tools:
-        _check_special(json.dumps(form.tools, ensure_ascii=False), tokenizer)
+        _reject_special_tokens(json.dumps(form.tools, ensure_ascii=False), tokenizer)
         if not re.search(r"\btools\b", template):
             raise BrokenRow("expected a chat template that writes 'tools', the model's leaves them out")
-    form.notes += _unused(form, template)
+    form.notes += _list_unused_options(form, template)
 
 
-def _check_special(words: str, tokenizer: Any) -> None:
-    if found := special_tokens(tokenizer).search(words):
+def _reject_special_tokens(words: str, tokenizer: Any) -> None:
+    if found := special_token_pattern(tokenizer).search(words):
         told = f"expected messages without the model's special token {found.group()!r} in their text"
         raise BrokenRow(f"{told}: between the template's own it would be read as that token")
 
 
-def _unused(form: Form, template: str) -> list[str]:
+def _list_unused_options(form: ParsedRow, template: str) -> list[str]:
     """Notes on options that a template does not ask for."""
     unused = (name for name in form.options if not re.search(rf"\b{re.escape(name)}\b", template))
-    return [not_read(f"chat_template_kwargs.{name}") for name in unused]
+    return [unread_column_note(f"chat_template_kwargs.{name}") for name in unused]
 
 
-def _text_of(template: str | dict[str, str]) -> str:
+def _template_source(template: str | dict[str, str]) -> str:
     return template if isinstance(template, str) else "\n".join(template.values())
 
 
-def _hh_turn(message: Message) -> str:
+def _format_hh_turn(message: Message) -> str:
     turn, content = TURNS.get(message["role"]), message["content"]
     if turn is None:
-        role = shown(message["role"])
+        role = printable(message["role"])
         raise BrokenRow(
             f"expected the roles {', '.join(TURNS)} (the model has no chat template), found {role!r}; "
             f"--role says which one it is, for example --role {role}=user"
@@ -213,27 +213,27 @@ def _hh_turn(message: Message) -> str:
 
 
 @cache
-def special_tokens(tokenizer: Any) -> re.Pattern:
+def special_token_pattern(tokenizer: Any) -> re.Pattern:
     """Any of a tokenizer's special tokens in a text."""
     tokens = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(tokens) or r"(?!)")
 
 
 @cache
-def _joins_spaces(tokenizer: Any) -> bool:
+def _merges_leading_space(tokenizer: Any) -> bool:
     """Whether a space and the word after it are one token."""
     whole, *parts = (len(ids) for ids in tokenizer(["a a", "a ", "a"], add_special_tokens=False).input_ids)
     return whole < sum(parts)
 
 
-def _render(tokenizer: Any, options: dict[str, Any], messages: list[Message], **more: Any) -> str:
+def _apply_chat_template(tokenizer: Any, options: dict[str, Any], messages: list[Message], **more: Any) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options, **more)
     except Exception as error:  # a template is a program of the model's: it may raise anything
         raise BrokenRow(f"expected messages that the model's chat template accepts, it says: {error}") from None
 
 
-def _template_question(render: Callable[..., str], prompt: list[Message], text: str) -> int:
+def _find_last_question(render: Callable[..., str], prompt: list[Message], text: str) -> int:
     """Where the last user message starts, its header included."""
     last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
     if last is None:
@@ -251,6 +251,6 @@ def _template_question(render: Callable[..., str], prompt: list[Message], text: 
     return 0
 
 
-def _named(texts: dict[str, str]) -> dict[str, str | None]:
+def _name_answers(texts: dict[str, str]) -> dict[str, str | None]:
     chosen, *rejected = texts.values()
     return {"chosen": chosen, "rejected": rejected[0] if rejected else None}

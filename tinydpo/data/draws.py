@@ -11,7 +11,7 @@ from tinydpo.launching.arguments import Source
 HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must draw and hold out the same rows
 
 
-def draw(records: Dataset, share: float) -> Dataset:
+def draw_share(records: Dataset, share: float) -> Dataset:
     """A share of the records (at least one), in their order: a choice that depends on the data alone."""
     if share == 1:
         return records
@@ -19,12 +19,12 @@ def draw(records: Dataset, share: float) -> Dataset:
     return records.select(np.sort(drawn))
 
 
-def draw_pairs(records: Dataset, most: int | None) -> Dataset:
+def draw_rows(records: Dataset, most: int | None) -> Dataset:
     """At most so many records, drawn likewise."""
-    return records if most is None else draw(records, min(1.0, most / len(records)))
+    return records if most is None else draw_share(records, min(1.0, most / len(records)))
 
 
-def labels(sources: list[Source]) -> list[str]:
+def label_sources(sources: list[Source]) -> list[str]:
     """A name for each of several datasets: as short as tells them apart; of one, none.
 
     Raises:

@@ -14,12 +14,12 @@ from datasets.fingerprint import Hasher
 from trl.data_utils import common_prefix_length
 
 from tinydpo.errors import UserError
-from tinydpo.models.ending import end_token
+from tinydpo.models.ending import get_end_token_id
 
 Ids = list[int]
 WHOLE = {(True, True): "both", (True, False): "chosen", (False, True): "rejected", (False, False): "neither"}
 COUNTS = ("prompt_tokens", "completion_tokens", "longest_tokens", "stock_completion_tokens")
-FITTED = Features(
+FITTED_FEATURES = Features(
     {
         "prompt_ids": List(Value("int32")),
         "chosen_ids": List(Value("int32")),
@@ -66,12 +66,12 @@ def fit_pair(
     return fitted_prompt, [completion[: max_length - len(fitted_prompt)] for completion in ended]
 
 
-def first_tokens(prompt: Sequence[int], completions: Sequence[Sequence[int]], max_length: int) -> list[Ids]:
+def keep_first_tokens(prompt: Sequence[int], completions: Sequence[Sequence[int]], max_length: int) -> list[Ids]:
     """What the stock rule (keep the first `max_length` tokens of prompt and completion) leaves of the completions."""
     return [list(completion)[: max(0, max_length - len(prompt))] for completion in completions]
 
 
-def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: int, workers: int) -> Dataset:
+def fit_pairs(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: int, workers: int) -> Dataset:
     """Tokenize and fit text pairs, in the same order; pairs without signal stay, with the reason in `dropped`.
 
     Args:
@@ -89,13 +89,13 @@ def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: in
     """
     if not max_length or max_length < 2:
         raise UserError(f"max_length is {max_length}, it must be a number of tokens of at least 2")
-    bos = bos_of(tokenizer)
+    bos = get_bos_ids(tokenizer)
     if max_question_length + len(bos) >= max_length:
         raise UserError(
             f"max_question_length ({max_question_length}) must be below max_length ({max_length})"
             f"{' by two, one is for the BOS token' if bos else ''}; pass a lower --max_question_length"
         )
-    ends = {templated: end_token(tokenizer, templated) for templated in (False, True)}
+    ends = {templated: get_end_token_id(tokenizer, templated) for templated in (False, True)}
 
     def fit_batch(batch: dict[str, list]) -> dict[str, list]:
         given, questions = tokenize_prompts(batch, tokenizer)
@@ -111,7 +111,7 @@ def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: in
                 max_length=max_length, max_question_length=max_question_length,
             )  # fmt: skip
             whole = [len(part) > len(answer) for part, answer in zip(fitted, answers, strict=True)]
-            stock = first_tokens(prompt, [[*answer, end] for answer in answers], max_length)
+            stock = keep_first_tokens(prompt, [[*answer, end] for answer in answers], max_length)
             empty = not all(answers)  # a blank is an answer: some of HH's prefer it, or not, to words
             rows.append(
                 {
@@ -119,7 +119,7 @@ def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: in
                     "chosen_ids": fitted[0],
                     "rejected_ids": [] if alone else fitted[1],
                     "subset": batch["subset"][i],
-                    "dropped": _reason(batch["broken"][i], empty, fitted_prompt, fitted),
+                    "dropped": _drop_reason(batch["broken"][i], empty, fitted_prompt, fitted),
                     "question_whole": len(fitted_prompt) - len(first) >= question,
                     "whole": None if alone else WHOLE[tuple(whole)],
                     "stock_kept": not empty and all(stock) and (alone or stock[0] != stock[1]),
@@ -129,19 +129,19 @@ def fit(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: in
                     "stock_completion_tokens": sum(map(len, stock)),
                 }
             )
-        return {name: [row[name] for row in rows] for name in FITTED}
+        return {name: [row[name] for row in rows] for name in FITTED_FEATURES}
 
     key = (texts._fingerprint, tokenizer.backend_tokenizer.to_str(), bos, ends, max_length, max_question_length)
     with open(__file__, "rb") as source:
         fingerprint = Hasher.hash((*key, source.read()))
     return texts.map(
-        fit_batch, batched=True, remove_columns=texts.column_names, features=FITTED,
+        fit_batch, batched=True, remove_columns=texts.column_names, features=FITTED_FEATURES,
         num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,
         desc=f"Fitting pairs to {max_length} tokens",
     )  # fmt: skip
 
 
-def _reason(broken: str | None, empty: bool, prompt: Ids, completions: list[Ids]) -> str | None:
+def _drop_reason(broken: str | None, empty: bool, prompt: Ids, completions: list[Ids]) -> str | None:
     if broken:
         return "broken row"
     if empty:
@@ -153,7 +153,7 @@ def _reason(broken: str | None, empty: bool, prompt: Ids, completions: list[Ids]
     return None
 
 
-def bos_of(tokenizer: Any) -> Ids:
+def get_bos_ids(tokenizer: Any) -> Ids:
     """The BOS token as a list if the tokenizer puts one before a text, else an empty list (GPT-2's does not)."""
     # Not from an empty text: there, an end token that a tokenizer puts last looks like a BOS token where they are one.
     plain, ids = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
@@ -172,7 +172,7 @@ def tokenize_prompts(texts: Any, tokenizer: Any) -> tuple[list[Ids], list[int]]:
     """
     given, templated, starts = (texts[name][:] for name in ("prompt", "templated", "question"))
     prompts = [prompt or "" for prompt in given]
-    bos, ids, questions = bos_of(tokenizer), [], [0] * len(prompts)
+    bos, ids, questions = get_bos_ids(tokenizer), [], [0] * len(prompts)
     for special in (False, True):
         chosen = [i for i in range(len(prompts)) if bool(templated[i]) is special]
         if not chosen:
@@ -206,7 +206,7 @@ def tokenize_completions(texts: Any, prompts: list[Ids], tokenizer: Any) -> tupl
     """
     columns = (texts[name][:] for name in ("prompt", "chosen", "rejected", "templated"))
     rows = [(prompt or "", [c] if r is None else [c, r], bool(t)) for prompt, c, r, t in zip(*columns, strict=True)]
-    bos, spaced = bos_of(tokenizer), puts_space_first(tokenizer)
+    bos, spaced = get_bos_ids(tokenizer), adds_leading_space(tokenizer)
     ids: dict[tuple[int, int], Ids] = {}
     for special in (False, True):
         places = [(i, k) for i, (_, a, t) in enumerate(rows) if t is special for k, text in enumerate(a) if text]
@@ -226,7 +226,7 @@ def tokenize_completions(texts: Any, prompts: list[Ids], tokenizer: Any) -> tupl
 
 
 @cache
-def puts_space_first(tokenizer: Any) -> bool:
+def adds_leading_space(tokenizer: Any) -> bool:
     """Whether a text begins with a space that it does not have when it goes on from another."""
     alone, after = tokenizer(["a", "\na"], add_special_tokens=False).input_ids
     return after[-len(alone) :] != alone

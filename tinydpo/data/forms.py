@@ -12,17 +12,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinydpo.data.conversations import Message, after_system, messages_of, split_conversations
-from tinydpo.data.records import BrokenRow, kind, shown, usual
+from tinydpo.data.conversations import Message, prepend_system, normalize_messages, split_conversations
+from tinydpo.data.records import BrokenRow, describe_type, printable, unwrap_openai_row
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-ECHO = 4  # words from which a prompt that opens its answers is taken for a copy: "Thank you" may well be answered so
-REPEATED = "answers repeat the prompt, which is taken once"
-REWARDS = ("reward_chosen", "reward_rejected")  # what on-policy pairs were made by, and not for training to see
+MIN_REPEATED_WORDS = 4  # words from which a prompt that opens its answers is taken for a copy: "Thank you" may well be answered so
+REPEATED_PROMPT_NOTE = "answers repeat the prompt, which is taken once"
+REWARD_COLUMNS = ("reward_chosen", "reward_rejected")  # what on-policy pairs were made by, and not for training to see
 
 
 @dataclass
-class Form:
+class ParsedRow:
     """A row as read: texts, or a conversation.
 
     `answers` are by the key they stood under, the chosen one first. `system` is what stood beside texts, empty where
@@ -38,7 +38,7 @@ class Form:
     notes: list[str] = field(default_factory=list)
 
 
-def read(row: dict[str, Any], need_pairs: bool | None) -> Form:
+def read_row(row: dict[str, Any], need_pairs: bool | None) -> ParsedRow:
     """Read a row.
 
     Args:
@@ -50,30 +50,30 @@ def read(row: dict[str, Any], need_pairs: bool | None) -> Form:
     Raises:
         BrokenRow: if the row has none of the known forms, saying what was expected.
     """
-    row = usual(row)
-    answers = _answers(row, need_pairs)
+    row = unwrap_openai_row(row)
+    answers = _find_answers(row, need_pairs)
     asked = "prompt"
-    if row.get("prompt") is None and "messages" not in answers and all(map(_follows, answers.values())):
+    if row.get("prompt") is None and "messages" not in answers and all(map(_is_continuation, answers.values())):
         asked = "messages"  # axolotl's
     system = row["system"] or "" if "system" in row else None
     if not isinstance(system, str | None):
-        raise BrokenRow(f"expected 'system' to be a string, found {kind(system)}")
+        raise BrokenRow(f"expected 'system' to be a string, found {describe_type(system)}")
     if all(isinstance(answer, list) for answer in answers.values()):
-        form = _conversation(row.get(asked), answers, system)
+        form = _parse_conversation(row.get(asked), answers, system)
     else:
-        form = _texts(row, answers, system, need_pairs)
+        form = _parse_texts(row, answers, system, need_pairs)
     if need_pairs is False:
-        form.prompt, form.answers = _last_turn(form.prompt, form.answers)
-    form.tools = _decoded(row, "tools", list) or None
-    form.options = {k: v for k, v in (_decoded(row, "chat_template_kwargs", dict) or {}).items() if v is not None}
-    read_too = {"prompt", asked, *answers, "system", "tools", "chat_template_kwargs", "subset", *REWARDS}
-    form.notes += [not_read(key) for key, value in row.items() if key not in read_too and _says_something(value)]
+        form.prompt, form.answers = _keep_last_turn(form.prompt, form.answers)
+    form.tools = _decode_json_column(row, "tools", list) or None
+    form.options = {k: v for k, v in (_decode_json_column(row, "chat_template_kwargs", dict) or {}).items() if v is not None}
+    read_too = {"prompt", asked, *answers, "system", "tools", "chat_template_kwargs", "subset", *REWARD_COLUMNS}
+    form.notes += [unread_column_note(key) for key, value in row.items() if key not in read_too and _has_content(value)]
     return form
 
 
-def not_read(name: str) -> str:
+def unread_column_note(name: str) -> str:
     """The note on a column that has no meaning here."""
-    return f"column {shown(name)!r} is not read"
+    return f"column {printable(name)!r} is not read"
 
 
 def split_dialogues(dialogues: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -84,7 +84,7 @@ def split_dialogues(dialogues: dict[str, str]) -> tuple[str, dict[str, str]]:
     Raises:
         BrokenRow: if they share no assistant turn.
     """
-    shared = shared_start(dialogues.values())
+    shared = common_prefix(dialogues.values())
     start = shared.rfind(ASSISTANT)
     if start < 0:
         raise BrokenRow(f"expected dialogues that share a prompt up to {ASSISTANT!r}, found no shared assistant turn")
@@ -92,7 +92,7 @@ def split_dialogues(dialogues: dict[str, str]) -> tuple[str, dict[str, str]]:
     return shared[:end], {name: dialogue[end:] for name, dialogue in dialogues.items()}
 
 
-def shared_start(texts: Iterable[str]) -> str:
+def common_prefix(texts: Iterable[str]) -> str:
     """The longest text that all of them start with."""
     first, last = min(texts := list(texts)), max(texts)  # what the extremes share, all share
     low, high = 0, len(first)
@@ -102,7 +102,7 @@ def shared_start(texts: Iterable[str]) -> str:
     return first[:low]
 
 
-def _answers(row: dict[str, Any], need_pairs: bool | None) -> dict[str, Any]:
+def _find_answers(row: dict[str, Any], need_pairs: bool | None) -> dict[str, Any]:
     """The answers by their keys; a message alone is a list of one."""
     if need_pairs or "chosen" in row or "rejected" in row:
         missing = [name for name in ("chosen", "rejected") if name not in row]
@@ -114,12 +114,12 @@ def _answers(row: dict[str, Any], need_pairs: bool | None) -> dict[str, Any]:
         wanted = ("prompt", *missing)
     elif row.get("messages") is not None and row.get("completion") is None and row.get("response") is None:
         if not isinstance(row["messages"], list):
-            raise BrokenRow(f"expected 'messages' to be a list of messages, found {kind(row['messages'])}")
+            raise BrokenRow(f"expected 'messages' to be a list of messages, found {describe_type(row['messages'])}")
         return {"messages": row["messages"]}
     elif "prompt" in row:
         key = "completion" if "completion" in row else "response"
         if key not in row:
-            raise BrokenRow("expected 'completion' or 'response' beside 'prompt'" + _way_out(row, "completion"))
+            raise BrokenRow("expected 'completion' or 'response' beside 'prompt'" + _suggest_columns(row, "completion"))
         return {key: row[key]}
     else:
         missing, lists = ["chosen"], any(isinstance(value, list) for value in row.values())
@@ -127,10 +127,10 @@ def _answers(row: dict[str, Any], need_pairs: bool | None) -> dict[str, Any]:
     found = ", ".join(map(repr, list(row)[:6])) or "none"
     forms = "'chosen' and 'rejected'" + ("" if need_pairs else ", or 'prompt' and 'completion', or 'messages'")
     told = f"expected the keys {forms}; {missing[0]!r} is missing (keys found: {found})"
-    raise BrokenRow(told + _way_out(row, *wanted))
+    raise BrokenRow(told + _suggest_columns(row, *wanted))
 
 
-def _follows(answer: Any) -> bool:
+def _is_continuation(answer: Any) -> bool:
     """Whether an answer is messages that go on from a prompt, and no whole conversation."""
     return (
         isinstance(answer, list)
@@ -140,47 +140,47 @@ def _follows(answer: Any) -> bool:
     )
 
 
-def _conversation(prompt: Any, answers: dict[str, list], system: str | None) -> Form:
-    answers = {name: messages_of(name, messages) for name, messages in answers.items()}
+def _parse_conversation(prompt: Any, answers: dict[str, list], system: str | None) -> ParsedRow:
+    answers = {name: normalize_messages(name, messages) for name, messages in answers.items()}
     if isinstance(prompt, list):
-        prompt = messages_of("prompt", prompt) if prompt else None
+        prompt = normalize_messages("prompt", prompt) if prompt else None
     elif isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     elif prompt is not None:
-        raise BrokenRow(f"expected 'prompt' to be a string or a list of messages, found {kind(prompt)}")
-    if not prompt or not all(map(_follows, answers.values())):
+        raise BrokenRow(f"expected 'prompt' to be a string or a list of messages, found {describe_type(prompt)}")
+    if not prompt or not all(map(_is_continuation, answers.values())):
         # The answers hold the whole conversation; a `prompt` beside them only names it.
         prompt, answers = split_conversations(answers)
     for name, messages in answers.items():
         if (role := messages[-1]["role"]) != "assistant":
-            raise BrokenRow(f"expected {name!r} to end in an assistant message, found one by {shown(role)!r} there")
-    return Form(after_system(system, prompt), answers)
+            raise BrokenRow(f"expected {name!r} to end in an assistant message, found one by {printable(role)!r} there")
+    return ParsedRow(prepend_system(system, prompt), answers)
 
 
-def _texts(row: dict[str, Any], answers: dict[str, Any], system: str | None, need_pairs: bool | None) -> Form:
+def _parse_texts(row: dict[str, Any], answers: dict[str, Any], system: str | None, need_pairs: bool | None) -> ParsedRow:
     for name, text in {**({"prompt": row["prompt"]} if "prompt" in row else {}), **answers}.items():
         if not isinstance(text, str):
             lists = {key: value for key, value in row.items() if isinstance(value, list)}
-            told = f"expected {name!r} to be a string, found {kind(text)}"
-            raise BrokenRow(told + _way_out(lists, "messages") * isinstance(text, dict))
+            told = f"expected {name!r} to be a string, found {describe_type(text)}"
+            raise BrokenRow(told + _suggest_columns(lists, "messages") * isinstance(text, dict))
     notes = []
     if "prompt" not in row:
         try:
             prompt, answers = split_dialogues(answers)
         except BrokenRow as error:
-            raise BrokenRow(f"{error}{_way_out(row, 'prompt')}") from None
+            raise BrokenRow(f"{error}{_suggest_columns(row, 'prompt')}") from None
     else:
         prompt = row["prompt"]
-        if _repeated(prompt, answers.values()):
-            answers, notes = {name: text[len(prompt) :] for name, text in answers.items()}, [REPEATED]
+        if _repeats_prompt(prompt, answers.values()):
+            answers, notes = {name: text[len(prompt) :] for name, text in answers.items()}, [REPEATED_PROMPT_NOTE]
     if "prompt" not in row or (need_pairs is False and HUMAN in prompt):
         for name, text in answers.items():
             if text.rfind(HUMAN) > text.rfind(ASSISTANT):
                 raise BrokenRow(f"expected {name!r} to end in an assistant turn, found one of the human's there")
-    return Form(prompt, answers, system, notes=notes)
+    return ParsedRow(prompt, answers, system, notes=notes)
 
 
-def _repeated(prompt: str, answers: Iterable[str]) -> bool:
+def _repeats_prompt(prompt: str, answers: Iterable[str]) -> bool:
     """Whether answers hold the whole text, prompt included, and are none that happen to begin like it."""
     if not prompt.strip() or not all(text.startswith(prompt) for text in answers):
         return False
@@ -188,10 +188,10 @@ def _repeated(prompt: str, answers: Iterable[str]) -> bool:
         return True
     rests = [text[len(prompt) :] for text in answers]
     apart = prompt[-1].isspace() or not any(rest and not rest[0].isspace() for rest in rests)
-    return apart and len(prompt.split()) >= ECHO
+    return apart and len(prompt.split()) >= MIN_REPEATED_WORDS
 
 
-def _last_turn(prompt: Any, answers: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _keep_last_turn(prompt: Any, answers: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The chosen answer's own last turn, and all before it, where the answer has several."""
     name, chosen = next(iter(answers.items()))
     if isinstance(chosen, list):
@@ -200,7 +200,7 @@ def _last_turn(prompt: Any, answers: dict[str, Any]) -> tuple[Any, dict[str, Any
     return split_dialogues({name: prompt + chosen}) if turns else (prompt, answers)
 
 
-def _decoded(row: dict[str, Any], name: str, wanted: type) -> Any:
+def _decode_json_column(row: dict[str, Any], name: str, wanted: type) -> Any:
     """A list or an object, as such or as JSON."""
     value = row.get(name) or None
     if isinstance(value, str):
@@ -209,18 +209,18 @@ def _decoded(row: dict[str, Any], name: str, wanted: type) -> Any:
         except (ValueError, RecursionError):
             pass
     if value is not None and not isinstance(value, wanted):
-        raise BrokenRow(f"expected {name!r} to be {kind(wanted())}, found {kind(value)}")
+        raise BrokenRow(f"expected {name!r} to be {describe_type(wanted())}, found {describe_type(value)}")
     return value
 
 
-def _says_something(value: Any) -> bool:
+def _has_content(value: Any) -> bool:
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
-def _way_out(row: dict[str, Any], *wanted: str) -> str:
+def _suggest_columns(row: dict[str, Any], *wanted: str) -> str:
     """How to say which columns are the ones wanted, for the end of a message."""
     known = {"prompt", "chosen", "rejected", "completion", "response", "system", "tools", "subset"}
-    others = [shown(k) for k, v in row.items() if k not in known and isinstance(v, str | list | dict) and v]
+    others = [printable(k) for k, v in row.items() if k not in known and isinstance(v, str | list | dict) and v]
     wanted = [name for name in wanted if name not in row]
     if len(others) < len(wanted):
         wanted = wanted[len(wanted) - len(others) :]

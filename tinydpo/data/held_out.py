@@ -12,14 +12,14 @@ from datasets import Dataset, Features, Value
 from datasets.fingerprint import Hasher
 
 from tinydpo.data.dialogues import MADE_BY
-from tinydpo.data.forms import read
-from tinydpo.data.records import BrokenRow, Names, decode, rename
+from tinydpo.data.forms import read_row
+from tinydpo.data.records import BrokenRow, ColumnNames, decode_row, rename_columns
 
-IN_TRAIN_TOO = "the prompt stands in the train split too"
-PROMPTS = Features({"prompt": Value("int64")})
+SHARED_PROMPT_NOTE = "the prompt stands in the train split too"
+PROMPT_FEATURES = Features({"prompt": Value("int64")})
 
 
-def hold_out(records: Dataset, size: float, names: Names, seed: int) -> tuple[Dataset, Dataset]:
+def hold_out(records: Dataset, size: float, names: ColumnNames, seed: int) -> tuple[Dataset, Dataset]:
     """Split records into train and held-out ones, prompt by prompt, the same way for the same records.
 
     Where there is but one prompt, rows are held out.
@@ -36,7 +36,7 @@ def hold_out(records: Dataset, size: float, names: Names, seed: int) -> tuple[Da
     Raises:
         ValueError: one of them would be empty.
     """
-    prompts = _prompts(records, names)
+    prompts = _number_prompts(records, names)
     wanted = int(np.ceil(size * len(records)))
     if not 0 < wanted < len(records):
         raise ValueError(f"{wanted} of {len(records)} rows cannot be held out")
@@ -53,10 +53,10 @@ def hold_out(records: Dataset, size: float, names: Names, seed: int) -> tuple[Da
     if not count:
         held[min(in_turn.tolist(), key=lambda prompt: rows[prompt])] = True
     chosen = held[drawn]
-    return _rows(records, order[~chosen], "train", names), _rows(records, order[chosen], "test", names)
+    return _select_rows(records, order[~chosen], "train", names), _select_rows(records, order[chosen], "test", names)
 
 
-def in_train_too(train: Dataset, test: Dataset) -> int:
+def count_shared_prompts(train: Dataset, test: Dataset) -> int:
     """How many rows of `test` have a `prompt` that is one of `train`'s, both the columns of `dialogues.TEXTS`."""
     asked = [hash(prompt) for prompt in test["prompt"][:]]  # not the texts themselves: they may be gigabytes
     trained, left = set(), set(asked)
@@ -65,24 +65,24 @@ def in_train_too(train: Dataset, test: Dataset) -> int:
     return sum(prompt in trained for prompt in asked)
 
 
-def _prompts(records: Dataset, names: Names) -> np.ndarray:
+def _number_prompts(records: Dataset, names: ColumnNames) -> np.ndarray:
     """A number for each row's prompt; a row that cannot be read has one of its own."""
 
     def number(batch: dict[str, list]) -> dict[str, list]:
         places = zip(batch["file"], batch["row"], batch["record"], strict=True)
-        return {"prompt": [_number(file, row, record, names) for file, row, record in places]}
+        return {"prompt": [_hash_prompt(file, row, record, names) for file, row, record in places]}
 
     fingerprint = Hasher.hash((records._fingerprint, "prompts", *_made_by(names)))
     numbered = records.map(
-        number, batched=True, remove_columns=records.column_names, features=PROMPTS, new_fingerprint=fingerprint,
+        number, batched=True, remove_columns=records.column_names, features=PROMPT_FEATURES, new_fingerprint=fingerprint,
         desc="Finding prompts",
     )  # fmt: skip
     return numbered.with_format("numpy")[:]["prompt"]
 
 
-def _number(file: str, row: int, record: bytes, names: Names) -> int:
+def _hash_prompt(file: str, row: int, record: bytes, names: ColumnNames) -> int:
     try:
-        form = read(rename(decode(record), names), need_pairs=None)
+        form = read_row(rename_columns(decode_row(record), names), need_pairs=None)
         of = (form.system, form.prompt)
     except BrokenRow:
         of = (file, row)
@@ -90,13 +90,13 @@ def _number(file: str, row: int, record: bytes, names: Names) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
-def _rows(records: Dataset, rows: np.ndarray, split: str, names: Names) -> Dataset:
+def _select_rows(records: Dataset, rows: np.ndarray, split: str, names: ColumnNames) -> Dataset:
     """These rows, with the choice on disk."""
     fingerprint = Hasher.hash((records._fingerprint, split, rows.tobytes(), *_made_by(names)))
     path = records._get_cache_file_path(fingerprint)
     return records.select(rows, indices_cache_file_name=path, new_fingerprint=fingerprint)
 
 
-def _made_by(names: Names) -> list:
+def _made_by(names: ColumnNames) -> list:
     sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in (*MADE_BY, "held_out")]
     return [sorted(names.columns.items()), sorted(names.roles.items()), *sources]

@@ -9,7 +9,7 @@ WIDTH = 40  # characters of the longest histogram bar
 MOST = 6  # notes that a line has room for
 
 
-def told(splits: Mapping[str, Mapping[str, Any]]) -> str:
+def format_data_notes(splits: Mapping[str, Mapping[str, Any]]) -> str:
     """What of the data is not trained on, or not as it stands, in one line; empty where there is nothing of the kind.
 
     Args:
@@ -22,14 +22,14 @@ def told(splits: Mapping[str, Mapping[str, Any]]) -> str:
             parts.append(f"{name}: {pairs:,} of {of:,} rows drawn (--max_{name}_pairs)")
         if dropped:
             parts.append(
-                f"{name}: {1 - summary['pairs_kept'] / pairs:.1%} of {pairs:,} pairs dropped ({_counts(dropped)})"
+                f"{name}: {1 - summary['pairs_kept'] / pairs:.1%} of {pairs:,} pairs dropped ({_format_counts(dropped)})"
             )
         if notes := summary["notes"]:
-            parts.append(f"{name}: {_notes(notes)}")
+            parts.append(f"{name}: {_format_notes(notes)}")
     return "Data: " + "; ".join(parts) if parts else ""
 
 
-def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, examples: int) -> str:
+def describe_split(name: str, split: FittedSplit, tokenizer: Any, max_length: int, examples: int) -> str:
     """Describe one fitted split.
 
     Args:
@@ -41,7 +41,7 @@ def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, exa
     """
     summary, stock = split.summary, split.summary["stock"]
     pairs, kept = summary["pairs_in"], summary["pairs_kept"]
-    dropped = _counts(summary["dropped"]) or "none"
+    dropped = _format_counts(summary["dropped"]) or "none"
     positions = summary["tokens_per_pair"]
     rows = [
         ("", "fitted", f"stock: first {max_length}"),
@@ -54,9 +54,9 @@ def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, exa
     lines = [
         f"{name}: {pairs:,} pairs in, {kept:,} kept, dropped: {dropped}",
         *([f"  drawn from {summary['drawn_from']:,} (--max_{name}_pairs)"] if "drawn_from" in summary else []),
-        *([f"  not taken as it stands: {_notes(summary['notes'])}"] if summary["notes"] else []),
+        *([f"  not taken as it stands: {_format_notes(summary['notes'])}"] if summary["notes"] else []),
         *(f"  {what:<24}{ours:>16}{theirs:>20}".rstrip() for what, ours, theirs in rows),
-        *([f"  answers not cut: {_shares(summary['answers_whole'])}"] if summary["answers_whole"] else []),
+        *([f"  answers not cut: {_format_shares(summary['answers_whole'])}"] if summary["answers_whole"] else []),
         f"  token positions a pair: {positions['padded']:.0f} padded to {max_length}, "
         f"{positions['unpadded']:.1f} unpadded, {positions['shared_prefix']:.1f} with the prompt once",
         "  tokens of prompt and longer completion, before fitting:",
@@ -70,16 +70,16 @@ def describe(name: str, split: FittedSplit, tokenizer: Any, max_length: int, exa
     return "\n".join(lines)
 
 
-def _shares(whole: Mapping[str, float]) -> str:
+def _format_shares(whole: Mapping[str, float]) -> str:
     names = {"both": "both", "chosen": "the chosen alone", "rejected": "the rejected alone", "neither": "neither"}
     return ", ".join(f"{names[which]} {share:.1%}" for which, share in whole.items())
 
 
-def _counts(numbers: Mapping[str, int]) -> str:
+def _format_counts(numbers: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {what}" for what, count in numbers.items())
 
 
-def _notes(notes: Mapping[str, int]) -> str:
+def _format_notes(notes: Mapping[str, int]) -> str:
     """The most frequent notes, each with its rows."""
     shown = [f"{note} ({rows:,} row{'s' * (rows != 1)})" for note, rows in list(notes.items())[:MOST]]
     return ", ".join(shown) + f" and {len(notes) - MOST} more" * (len(notes) > MOST)

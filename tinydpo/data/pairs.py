@@ -12,17 +12,17 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from trl.trainer.utils import global_then_local_main_first
 
-from tinydpo.data.dialogues import to_texts
-from tinydpo.data.draws import draw_pairs
-from tinydpo.data.fitting import WHOLE, fit
-from tinydpo.data.held_out import IN_TRAIN_TOO, in_train_too
-from tinydpo.data.records import Names
-from tinydpo.data.sources import load_records, quiet
+from tinydpo.data.dialogues import render_texts
+from tinydpo.data.draws import draw_rows
+from tinydpo.data.fitting import WHOLE, fit_pairs
+from tinydpo.data.held_out import SHARED_PROMPT_NOTE, count_shared_prompts
+from tinydpo.data.records import ColumnNames
+from tinydpo.data.sources import load_records, hide_progress_bars
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.machine import cores
+from tinydpo.launching.machine import count_cores
 
-LARGE = 8_000  # rows from which more processes are worth their start
+MANY_ROWS = 8_000  # rows from which more processes are worth their start
 
 
 @dataclass
@@ -69,8 +69,8 @@ def load_pairs(
             split: _fit_split(split, rows, data, tokenizer, max_length, need_pairs, workers)
             for split, rows in records.items()
         }
-    if shared := in_train_too(splits["train"].texts, splits["test"].texts):
-        splits["test"].summary["notes"][IN_TRAIN_TOO] = shared
+    if shared := count_shared_prompts(splits["train"].texts, splits["test"].texts):
+        splits["test"].summary["notes"][SHARED_PROMPT_NOTE] = shared
     return splits
 
 
@@ -90,14 +90,14 @@ def _fit_split(
     workers: int | None = None,
 ) -> FittedSplit:
     rows = len(records)
-    records = draw_pairs(records, data.max_train_pairs if split == "train" else data.max_test_pairs)
-    large = len(records) >= LARGE
-    workers = workers or (cores() if large else 1)
+    records = draw_rows(records, data.max_train_pairs if split == "train" else data.max_test_pairs)
+    large = len(records) >= MANY_ROWS
+    workers = workers or (count_cores() if large else 1)
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
-    with quiet(small=not large), _told_of_lost_workers(data.names, workers):
-        texts = to_texts(records, tokenizer, need_pairs, data.on_bad_row, workers, Names.of(data))
-        fitted = fit(texts, tokenizer, max_length, data.max_question_length, workers)
+    with hide_progress_bars(small=not large), _explain_lost_workers(data.names, workers):
+        texts = render_texts(records, tokenizer, need_pairs, data.on_bad_row, workers, ColumnNames.of(data))
+        fitted = fit_pairs(texts, tokenizer, max_length, data.max_question_length, workers)
     notes = pc.value_counts(pc.list_flatten(texts.with_format("arrow")[:]["notes"])).to_pylist()
     summary = summarize(fitted, max_length)
     summary["notes"] = {
@@ -116,7 +116,7 @@ def _fit_split(
 
 
 @contextmanager
-def _told_of_lost_workers(name: str, workers: int) -> Iterator[None]:
+def _explain_lost_workers(name: str, workers: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

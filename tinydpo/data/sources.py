@@ -32,18 +32,18 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from tinydpo.data.draws import HOLD_OUT_SEED, draw, labels
+from tinydpo.data.draws import HOLD_OUT_SEED, draw_share, label_sources
 from tinydpo.data.held_out import hold_out
-from tinydpo.data.records import Names, parse
+from tinydpo.data.records import ColumnNames, parse_json
 from tinydpo.errors import UserError
 from tinydpo.launching.arguments import DataArguments, Source
 from tinydpo.models.hub import download_dataset
 
-RECORDS = Features(
+RECORD_FEATURES = Features(
     {"file": Value("string"), "row": Value("int64"), "subset": Value("string"), "record": Value("binary")}
 )
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-SMALL = 8 << 20  # bytes of files read without a progress bar
+SMALL_BYTES = 8 << 20  # bytes of files read without a progress bar
 BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte-order mark included, which is read over
 NOT_ROWS = {  # how files start that hold something else than their name says
     b"version https://git-lfs": "a Git LFS pointer in place of the data; fetch the data with `git lfs pull`",
@@ -74,14 +74,14 @@ def load_records(data: DataArguments) -> DatasetDict:
             "dataset_name is not set; give a Hub id, a folder or a file, for example --dataset_name my.jsonl"
         )
     sources = data.sources()
-    parts = [_records(data, source, label) for source, label in zip(sources, labels(sources), strict=True)]
-    train = concatenate_datasets([draw(part["train"], one.weight) for one, part in zip(sources, parts, strict=True)])
+    parts = [_load_source(data, source, label) for source, label in zip(sources, label_sources(sources), strict=True)]
+    train = concatenate_datasets([draw_share(part["train"], one.weight) for one, part in zip(sources, parts, strict=True)])
     return DatasetDict({"train": train, "test": concatenate_datasets([part["test"] for part in parts])})
 
 
-def _records(data: DataArguments, source: Source, label: str) -> DatasetDict:
+def _load_source(data: DataArguments, source: Source, label: str) -> DatasetDict:
     train, test = data.dataset_train_split, data.dataset_test_split
-    splits = _split_files(source, train)
+    splits = _find_split_files(source, train)
     for split in (train, test):
         may_lack = split == test == "test"  # the default, so nobody asked for it by name
         if split not in splits and not may_lack:
@@ -93,11 +93,11 @@ def _records(data: DataArguments, source: Source, label: str) -> DatasetDict:
         inside = file["subset"].removeprefix(source.data_dir or "").strip("/")
         file["subset"] = f"{label}/{inside}".rstrip("/")
     if test in splits:
-        return DatasetDict({"train": _read(splits[train]), "test": _read(splits[test])})
-    records = _read(splits[train])
+        return DatasetDict({"train": _read_files(splits[train]), "test": _read_files(splits[test])})
+    records = _read_files(splits[train])
     try:
-        with quiet(small=records.data.nbytes < SMALL):
-            rest, held_out = hold_out(records, data.test_split_size, Names.of(data), HOLD_OUT_SEED)
+        with hide_progress_bars(small=records.data.nbytes < SMALL_BYTES):
+            rest, held_out = hold_out(records, data.test_split_size, ColumnNames.of(data), HOLD_OUT_SEED)
         return DatasetDict({"train": rest, "test": held_out})
     except ValueError:  # one side would be empty
         raise UserError(
@@ -106,7 +106,7 @@ def _records(data: DataArguments, source: Source, label: str) -> DatasetDict:
         ) from None
 
 
-def _split_files(source: Source, train: str) -> dict[str, list[dict[str, str]]]:
+def _find_split_files(source: Source, train: str) -> dict[str, list[dict[str, str]]]:
     try:
         path = Path(source.name).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -118,14 +118,14 @@ def _split_files(source: Source, train: str) -> dict[str, list[dict[str, str]]]:
             raise UserError(f"{path} is not a .jsonl, .jsonl.gz, .json or .parquet file")
         return {train: [{"path": str(path), "name": _printable(path), "subset": ""}]}
     if is_folder:
-        return _folder_files(path, source)
+        return _find_folder_files(path, source)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source.name) or path.name.endswith(FILE_SUFFIXES):
         raise UserError(f"there is no file or folder {source.name!r}; check --dataset_name")
     folder = download_dataset(source.name, source.revision, source.data_dir)
-    return _folder_files(folder, source)
+    return _find_folder_files(folder, source)
 
 
-def _folder_files(folder: Path, source: Source) -> dict[str, list[dict[str, str]]]:
+def _find_folder_files(folder: Path, source: Source) -> dict[str, list[dict[str, str]]]:
     """Every split's files, as `datasets` resolves them from the folder's names and its README."""
     if source.data_dir and not (folder / source.data_dir).is_dir():
         raise UserError(f"{source.name} has no folder {source.data_dir!r}; check --dataset_data_dir")
@@ -176,7 +176,7 @@ def _printable(path: Path | str) -> str:
 
 
 @contextmanager
-def quiet(small: bool) -> Iterator[None]:
+def hide_progress_bars(small: bool) -> Iterator[None]:
     """Without progress bars where the work is small: those of a blink only clutter a log."""
     if not small or are_progress_bars_disabled() or datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is not None:
         yield
@@ -188,7 +188,7 @@ def quiet(small: bool) -> Iterator[None]:
         enable_progress_bars()
 
 
-def _read(files: list[dict[str, str]]) -> Dataset:
+def _read_files(files: list[dict[str, str]]) -> Dataset:
     """Read files into Arrow, once: a file with other content is another dataset, whatever its date."""
     with open(__file__, "rb") as source:
         key = [source.read()]
@@ -201,9 +201,9 @@ def _read(files: list[dict[str, str]]) -> Dataset:
     fingerprint = Hasher.hash(key)
     drop_cut(fingerprint)
     try:
-        with quiet(small=sum(Path(file["path"]).stat().st_size for file in files) < SMALL):
+        with hide_progress_bars(small=sum(Path(file["path"]).stat().st_size for file in files) < SMALL_BYTES):
             return Dataset.from_generator(
-                records_of, features=RECORDS, gen_kwargs={"files": [files]}, fingerprint=fingerprint
+                iter_records, features=RECORD_FEATURES, gen_kwargs={"files": [files]}, fingerprint=fingerprint
             )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -235,7 +235,7 @@ def drop_cut(fingerprint: str) -> None:
             file.unlink(missing_ok=True)
 
 
-def records_of(files: list[list[dict[str, str]]]) -> Iterator[dict[str, Any]]:
+def iter_records(files: list[list[dict[str, str]]]) -> Iterator[dict[str, Any]]:
     """Yield the records of files in order (each given as `path`, `name`, `subset`)."""
     import pyarrow
 
@@ -245,7 +245,7 @@ def records_of(files: list[list[dict[str, str]]]) -> Iterator[dict[str, Any]]:
                 start = stream.read(32)
             if found := next((found for magic, found in NOT_ROWS.items() if start.startswith(magic)), None):
                 raise UserError(f"{file['name']} is {found}")
-            for row, record in _file_records(Path(file["path"]), start):
+            for row, record in _iter_file_records(Path(file["path"]), start):
                 yield {"file": file["name"], "row": row, "subset": file["subset"] or None, "record": record}
         except (OSError, EOFError, ValueError, OverflowError, zlib.error, pyarrow.ArrowException) as error:
             raise UserError(
@@ -253,7 +253,7 @@ def records_of(files: list[list[dict[str, str]]]) -> Iterator[dict[str, Any]]:
             ) from None
 
 
-def _file_records(path: Path, start: bytes) -> Iterator[tuple[int, bytes]]:
+def _iter_file_records(path: Path, start: bytes) -> Iterator[tuple[int, bytes]]:
     if path.name.endswith(".parquet") or start.startswith(b"PAR1"):
         import pyarrow.parquet
 
@@ -262,13 +262,13 @@ def _file_records(path: Path, start: bytes) -> Iterator[tuple[int, bytes]]:
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise OSError(f"it has two columns {twice!r}")
             rows = (row for batch in parquet.iter_batches(1_000) for row in batch.to_pylist())
-            yield from ((number, json.dumps(row, default=_plain).encode()) for number, row in enumerate(rows, 1))
+            yield from ((number, json.dumps(row, default=_to_json_value).encode()) for number, row in enumerate(rows, 1))
         return
     with gzip.open(path) if start.startswith(b"\x1f\x8b") else open(path, "rb") as stream:
         if path.name.endswith((".json", ".json.gz")):
             whole = stream.read()
             try:
-                rows = parse(whole)
+                rows = parse_json(whole)
                 yield from (
                     (number, json.dumps(row).encode())
                     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1)
@@ -283,6 +283,6 @@ def _file_records(path: Path, start: bytes) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _plain(value: Any) -> str:
+def _to_json_value(value: Any) -> str:
     """What JSON lacks: Parquet's binary columns hold text in UTF-8 when a writer did not say that they are text."""
     return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from tinydpo.files import read_run_config, run_of, write_whole
+from tinydpo.files import read_run_config, find_run_folder, write_atomic
 
 TRAINED = "trained_prompts.txt"  # a hash a line: 2 MB for HH's 160,800 pairs
 
@@ -18,7 +18,7 @@ def hashes(texts: Dataset) -> list[str]:
 
 def write_trained(folder: Path, texts: Dataset) -> None:
     """Write into a run's folder which prompts it trains on."""
-    write_whole(folder / TRAINED, "".join(f"{one}\n" for one in sorted(set(hashes(texts)) - {""})))
+    write_atomic(folder / TRAINED, "".join(f"{one}\n" for one in sorted(set(hashes(texts)) - {""})))
 
 
 def trained_share(model: str, texts: Dataset) -> float | None:
@@ -29,7 +29,7 @@ def trained_share(model: str, texts: Dataset) -> float | None:
     trained: set[str] = set()
     runs: set[Path] = set()
     while config := read_run_config(model):
-        if (run := run_of(model)) in runs:
+        if (run := find_run_folder(model)) in runs:
             break
         runs.add(run)
         if (run / TRAINED).is_file():

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 ROUNDINGS = 3.0
 
 
-def check_model(model: PreTrainedModel, row_length: int) -> None:
+def check_packable(model: PreTrainedModel, row_length: int) -> None:
     """Refuse what is known beforehand to be wrong in packed rows.
 
     Args:
@@ -39,7 +39,7 @@ def check_model(model: PreTrainedModel, row_length: int) -> None:
     config, name = model.config.get_text_config(), type(model).__name__
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise UserError(f"{name} takes no position ids, which packed rows need; {INSTEAD}")
-    window = attention_window(config)
+    window = get_attention_window(config)
     if window is not None and window < row_length:
         raise UserError(f"{name} attends over {window} tokens, but packed rows have up to {row_length}; {INSTEAD}")
     if config._attn_implementation not in ("sdpa", "eager"):
@@ -51,7 +51,7 @@ def check_model(model: PreTrainedModel, row_length: int) -> None:
         raise UserError(f"{name} is a mixture of experts, balanced over padded sequences; {INSTEAD}")
 
 
-def attention_window(config: Any) -> int | None:
+def get_attention_window(config: Any) -> int | None:
     """The fewest tokens that some layer of a model looks back over, None where all see everything."""
     windows = []
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -62,7 +62,7 @@ def attention_window(config: Any) -> int | None:
     return min(windows, default=None)
 
 
-def full_row(trees: Sequence[Tree], row_length: int) -> list[Tree]:
+def fill_row(trees: Sequence[Tree], row_length: int) -> list[Tree]:
     """As many trees as one row holds, from the first on, and over again where they are too few."""
     row, room = [], row_length
     while True:
@@ -73,7 +73,7 @@ def full_row(trees: Sequence[Tree], row_length: int) -> list[Tree]:
         row.append(tree)
 
 
-def check_same(
+def check_same_results(
     model: PreTrainedModel,
     together: Callable[[], torch.Tensor],
     alone: Callable[[], torch.Tensor],
@@ -93,7 +93,7 @@ def check_same(
         UserError: they differ, or packed rows cannot be computed at all.
     """
     plain = alone()
-    off = _rms(or_refuse(together, model) - plain)
+    off = _rms(explain_packing_errors(together, model) - plain)
     allowed, told = TOLERANCE, f"in float32, where rounding makes less than {TOLERANCE:g}"
     if dtype != torch.float32:
         with _rounded_once_more(model, dtype):
@@ -107,7 +107,7 @@ def check_same(
         )
 
 
-def short_dtype(model: torch.nn.Module) -> torch.dtype | None:
+def get_low_precision_dtype(model: torch.nn.Module) -> torch.dtype | None:
     """The shortest type that a model keeps weights in, None where that is float32; 4 and 8 bits count as bfloat16."""
     dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.float64}
     short = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)
@@ -134,7 +134,7 @@ def _rms(difference: torch.Tensor) -> float:
     return difference.float().square().mean().sqrt().item()
 
 
-def or_refuse(forward: Callable[[], Any], model: PreTrainedModel) -> Any:
+def explain_packing_errors(forward: Callable[[], Any], model: PreTrainedModel) -> Any:
     """`forward()`, or a UserError where the model cannot take packed rows at all."""
     try:
         return forward()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def take_over(args: TrainingArguments) -> dict[str, Any] | None:
+def take_compile_options(args: TrainingArguments) -> dict[str, Any] | None:
     """What `torch.compile` was asked for, by `--torch_compile` or accelerate's `dynamo_backend`, or None.
 
     transformers and accelerate then leave the model alone.

@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tinydpo.engine.check import check_model, check_same, full_row, short_dtype
-from tinydpo.engine.packing import Tree, additive_mask, pack
-from tinydpo.models.precision import computes_in, exactly
+from tinydpo.engine.check import check_packable, check_same_results, fill_row, get_low_precision_dtype
+from tinydpo.engine.packing import Tree, build_additive_mask, pack
+from tinydpo.models.precision import get_compute_dtype, float32_mode
 
 # Positions whose softmax is taken at once: 64 rows of GPT-2's vocabulary stay in a CPU's cache (2,048 rows take 0.17 s
 # on one core, against 0.48 s by 1,024 at once), and the float32 copy of bfloat16 logits stays small.
@@ -65,7 +65,7 @@ def token_logps(
         UserError: the model cannot take packed rows.
     """
     trees = [(prompt, (completion,)) for prompt, completion in zip(prompts, completions, strict=True)]
-    return [logps for (logps,) in _tree_logps(model, trees, batch_size, desc, row_length)]
+    return [logps for (logps,) in _get_tree_logps(model, trees, batch_size, desc, row_length)]
 
 
 def pair_logps(
@@ -89,12 +89,12 @@ def pair_logps(
     """
     prompts, chosen, rejected = (pairs[name][:] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     trees = list(zip(prompts, zip(chosen, rejected, strict=True), strict=True))
-    logps = _tree_logps(model, trees, batch_size, desc, row_length)
+    logps = _get_tree_logps(model, trees, batch_size, desc, row_length)
     sums = [np.array([both[i].sum() for both in logps]) for i in range(2)]
     return PairLogps(*sums, *(np.array([len(both[i]) for both in logps]) for i in range(2)))
 
 
-def _tree_logps(
+def _get_tree_logps(
     model: PreTrainedModel, trees: list[Tree], batch_size: int, desc: str, row_length: int | None
 ) -> list[list[np.ndarray]]:
     """For each tree, the log-probs of each of its completions (all trees have as many)."""
@@ -104,34 +104,34 @@ def _tree_logps(
     # Longest first: the batch that needs the most memory comes at once, not after ten minutes.
     order = sorted(range(len(trees)), key=lambda i: -len(trees[i][0]) - sum(map(len, trees[i][1])))
     if row_length and trees:
-        check_rows(model, [trees[i] for i in order[:64]], row_length)
+        check_packed_rows(model, [trees[i] for i in order[:64]], row_length)
     result: list[list[np.ndarray]] = [[] for _ in trees]
     step = max(1, batch_size // len(trees[0][1])) if trees else 1
     for start in tqdm(range(0, len(order), step), desc=desc, leave=False, disable=None):
         batch = order[start : start + step]
-        logps = _batch_logps(model, [trees[i] for i in batch], row_length)
+        logps = _get_batch_logps(model, [trees[i] for i in batch], row_length)
         for place, values in enumerate(logps):
             result[batch[place % len(batch)]].append(values.double().numpy())
     return result
 
 
 @torch.no_grad()
-def check_rows(model: PreTrainedModel, trees: list[Tree], row_length: int) -> None:
+def check_packed_rows(model: PreTrainedModel, trees: list[Tree], row_length: int) -> None:
     """Refuse (UserError) a model that does not compute these trees in a packed row as it computes them alone."""
-    check_model(model, row_length)
-    probe, dtype = full_row(trees, row_length), short_dtype(model) or torch.float32
+    check_packable(model, row_length)
+    probe, dtype = fill_row(trees, row_length), get_low_precision_dtype(model) or torch.float32
     one_row = [list(range(len(probe)))]
-    with exactly(model) if dtype == torch.float32 else nullcontext():
-        check_same(
+    with float32_mode(model) if dtype == torch.float32 else nullcontext():
+        check_same_results(
             model,
-            lambda: torch.cat(_batch_logps(model, probe, row_length, one_row)),
-            lambda: torch.cat(_batch_logps(model, probe, None)),
+            lambda: torch.cat(_get_batch_logps(model, probe, row_length, one_row)),
+            lambda: torch.cat(_get_batch_logps(model, probe, None)),
             dtype,
         )
 
 
 @torch.no_grad()
-def _batch_logps(
+def _get_batch_logps(
     model: PreTrainedModel, trees: list[Tree], row_length: int | None, rows: list[list[int]] | None = None
 ) -> list[torch.Tensor]:
     """Token log-probs, on the CPU: of the first completion of every tree, then of every second one."""
@@ -142,7 +142,7 @@ def _batch_logps(
     if row_length is None:
         inputs = {"attention_mask": (packed["segment_ids"] >= 0).long()}
     else:
-        mask = additive_mask(packed["segment_ids"], packed["prefix_ids"], computes_in(model))
+        mask = build_additive_mask(packed["segment_ids"], packed["prefix_ids"], get_compute_dtype(model))
         inputs = {"attention_mask": mask, "position_ids": packed["position_ids"]}
     keep = torch.zeros_like(packed["input_ids"], dtype=torch.bool).flatten()
     keep[packed["predicts"]] = True  # a prompt's last token predicts the first of each completion

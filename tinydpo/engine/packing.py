@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 Tree = tuple[Sequence[int], Sequence[Sequence[int]]]
-ATTENTION = 4608  # row length at which attention costs a block of GPT-2 small as much as its matrices do
-MULTIPLE = 8  # attention kernels on GPUs want masks whose rows are aligned
+ATTENTION_TOKENS = 4608  # row length at which attention costs a block of GPT-2 small as much as its matrices do
+PAD_MULTIPLE = 8  # attention kernels on GPUs want masks whose rows are aligned
 
 
 def assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -39,7 +39,7 @@ def assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
             rows[row].append(index)
             heapq.heappush(filled, (tokens + lengths[index], row))
         longest = max(filled)[0]
-        return (count * longest * (1 + longest / ATTENTION) if longest <= room else float("inf")), rows
+        return (count * longest * (1 + longest / ATTENTION_TOKENS) if longest <= room else float("inf")), rows
 
     return min((spread(count) for count in range(fewest, len(lengths) + 1)), key=lambda option: option[0])[1]
 
@@ -85,7 +85,7 @@ def pack(
                 segment_ids += [index * segments + part] * len(tokens)
                 prefix_ids += [index * segments] * len(tokens)
         laid.append((ids, positions, segment_ids, prefix_ids))
-    length = -(-max(len(ids) for ids, *_ in laid) // MULTIPLE) * MULTIPLE
+    length = -(-max(len(ids) for ids, *_ in laid) // PAD_MULTIPLE) * PAD_MULTIPLE
     predicts, targets, lasts = [], [], []
     for part in range(segments - 1):
         for index, (_, completions) in enumerate(trees):
@@ -104,7 +104,7 @@ def pack(
     return packed | {name: torch.tensor(values, dtype=torch.long) for name, values in flat.items()}
 
 
-def additive_mask(segment_ids: torch.Tensor, prefix_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def build_additive_mask(segment_ids: torch.Tensor, prefix_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What each token may attend to, to be added to attention scores.
 
     Args:

@@ -22,25 +22,25 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from tinydpo.engine.by_length import ByLength
-from tinydpo.engine.check import INSTEAD, check_model
+from tinydpo.engine.check import INSTEAD, check_packable
 from tinydpo.engine.means import RewardsAlike
-from tinydpo.engine.packing import Tree, additive_mask
-from tinydpo.engine.shared_prefix import PackedCollator, PackedTrainer, fuse_gelu, mask_dtype
-from tinydpo.engine.trainers import Counted
+from tinydpo.engine.packing import Tree, build_additive_mask
+from tinydpo.engine.shared_prefix import PackedCollator, PackedTrainerMixin, use_fused_gelu, get_mask_dtype
+from tinydpo.engine.trainers import TokenCounterMixin
 from tinydpo.errors import UserError
-from tinydpo.models.precision import float32_head
-from tinydpo.training.checkpoints import WholeCheckpoints
+from tinydpo.models.precision import use_float32_head
+from tinydpo.training.checkpoints import SealedCheckpointsMixin
 from tinydpo.training.throughput import Counts
 
 # A causal LM has no score and a score needs no LM head: TRL keeps transformers from telling so, but not of GPT-2.
-NO_NEWS = {
+EXPECTED_KEY_MISMATCHES = {
     "_keys_to_ignore_on_load_missing": [r"^score\.weight$"],
     "_keys_to_ignore_on_load_unexpected": [r"^lm_head\."],
 }
 
 
 @dataclass
-class JoinedPreference(DataCollatorForPreference):
+class PreferenceCollator(DataCollatorForPreference):
     """TRL's batch of pairs, each answer behind its prompt, and how many `tokens` there are with each prompt once."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class JoinedPreference(DataCollatorForPreference):
 
 
 @dataclass
-class PackedRewards(PackedCollator, JoinedPreference):
+class PackedRewardCollator(PackedCollator, PreferenceCollator):
     """TRL's batch of pairs, and each pair as one tree that ends where its scores are read."""
 
     def tree(self, row: dict[str, Any]) -> Tree:
@@ -69,7 +69,7 @@ class PackedRewards(PackedCollator, JoinedPreference):
         return ids[: last + 1]
 
 
-class FittedRewardTrainer(WholeCheckpoints, ByLength, Counted, RewardsAlike, RewardTrainer):
+class FittedRewardTrainer(SealedCheckpointsMixin, ByLength, TokenCounterMixin, RewardsAlike, RewardTrainer):
     """`RewardTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`)."""
 
     def __init__(
@@ -77,11 +77,11 @@ class FittedRewardTrainer(WholeCheckpoints, ByLength, Counted, RewardsAlike, Rew
     ):
         """TRL's own arguments; the tokenizer has a pad token."""
         pad, multiple = processing_class.pad_token_id, args.pad_to_multiple_of
-        collator = data_collator or JoinedPreference(pad_token_id=pad, pad_to_multiple_of=multiple)
-        with patch.multiple(PreTrainedModel, **NO_NEWS):
+        collator = data_collator or PreferenceCollator(pad_token_id=pad, pad_to_multiple_of=multiple)
+        with patch.multiple(PreTrainedModel, **EXPECTED_KEY_MISMATCHES):
             super().__init__(*given, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model.config.fitted_to = self.args.max_length  # evaluation reads it and scores likewise
-        float32_head(self.model)
+        use_float32_head(self.model)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
@@ -105,10 +105,10 @@ class FittedRewardTrainer(WholeCheckpoints, ByLength, Counted, RewardsAlike, Rew
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-class PackedRewardTrainer(PackedTrainer, FittedRewardTrainer):
+class PackedRewardTrainer(PackedTrainerMixin, FittedRewardTrainer):
     """`RewardTrainer` for fitted pairs, with each pair's prompt computed once and no padding."""
 
-    collator = PackedRewards
+    collator = PackedRewardCollator
     checks = "scores"
 
     def cost(self, tokens: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -122,10 +122,10 @@ class PackedRewardTrainer(PackedTrainer, FittedRewardTrainer):
         Raises:
             UserError: it cannot.
         """
-        check_model(model, row_length)
+        check_packable(model, row_length)
         if not hasattr(model, "score"):
             raise UserError(f"{type(model).__name__} has no linear head on its last layer; {INSTEAD}")
-        fuse_gelu(model)
+        use_fused_gelu(model)
         plain = model.forward
 
         @functools.wraps(type(model).forward)
@@ -135,7 +135,7 @@ class PackedRewardTrainer(PackedTrainer, FittedRewardTrainer):
             hidden = self.base_model(
                 input_ids=packed["input_ids"],
                 position_ids=packed["position_ids"],
-                attention_mask=additive_mask(packed["segment_ids"], packed["prefix_ids"], mask_dtype(self)),
+                attention_mask=build_additive_mask(packed["segment_ids"], packed["prefix_ids"], get_mask_dtype(self)),
                 use_cache=False,
             ).last_hidden_state
             return SequenceClassifierOutputWithPast(logits=self.score(hidden.flatten(0, 1)[packed["lasts"]]))

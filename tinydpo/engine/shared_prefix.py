@@ -23,12 +23,12 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from tinydpo.engine.check import INSTEAD, check_model, check_same, full_row, short_dtype
-from tinydpo.engine.compiled import compile_blocks, take_over
-from tinydpo.engine.packing import Tree, additive_mask, pack
+from tinydpo.engine.check import INSTEAD, check_packable, check_same_results, fill_row, get_low_precision_dtype
+from tinydpo.engine.compiled import compile_blocks, take_compile_options
+from tinydpo.engine.packing import Tree, build_additive_mask, pack
 from tinydpo.engine.trainers import FittedDPOTrainer, FittedSFTTrainer
 from tinydpo.errors import UserError
-from tinydpo.models.precision import exactly, is_exact
+from tinydpo.models.precision import float32_mode, in_float32_mode
 
 # Vocabulary columns that TRL's LM head projects at once on a CPU: its own 32,768 do not stay in the cache (forward and
 # backward of 664 positions over GPT-2's vocabulary took 3.5 s, with 1,024 1.6 s, on two cores).
@@ -50,7 +50,7 @@ class PackedCollator:
 
 
 @dataclass
-class PackedPreference(PackedCollator, DataCollatorForPreference):
+class PackedPreferenceCollator(PackedCollator, DataCollatorForPreference):
     """TRL's batch of pairs, and each pair as one tree."""
 
     def tree(self, row: dict[str, Any]) -> Tree:
@@ -59,7 +59,7 @@ class PackedPreference(PackedCollator, DataCollatorForPreference):
 
 
 @dataclass
-class PackedLanguageModeling(PackedCollator, DataCollatorForLanguageModeling):
+class PackedSFTCollator(PackedCollator, DataCollatorForLanguageModeling):
     """TRL's batch of SFT examples, and each example as one tree."""
 
     def tree(self, row: dict[str, Any]) -> Tree:
@@ -69,7 +69,7 @@ class PackedLanguageModeling(PackedCollator, DataCollatorForLanguageModeling):
         return ids[:first], (ids[first:],)
 
 
-class PackedTrainer:
+class PackedTrainerMixin:
     """What packed trainers share: the collator, the model's forward, and the check before the first step."""
 
     collator: type
@@ -81,7 +81,7 @@ class PackedTrainer:
         Raises:
             UserError: the model does not honour position ids and a 4-D mask, or a setting rules packed rows out.
         """
-        tokenizer, self._checked, self._compile = processing_class, set(), take_over(args)
+        tokenizer, self._checked, self._compile = processing_class, set(), take_compile_options(args)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         collator = self.collator(pad_token_id=pad, row_length=row_length)
         super().__init__(*given, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
@@ -101,7 +101,7 @@ class PackedTrainer:
             for reference in models[1:]:  # it may be of another kind
                 self._check(reference)
         for model in models if self._compile else ():
-            compile_blocks(_causal_lm(model), self._compile)
+            compile_blocks(_unwrap_peft(model), self._compile)
         self._compile = None
 
     @torch.no_grad()
@@ -110,24 +110,24 @@ class PackedTrainer:
         if (mode := (model is getattr(self, "ref_model", None), model.training)) in self._checked:
             return
         self._checked.add(mode)
-        lm, collator = _causal_lm(self.accelerator.unwrap_model(model)), self.data_collator
+        lm, collator = _unwrap_peft(self.accelerator.unwrap_model(model)), self.data_collator
         if model.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
             raise UserError(f"packed rows need dropout off; leave --disable_dropout true, or {INSTEAD}")
         rows = [self.train_dataset[i] for i in range(min(64, len(self.train_dataset)))]
-        trees = full_row([collator.tree(row) for row in rows], collator.row_length)
+        trees = fill_row([collator.tree(row) for row in rows], collator.row_length)
         batch = collator([rows[i % len(rows)] for i in range(len(trees))])
         batch["packed"] = pack(trees, collator.row_length, rows=[list(range(len(trees)))])
         batch = self._prepare_inputs(batch)
         split = self.is_fsdp_enabled or self.is_deepspeed_enabled  # in their own precision, whatever is asked here
-        dtype = short_dtype(lm) or (_compute_dtype(self.args) if split else torch.float32)
-        with exactly(lm) if dtype == torch.float32 else self.accelerator.autocast():
+        dtype = get_low_precision_dtype(lm) or (_get_trainer_dtype(self.args) if split else torch.float32)
+        with float32_mode(lm) if dtype == torch.float32 else self.accelerator.autocast():
             alone = partial(self.checked, model, batch)
-            check_same(lm, partial(alone, packed=batch["packed"]), alone, dtype, self.checks)
+            check_same_results(lm, partial(alone, packed=batch["packed"]), alone, dtype, self.checks)
 
     @staticmethod
     def pack_model(model: PreTrainedModel, row_length: int) -> None:
         """Have a model compute `packed` rows, see `pack_forward`."""
-        pack_forward(model, row_length)
+        patch_packed_forward(model, row_length)
 
     @staticmethod
     def checked(model: torch.nn.Module, batch: dict[str, Any], **packed: Any) -> torch.Tensor:
@@ -139,10 +139,10 @@ class PackedTrainer:
         return output.log_probs[labels[:, 1:] != -100]
 
 
-class SharedPrefixDPOTrainer(PackedTrainer, FittedDPOTrainer):
+class SharedPrefixDPOTrainer(PackedTrainerMixin, FittedDPOTrainer):
     """`DPOTrainer` for fitted pairs, with each pair's prompt computed once and no padding."""
 
-    collator = PackedPreference
+    collator = PackedPreferenceCollator
 
     def cost(self, tokens: Callable[[str], np.ndarray]) -> np.ndarray:
         """Each part of a pair is computed once."""
@@ -164,10 +164,10 @@ class SharedPrefixDPOTrainer(PackedTrainer, FittedDPOTrainer):
         return super()._compute_loss(model, inputs, return_outputs)
 
 
-class PackedSFTTrainer(PackedTrainer, FittedSFTTrainer):
+class PackedSFTTrainer(PackedTrainerMixin, FittedSFTTrainer):
     """`SFTTrainer` for rows with `input_ids` and `labels`, without padding."""
 
-    collator = PackedLanguageModeling
+    collator = PackedSFTCollator
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's, after the check."""
@@ -175,7 +175,7 @@ class PackedSFTTrainer(PackedTrainer, FittedSFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def pack_forward(model: PreTrainedModel, row_length: int) -> None:
+def patch_packed_forward(model: PreTrainedModel, row_length: int) -> None:
     """Have a model with TRL's fused LM head compute `packed` rows where a batch brings them.
 
     Args:
@@ -185,11 +185,11 @@ def pack_forward(model: PreTrainedModel, row_length: int) -> None:
     Raises:
         UserError: the model cannot compute packed rows.
     """
-    model = _causal_lm(model)
+    model = _unwrap_peft(model)
     if getattr(model.forward, "packs", False):
         return
-    check_model(model, row_length)
-    fuse_gelu(model)
+    check_packable(model, row_length)
+    use_fused_gelu(model)
     # What accelerate prepared, as it does a reference, enters autocast by itself, whatever `exactly` asks for.
     wrapped, bare = model.forward, getattr(model, "_original_forward", model.forward)
 
@@ -197,7 +197,7 @@ def pack_forward(model: PreTrainedModel, row_length: int) -> None:
     def forward(
         self: PreTrainedModel, *args: Any, packed: dict | None = None, fused_lm_head: bool = False, **kwargs: Any
     ) -> Any:
-        fused_forward = bare if is_exact(self) else wrapped
+        fused_forward = bare if in_float32_mode(self) else wrapped
         if packed is None or not fused_lm_head:
             return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
         return _packed_forward(self, fused_forward, packed, **kwargs)
@@ -206,7 +206,7 @@ def pack_forward(model: PreTrainedModel, row_length: int) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def fuse_gelu(model: PreTrainedModel) -> None:
+def use_fused_gelu(model: PreTrainedModel) -> None:
     """Swap GPT-2's GELU, eight elementwise operations, for PyTorch's one: the same formula, rounded otherwise."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -231,11 +231,11 @@ def _packed_forward(
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[packed["predicts"]][None]
         return output
 
-    with model.base_model.register_forward_hook(keep), _tile(CPU_TILE if model.device.type == "cpu" else None):
+    with model.base_model.register_forward_hook(keep), _lm_head_tile(CPU_TILE if model.device.type == "cpu" else None):
         output = fused_forward(
             input_ids=packed["input_ids"],
             position_ids=packed["position_ids"],
-            attention_mask=additive_mask(packed["segment_ids"], packed["prefix_ids"], mask_dtype(model)),
+            attention_mask=build_additive_mask(packed["segment_ids"], packed["prefix_ids"], get_mask_dtype(model)),
             shift_labels=packed["targets"][None],  # as labels[:, 1:][answers], without waiting for a GPU
             fused_lm_head=True,
             **kwargs,
@@ -248,7 +248,7 @@ def _packed_forward(
 
 
 @contextmanager
-def _tile(columns: int | None) -> Iterator[None]:
+def _lm_head_tile(columns: int | None) -> Iterator[None]:
     """Have TRL's LM head take so many columns of the vocabulary at once, None: its own number."""
     before = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = columns or before
@@ -258,15 +258,15 @@ def _tile(columns: int | None) -> Iterator[None]:
         trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
 
 
-def _compute_dtype(args: TrainingArguments) -> torch.dtype:
+def _get_trainer_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def mask_dtype(model: PreTrainedModel) -> torch.dtype:
+def get_mask_dtype(model: PreTrainedModel) -> torch.dtype:
     """What a model's attention adds a mask in."""
     device = model.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
-def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+def _unwrap_peft(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model

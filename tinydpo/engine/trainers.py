@@ -16,18 +16,18 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer import dpo_trainer, sft_trainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from tinydpo.data.pairs import LARGE
-from tinydpo.data.sources import quiet
+from tinydpo.data.pairs import MANY_ROWS
+from tinydpo.data.sources import hide_progress_bars
 from tinydpo.engine.by_length import ByLength
 from tinydpo.engine.means import SPARE, PairsAlike, TokensAlike
 from tinydpo.engine.reference_cache import hash_split, on_every_machine
-from tinydpo.training.checkpoints import WholeCheckpoints
+from tinydpo.training.checkpoints import SealedCheckpointsMixin
 from tinydpo.training.throughput import Counts
 
 HEAD = "float32"  # part of the name of cached reference log-probs: earlier ones were rounded to the blocks' dtype
 
 
-class Float32Head:
+class Float32HeadMixin:
     """For a TRL trainer: its fused LM head computes in float32, outside autocast, for policy and reference alike.
 
     TRL has it round logits to the blocks' dtype; `models.precision` says what that does to pretrained models.
@@ -43,7 +43,7 @@ class Float32Head:
             super().__init__(*args, **kwargs)
 
 
-class Counted:
+class TokenCounterMixin:
     """For a TRL trainer: `counted` is what its training steps have computed, without a wait for the device."""
 
     counted = Counts()
@@ -69,7 +69,7 @@ class Counted:
         return Counts(examples, tokens, scored)
 
 
-class FittedDPOTrainer(WholeCheckpoints, ByLength, Float32Head, Counted, PairsAlike, DPOTrainer):
+class FittedDPOTrainer(SealedCheckpointsMixin, ByLength, Float32HeadMixin, TokenCounterMixin, PairsAlike, DPOTrainer):
     """`DPOTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
 
     TRL tokenizes from text and cuts after the first `max_length` tokens, which takes the signal from a third of HH's
@@ -100,7 +100,7 @@ class FittedDPOTrainer(WholeCheckpoints, ByLength, Float32Head, Counted, PairsAl
             self._precompute_model_hash = weights
 
 
-class FittedSFTTrainer(WholeCheckpoints, ByLength, Float32Head, Counted, TokensAlike, SFTTrainer):
+class FittedSFTTrainer(SealedCheckpointsMixin, ByLength, Float32HeadMixin, TokenCounterMixin, TokensAlike, SFTTrainer):
     """`SFTTrainer` without dropout, for which `SFTConfig`, unlike `DPOConfig`, has no option.
 
     With it 1 and 2 processes, which draw other masks, would not agree.
@@ -112,7 +112,7 @@ class FittedSFTTrainer(WholeCheckpoints, ByLength, Float32Head, Counted, TokensA
         disable_dropout_in_model(self.model)
 
 
-def sft_rows(pairs: Dataset, completion_only: bool = True) -> Dataset:
+def build_sft_rows(pairs: Dataset, completion_only: bool = True) -> Dataset:
     """The chosen answers of fitted pairs as `SFTTrainer` reads them without preparing them again.
 
     Args:
@@ -130,5 +130,5 @@ def sft_rows(pairs: Dataset, completion_only: bool = True) -> Dataset:
             "labels": [([-100] * len(prompt) if completion_only else prompt) + chosen for prompt, chosen in both],
         }
 
-    with quiet(small=len(pairs) < LARGE):
+    with hide_progress_bars(small=len(pairs) < MANY_ROWS):
         return pairs.map(rows, batched=True, remove_columns=pairs.column_names, desc="Joining prompts and answers")

@@ -7,7 +7,7 @@ from tinydpo.files import read_run_config
 
 
 @dataclass
-class AnsweringArguments:
+class PolicyArguments:
     """Who answers how many prompts, and where what comes of it goes."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The policy: folder or Hub id."})
@@ -47,7 +47,7 @@ class AnsweringArguments:
 
 
 @dataclass
-class SamplingArguments(AnsweringArguments):
+class SamplingArguments(PolicyArguments):
     """How answers are drawn from the policy's distribution: as it is, unless these reshape it."""
 
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits when sampling."})

@@ -10,14 +10,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tinydpo.data.trained import trained_share
-from tinydpo.evaluation.answering import AnsweringArguments, SamplingArguments
+from tinydpo.evaluation.answering import PolicyArguments, SamplingArguments
 from tinydpo.files import read_run_config
-from tinydpo.launching.arguments import RowArguments, row_length_for
+from tinydpo.launching.arguments import RowArguments, resolve_row_length
 from tinydpo.models.pretrained import check_same_vocabulary, load_tokenizer
 
 
 @dataclass
-class ComparedModels(AnsweringArguments):
+class ComparisonArguments(PolicyArguments):
     """A policy and its reference, and the held-out prompts that both answer."""
 
     ref_model_name_or_path: str | None = field(
@@ -53,7 +53,7 @@ class ComparedModels(AnsweringArguments):
 
 
 @dataclass
-class EvaluateArguments(RowArguments, ComparedModels, SamplingArguments):
+class EvaluateArguments(RowArguments, ComparisonArguments, SamplingArguments):
     """How to compare them."""
 
     beta: float | None = field(
@@ -67,4 +67,4 @@ class EvaluateArguments(RowArguments, ComparedModels, SamplingArguments):
             self.beta = float(read_run_config(self.model_name_or_path).get("beta") or 0.1)
         if self.beta <= 0:
             raise ValueError(f"beta must be above 0, got {self.beta}")
-        self.row_length = row_length_for(self.max_length, self.row_length) if self.shared_prefix else None
+        self.row_length = resolve_row_length(self.max_length, self.row_length) if self.shared_prefix else None

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tinydpo.data.asked import prompts_of
+from tinydpo.data.asked import get_prompts
 from tinydpo.data.pairs import FittedSplit
-from tinydpo.evaluation.metrics import by_subset, share
-from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, scores_of
+from tinydpo.evaluation.metrics import group_by_subset, share_with_interval
+from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, score_answers
 
 RESAMPLES = 10_000, 1_000  # of pairs; of prompts, whose answers are ranked anew each time
 
 
-def beside_implicit(
+def compare_with_reward_model(
     reward: RewardArguments,
     functions: Sequence[RewardFunction],
     held_out: FittedSplit,
@@ -40,15 +40,15 @@ def beside_implicit(
     """
     if not reward.reward_model_name_or_path:
         return {}
-    chosen, rejected = pair_scores(functions[-1], held_out, tokenizer)
+    chosen, rejected = score_pairs(functions[-1], held_out, tokenizer)
     ours, its = implicit > 0, chosen > rejected
-    told = compared(ours, its)
+    told = paired_accuracies(ours, its)
     if "subset" in held_out.pairs.column_names:
-        told["explicit_subsets"] = by_subset(held_out.pairs["subset"][:], lambda part: compared(ours[part], its[part]))
+        told["explicit_subsets"] = group_by_subset(held_out.pairs["subset"][:], lambda part: paired_accuracies(ours[part], its[part]))
     return told
 
 
-def pair_scores(
+def score_pairs(
     model: RewardFunction, held_out: FittedSplit, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, np.ndarray]:
     """A reward model's scores of chosen and of rejected answers, (n,) each, of pairs as they were fitted.
@@ -60,14 +60,14 @@ def pair_scores(
     def words(part: str) -> list[str]:
         return tokenizer.batch_decode(pairs[part][:], skip_special_tokens=True)
 
-    both = zip(prompts_of(texts), words("prompt_ids"), strict=True)
+    both = zip(get_prompts(texts), words("prompt_ids"), strict=True)
     prompts = [fitted if isinstance(whole, str) else whole for whole, fitted in both]
     return tuple(
-        scores_of([model], texts, words(part), pairs[part][:], prompts) for part in ("chosen_ids", "rejected_ids")
+        score_answers([model], texts, words(part), pairs[part][:], prompts) for part in ("chosen_ids", "rejected_ids")
     )
 
 
-def compared(implicit: np.ndarray, explicit: np.ndarray) -> dict[str, Any]:
+def paired_accuracies(implicit: np.ndarray, explicit: np.ndarray) -> dict[str, Any]:
     """Two judges' shares of right pairs, the first less the second, with the interval of a paired bootstrap.
 
     Args:
@@ -79,13 +79,13 @@ def compared(implicit: np.ndarray, explicit: np.ndarray) -> dict[str, Any]:
     shares = [float((apart == value).mean()) for value in (-1, 0, 1)]
     drawn = np.random.default_rng(0).multinomial(n, shares, size=RESAMPLES[0])
     return {
-        **share("explicit_accuracy", explicit),
+        **share_with_interval("explicit_accuracy", explicit),
         "implicit_minus_explicit": float(apart.mean()),
         "implicit_minus_explicit_ci95": np.quantile((drawn[:, 2] - drawn[:, 0]) / n, (0.025, 0.975)).tolist(),
     }
 
 
-def agreement(reward: RewardArguments, each: dict[str, np.ndarray]) -> dict[str, Any]:
+def rank_agreement(reward: RewardArguments, each: dict[str, np.ndarray]) -> dict[str, Any]:
     """`rank_correlation` of a reward model with the reward functions beside it over all sampled answers, and `_ci95`.
 
     Args:

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tinydpo.data.records import BrokenRow, Names, decode, rename
+from tinydpo.data.records import BrokenRow, ColumnNames, decode_row, rename_columns
 from tinydpo.data.sources import load_records
 from tinydpo.errors import UserError
 from tinydpo.evaluation.rewards import RewardArguments
-from tinydpo.files import write_whole
+from tinydpo.files import write_atomic
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import read_yaml
+from tinydpo.launching.parsing import load_recipe
 
 CURVES = {"sigmoid": "DPO", "ipo": "IPO", "hinge": "hinge", "conservative": "conservative DPO"}
 SHUFFLED = "shuffled labels"
@@ -74,7 +74,7 @@ class FrontierArguments:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
 
 
-class Run(NamedTuple):
+class FrontierRun(NamedTuple):
     """One training; `loss` is a key of `CURVES`, and a `learning_rate` of None is the recipe's."""
 
     name: str
@@ -85,19 +85,19 @@ class Run(NamedTuple):
     learning_rate: float | None = None
 
 
-def plan(args: FrontierArguments) -> Iterator[Run]:
+def plan_runs(args: FrontierArguments) -> Iterator[FrontierRun]:
     """The runs: every loss, β, rate and seed, and the paper's loss at the lowest β on shuffled labels."""
     for seed in args.seeds:
         for rate in args.learning_rates or [None]:
             end = f"-seed{seed}" if rate is None else f"-lr{rate:g}-seed{seed}"
             for loss in args.losses:
                 for beta in args.betas:
-                    yield Run(f"{loss}-beta{beta:g}{end}", CURVES[loss], loss, beta, seed, rate)
+                    yield FrontierRun(f"{loss}-beta{beta:g}{end}", CURVES[loss], loss, beta, seed, rate)
             lowest = min(args.betas)
-            yield Run(f"shuffled-beta{lowest:g}{end}", SHUFFLED, "sigmoid", lowest, seed, rate)
+            yield FrontierRun(f"shuffled-beta{lowest:g}{end}", SHUFFLED, "sigmoid", lowest, seed, rate)
 
 
-def loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
+def get_loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
     """TRL's flags for a loss.
 
     Conservative DPO is −(1 − ε) log σ(x) − ε log σ(−x) (arXiv 2305.18290's authors' note on noisy labels, ε =
@@ -110,7 +110,7 @@ def loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
     return {"loss_type": ["sigmoid", "robust"], "loss_weights": weights, "label_smoothing": label_smoothing}
 
 
-def dpo_flags(run: Run, args: FrontierArguments, data: DataArguments, folder: Path) -> list[str]:
+def get_dpo_flags(run: FrontierRun, args: FrontierArguments, data: DataArguments, folder: Path) -> list[str]:
     """The command line of scripts/dpo.py for a run, by `folder`/dpo.yaml; shuffled labels are in its shuffled-data."""
     if run.curve == SHUFFLED:
         same = ("max_question_length", "on_bad_row", "max_train_pairs", "max_test_pairs")
@@ -120,27 +120,27 @@ def dpo_flags(run: Run, args: FrontierArguments, data: DataArguments, folder: Pa
         "config": folder / "dpo.yaml", "model_name_or_path": args.model_name_or_path, "output_dir": folder / run.name,
         **{name: value for name, value in asdict(data).items() if value is not None},
         "beta": run.beta, "seed": run.seed, **({"learning_rate": run.learning_rate} if run.learning_rate else {}),
-        **loss_flags(run.loss, args.label_smoothing),
+        **get_loss_flags(run.loss, args.label_smoothing),
         "eval_strategy": "no", "save_strategy": "steps", "save_steps": min(0.999999, 1 / args.checkpoints),
         "save_total_limit": args.checkpoints + 1, "disable_tqdm": True,
     }  # fmt: skip
     return [str(p) for k, v in flags.items() for p in (f"--{k}", *(v if isinstance(v, list) else [v]))]
 
 
-def read_recipe(path: str) -> dict[str, Any]:
+def load_dpo_recipe(path: str) -> dict[str, Any]:
     """The keys that all runs share: a DPO recipe's, without its data.
 
     Raises:
         UserError: it cannot be read, or leaves the token budget open.
     """
-    recipe = read_yaml(path)
+    recipe = load_recipe(path)
     if not isinstance(recipe.get("max_length"), int):
         raise UserError(f"{path} sets no max_length; a frontier needs the token budget of its runs")
     of_data = {field.name for field in fields(DataArguments)}
     return {key: value for key, value in recipe.items() if key not in of_data}
 
 
-def settings_of(
+def get_frontier_settings(
     args: FrontierArguments, reward: RewardArguments, data: DataArguments, recipe: dict[str, Any]
 ) -> dict[str, Any]:
     """All that was given that a point depends on, besides its run, as JSON holds it."""
@@ -149,19 +149,19 @@ def settings_of(
     return json.loads(json.dumps(kept | asdict(reward) | asdict(data) | {"recipe": recipe}))
 
 
-def write_data(data: DataArguments, recipe: dict[str, Any], folder: Path) -> None:
+def write_frontier_data(data: DataArguments, recipe: dict[str, Any], folder: Path) -> None:
     """Write what the runs read: the recipe to `folder`/dpo.yaml, and the rows with shuffled labels.
 
     In `folder`/shuffled-data chosen and rejected of each training row are exchanged by the toss of a coin.
     """
-    write_whole(folder / "dpo.yaml", yaml.safe_dump(recipe))
+    write_atomic(folder / "dpo.yaml", yaml.safe_dump(recipe))
     rng, folder = random.Random(0), folder / "shuffled-data"
     folder.mkdir(parents=True, exist_ok=True)
     for split, records in load_records(data).items():
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for record in records["record"]:
                 try:
-                    row = rename(decode(record), Names.of(data))
+                    row = rename_columns(decode_row(record), ColumnNames.of(data))
                 except BrokenRow:  # the runs before have stopped at it, or skipped it
                     continue
                 if split == "train" and rng.random() < 0.5:

@@ -87,7 +87,7 @@ def read_verdict(reply: str) -> str:
     return match[1] if match[1] in "AB" else "tie"
 
 
-def outcome(policy_first: str, policy_second: str) -> float | None:
+def get_outcome(policy_first: str, policy_second: str) -> float | None:
     """What the verdicts on a pair say of the policy's answer, which stood as A, then as B.
 
     Returns:
@@ -131,7 +131,7 @@ class Judge:
         self, prompts: Sequence[str], policy: Sequence[str], opponent: Sequence[str], desc: str = "judge"
     ) -> list[float | None]:
         """The `outcome` of each of n pairs of answers, from `both_orders`."""
-        return [outcome(*pair) for pair in self.both_orders(prompts, policy, opponent, desc)]
+        return [get_outcome(*pair) for pair in self.both_orders(prompts, policy, opponent, desc)]
 
     def both_orders(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], desc: str = "judge"

@@ -23,7 +23,7 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def share(name: str, right: np.ndarray) -> dict[str, Any]:
+def share_with_interval(name: str, right: np.ndarray) -> dict[str, Any]:
     """Under `name`, the share of n ≥ 1 flags that hold, and its interval under `name`_ci95."""
     return {name: float(right.mean()), f"{name}_ci95": list(wilson_interval(int(right.sum()), len(right)))}
 
@@ -52,7 +52,7 @@ def pair_metrics(policy: PairLogps, ref: PairLogps, beta: float) -> dict[str, An
     losses = np.logaddexp(0, -margins)
     return {
         "pairs": len(margins),
-        **share("reward_accuracy", margins > 0),
+        **share_with_interval("reward_accuracy", margins > 0),
         "reward_margin": float(margins.mean()),
         "reward_margin_se": standard_error(margins),
         "dpo_loss": float(losses.mean()),
@@ -76,16 +76,16 @@ def accuracy_by_cut(margins: np.ndarray, whole: Sequence[str]) -> dict[str, Any]
     for name, part in (("whole", right[both]), ("cut", right[~both])):
         if len(part):
             key = f"reward_accuracy_{name}"
-            results |= share(key, part) | {f"{key}_pairs": len(part)}
+            results |= share_with_interval(key, part) | {f"{key}_pairs": len(part)}
     return results
 
 
 def accuracy_by_subset(margins: np.ndarray, subsets: Sequence[str]) -> dict[str, Any]:
     """`subsets`: reward accuracy of n pairs `by_subset`."""
-    return {"subsets": by_subset(subsets, lambda part: share("reward_accuracy", margins[part] > 0))}
+    return {"subsets": group_by_subset(subsets, lambda part: share_with_interval("reward_accuracy", margins[part] > 0))}
 
 
-def by_subset(subsets: Sequence[str], figures: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def group_by_subset(subsets: Sequence[str], figures: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """`figures` of each subset's pairs, given as a mask, and their number, the largest first; of one subset, {}."""
     names, of = np.unique(subsets, return_inverse=True)
     masks = {str(name): of == index for index, name in enumerate(names)} if len(names) > 1 else {}
@@ -142,7 +142,7 @@ def reward_metrics(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
     }
 
 
-def each_reward(names: Sequence[str], policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
+def metrics_by_reward(names: Sequence[str], policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
     """`rewards`: `reward_metrics` by each of several rewards alone, (rewards, n) of both models; of one, {}."""
     if len(names) < 2:
         return {}

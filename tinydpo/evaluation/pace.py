@@ -14,7 +14,7 @@ from typing import Any
 import openai
 from tqdm.auto import tqdm
 
-from tinydpo.errors import tell
+from tinydpo.errors import print_stderr
 
 EVERY = 30.0  # seconds between two lines where there is no terminal for a progress bar
 
@@ -98,7 +98,7 @@ async def ask_all(ask: Callable[[Any], Awaitable[None]], questions: Iterable[Any
             bar.update(len(done))
             if bar.disable and time.monotonic() - told >= EVERY:
                 told = time.monotonic()
-                tell(
+                print_stderr(
                     f"{desc}: {total - len(waiting) - len(under_way)} of {total} verdicts, {len(under_way)} under way"
                 )
     if failures:

@@ -9,11 +9,11 @@ import numpy as np
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation import winrate
-from tinydpo.evaluation.table import Row, headline, trained_on
-from tinydpo.files import write_json, write_whole
+from tinydpo.evaluation.table import Row, headline_rows, format_trained_share
+from tinydpo.files import write_json, write_atomic
 
 
-def make_folder(output_dir: str) -> Path:
+def make_output_folder(output_dir: str) -> Path:
     """The folder for results, made if missing; UserError where that cannot be."""
     try:
         (folder := Path(output_dir)).mkdir(parents=True, exist_ok=True)
@@ -22,24 +22,24 @@ def make_folder(output_dir: str) -> Path:
     return folder
 
 
-def by_row(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def columns_to_rows(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Columns of n values as n rows, NumPy's numbers as Python's."""
     plain = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
     return [dict(zip(columns, row, strict=True)) for row in zip(*plain, strict=True)]
 
 
-def save(output_dir: Path, results: dict[str, Any], **tables: Sequence[dict[str, Any]]) -> None:
+def save_evaluation(output_dir: Path, results: dict[str, Any], **tables: Sequence[dict[str, Any]]) -> None:
     """Write each table as `<name>.jsonl`, then `eval_results.json`: where that one stands, the evaluation is complete.
 
     All replace what an earlier run left, whole or not at all. The headline figures go into the policy's card too.
     """
     for name, rows in tables.items():
-        write_whole(output_dir / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_atomic(output_dir / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json(output_dir / "eval_results.json", results)
-    add_evaluation(Path(results["settings"]["model_name_or_path"]), results)
+    add_evaluation_to_card(Path(results["settings"]["model_name_or_path"]), results)
 
 
-def add_evaluation(run: Path, results: dict[str, Any]) -> None:
+def add_evaluation_to_card(run: Path, results: dict[str, Any]) -> None:
     """Put an evaluation's headline figures into a policy's model card, in place of an earlier evaluation's.
 
     Args:
@@ -49,13 +49,13 @@ def add_evaluation(run: Path, results: dict[str, Any]) -> None:
     settings = results["settings"]
     lines = [f"{results['pairs']} held-out pairs, {settings['num_prompts']} held-out prompts, β"]
     lines[-1] += f" {results['beta']:g}, seed {settings['seed']}; in brackets 95 % intervals."
-    lines += ["", trained_on(results)] if trained_on(results) else []
+    lines += ["", format_trained_share(results)] if format_trained_share(results) else []
     lines += ["", "| | policy | reference | |", "| --- | --- | --- | --- |"]
-    lines += [f"| {row.label} | {row.policy} | {row.ref or ''} | {_meaning(row)} |" for row in headline(results)]
+    lines += [f"| {row.label} | {row.policy} | {row.ref or ''} | {_meaning(row)} |" for row in headline_rows(results)]
     _put_section(run, "## Evaluation", lines)
 
 
-def add_win_rates(run: Path, results: dict[str, Any]) -> None:
+def add_win_rates_to_card(run: Path, results: dict[str, Any]) -> None:
     """Put a judge's win rates, and how far it can be trusted, into a policy's model card, as `add_evaluation` does.
 
     Args:
@@ -65,7 +65,7 @@ def add_win_rates(run: Path, results: dict[str, Any]) -> None:
     settings = results["settings"]
     lines = [f"{settings['num_prompts']} held-out prompts, seed {settings['seed']}; in brackets 95 % intervals."]
     lines += ["", "| | | |", "| --- | --- | --- |"]
-    lines += [f"| {row.label} | {row.policy} | {_meaning(row)} |" for row in winrate.headline(results)]
+    lines += [f"| {row.label} | {row.policy} | {_meaning(row)} |" for row in winrate.winrate_rows(results)]
     _put_section(run, "## Win rates by a judge", lines)
 
 
@@ -79,4 +79,4 @@ def _put_section(run: Path, heading: str, lines: Sequence[str]) -> None:
         return
     before, _, after = card.read_text(encoding="utf-8").partition(f"{heading}\n")
     kept = "".join(after.partition("\n## ")[1:])
-    write_whole(card, "\n".join([before.rstrip("\n"), "", heading, "", *lines]) + "\n" + kept)
+    write_atomic(card, "\n".join([before.rstrip("\n"), "", heading, "", *lines]) + "\n" + kept)

@@ -18,12 +18,12 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from tinydpo.data.asked import Prompt, dialogue, prompts_of
+from tinydpo.data.asked import Prompt, format_dialogue, get_prompts
 from tinydpo.errors import UserError
 from tinydpo.evaluation.sampling import cut_prompt
-from tinydpo.models.ending import without_end
-from tinydpo.models.precision import compute_in
-from tinydpo.models.pretrained import load_as, load_tokenizer
+from tinydpo.models.ending import strip_turn_end
+from tinydpo.models.precision import set_compute_dtype
+from tinydpo.models.pretrained import load_pretrained, load_tokenizer
 
 RewardFunction = Callable[..., list[float]]
 
@@ -90,12 +90,12 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(name, revision)
-    model, loading = load_as(AutoModelForSequenceClassification, name, revision, device=device)
+    model, loading = load_pretrained(AutoModelForSequenceClassification, name, revision, device=device)
     if loading["missing_keys"] or model.config.num_labels != 1:
         lacks = "has no trained head" if loading["missing_keys"] else f"has {model.config.num_labels} outputs"
         raise UserError(f"--reward_model_name_or_path {name} {lacks}; pass a model trained to give one reward")
     if dtype and isinstance(getattr(model, "score", None), torch.nn.Linear):
-        compute_in(model, dtype)
+        set_compute_dtype(model, dtype)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.truncation_side = "left"  # the answer stands at the end
     tokenizer.padding_side = "right"  # GPT-2's positions count padding on the left
@@ -107,10 +107,10 @@ def load_reward_model(
     def encode(prompt: Prompt, completion: Prompt) -> dict[str, list[int]]:
         whole = prompt + completion
         if isinstance(whole, str) or tokenizer.chat_template is None:
-            text = whole if isinstance(whole, str) else dialogue(whole)
+            text = whole if isinstance(whole, str) else format_dialogue(whole)
             return dict(tokenizer(text, truncation=True, max_length=longest))
         text = tokenizer.apply_chat_template(whole, tokenize=False)  # with the begin token, where there is one
-        text = without_end(tokenizer, text) if fitted_to else text
+        text = strip_turn_end(tokenizer, text) if fitted_to else text
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return {"input_ids": cut_prompt(ids, longest, tokenizer.bos_token_id)}
 
@@ -150,12 +150,12 @@ def load_reward(name: str) -> RewardFunction:
     return reward
 
 
-def each_score(functions: Sequence[RewardFunction], *answers: Any) -> np.ndarray:
+def score_by_function(functions: Sequence[RewardFunction], *answers: Any) -> np.ndarray:
     """`scores_of` answers by each function alone, (functions, n)."""
-    return np.stack([scores_of([function], *answers) for function in functions])
+    return np.stack([score_answers([function], *answers) for function in functions])
 
 
-def scores_of(
+def score_answers(
     functions: Sequence[RewardFunction],
     texts: Dataset,
     written: Sequence[str],
@@ -171,13 +171,13 @@ def scores_of(
         ids: its tokens.
         prompts: what was answered, by default the rows' own prompts, whole.
     """
-    prompts, templated = prompts or prompts_of(texts), texts["templated"][:]
+    prompts, templated = prompts or get_prompts(texts), texts["templated"][:]
 
-    completions = [*map(completion_of, prompts, written, templated)]
-    return rewards(functions, prompts, completions, completion_ids=list(ids))
+    completions = [*map(as_completion, prompts, written, templated)]
+    return sum_rewards(functions, prompts, completions, completion_ids=list(ids))
 
 
-def completion_of(prompt: Prompt, said: str, templated: bool) -> Prompt:
+def as_completion(prompt: Prompt, said: str, templated: bool) -> Prompt:
     """An answer as the data have it: a message after messages, else a text.
 
     Args:
@@ -190,7 +190,7 @@ def completion_of(prompt: Prompt, said: str, templated: bool) -> Prompt:
     return said if isinstance(prompt, str) else [{"role": "assistant", "content": content}]
 
 
-def rewards(
+def sum_rewards(
     functions: Sequence[RewardFunction], prompts: list[Prompt], completions: list[Prompt], **columns: list[Any]
 ) -> np.ndarray:
     """Sum of the functions' rewards for each completion, (n,) float64; `columns` are passed on to each function.

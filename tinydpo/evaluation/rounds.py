@@ -12,9 +12,9 @@ import yaml
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation.rewards import RewardArguments
-from tinydpo.files import read_json, write_whole
+from tinydpo.files import read_json, write_atomic
 from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import read_yaml
+from tinydpo.launching.parsing import load_recipe
 
 DPO = "dpo-on-policy"  # a round's own recipe: its pairs lie further apart than a dataset's and want another loss
 OF_PAIRS = {"max_question_length", "on_bad_row"}  # of a DPO recipe's keys about data, what holds for any
@@ -65,13 +65,13 @@ class Round:
     def dpo_flags(self) -> list[str]:
         """The command line of scripts/dpo.py, whose recipe goes to `folder`/dpo.yaml: the given one, other data."""
         of_data = {one.name for one in fields(DataArguments)} - OF_PAIRS
-        recipe = {k: v for k, v in read_yaml(f"{self.args.recipe}/{DPO}.yaml").items() if k not in of_data}
+        recipe = {k: v for k, v in load_recipe(f"{self.args.recipe}/{DPO}.yaml").items() if k not in of_data}
         named = zip(("model", "ref_model"), (self.start, self.reference), strict=True)
         for role, (name, revision) in named:
             recipe |= {f"{role}_name_or_path": name, f"{role}_revision": revision or "main"}
         recipe |= {"dataset_name": str(self.folder / "pairs"), "output_dir": str(self.folder / "dpo")}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "dpo.yaml", yaml.safe_dump(recipe | {"seed": self.args.seed}))
+        write_atomic(self.folder / "dpo.yaml", yaml.safe_dump(recipe | {"seed": self.args.seed}))
         return ["--config", str(self.folder / "dpo.yaml")]
 
     def evaluations(self) -> dict[Path, list[str]]:
@@ -104,13 +104,13 @@ class Round:
         return [f"--{role}_name_or_path", name, *([f"--{role}_revision", revision] if revision else [])]
 
 
-def plan(args: RoundArguments) -> list[Round]:
+def plan_rounds(args: RoundArguments) -> list[Round]:
     """The rounds in order.
 
     Raises:
         UserError: a recipe cannot be read, or names no model to start from.
     """
-    dpo, *_ = (read_yaml(f"{args.recipe}/{stage}.yaml") for stage in (DPO, "pairs", "evaluate"))
+    dpo, *_ = (load_recipe(f"{args.recipe}/{stage}.yaml") for stage in (DPO, "pairs", "evaluate"))
     first = (args.model_name_or_path, None) if args.model_name_or_path else (
         dpo.get("model_name_or_path"), dpo.get("model_revision"),
     )  # fmt: skip
@@ -121,7 +121,7 @@ def plan(args: RoundArguments) -> list[Round]:
     return [Round(args, folder, start, first) for folder, start in zip(folders, starts, strict=True)]
 
 
-def figures_of(rounds: list[Round]) -> dict[str, Any]:
+def collect_rounds(rounds: list[Round]) -> dict[str, Any]:
     """What the reference and each round's policy came to, by their evaluations.
 
     Returns:
@@ -130,10 +130,10 @@ def figures_of(rounds: list[Round]) -> dict[str, Any]:
     """
     against = [read_json(one.folder / "evaluation/eval_results.json", "kl_per_sequence") for one in rounds]
     before = [read_json(one.folder / "evaluation-before/eval_results.json") or against[0] for one in rounds]
-    lines = [{"name": "SFT", "kl": 0.0, "kl_se": 0.0} | _of_role("ref", against[0])]
+    lines = [{"name": "SFT", "kl": 0.0, "kl_se": 0.0} | _collect_role("ref", against[0])]
     for one, figures, over in zip(rounds, against, before, strict=True):
         kl = {"kl": figures["kl_per_sequence"], "kl_se": figures["kl_per_sequence_se"]}
-        lines.append({"name": one.folder.name} | kl | _of_role("policy", figures))
+        lines.append({"name": one.folder.name} | kl | _collect_role("policy", figures))
         for name, of in (("over_sft", figures), ("over_before", over)):
             lines[-1] |= {name: of.get("win_rate_vs_ref"), f"{name}_ci95": of.get("win_rate_ci95")}
     given = against[0]["settings"]
@@ -141,7 +141,7 @@ def figures_of(rounds: list[Round]) -> dict[str, Any]:
     return {"reward": named.name(), "rounds": lines}
 
 
-def _of_role(role: str, figures: dict[str, Any]) -> dict[str, Any]:
+def _collect_role(role: str, figures: dict[str, Any]) -> dict[str, Any]:
     both = {"reward": "reward", "ended": "ended", "tokens": "mean_length"}
     line = {ours: figures.get(f"{theirs}_{role}") for ours, theirs in both.items()}
     each = figures.get("rewards", {}).items()
@@ -149,7 +149,7 @@ def _of_role(role: str, figures: dict[str, Any]) -> dict[str, Any]:
     return line | {"reward_se": figures.get(f"reward_{role}_se")} | ({"rewards": rewards} if rewards else {})
 
 
-def beside(frontier: dict[str, Any], rounds: dict[str, Any]) -> dict[str, Any]:
+def add_rounds_to_frontier(frontier: dict[str, Any], rounds: dict[str, Any]) -> dict[str, Any]:
     """`frontier.json` with the rounds of `rounds.json` as a curve of their own; either may be missing, {}.
 
     Rounds measured by another reward, or by none, are left out.
@@ -159,7 +159,7 @@ def beside(frontier: dict[str, Any], rounds: dict[str, Any]) -> dict[str, Any]:
     return {"points": [], "reward": rounds["reward"], **frontier, "rounds": rounds["rounds"]}
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def format_rounds(lines: list[dict[str, Any]]) -> str:
     """`figures_of` as a table; win rates with their 95 % intervals."""
 
     def share(line: dict[str, Any], name: str) -> str:

@@ -20,10 +20,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 from trl.trainer.utils import hash_module
 
-from tinydpo.data.fitting import bos_of, tokenize_prompts
+from tinydpo.data.fitting import get_bos_ids, tokenize_prompts
 from tinydpo.files import write_json
-from tinydpo.models.ending import stop_tokens
-from tinydpo.models.precision import computes_in
+from tinydpo.models.ending import get_stop_token_ids
+from tinydpo.models.precision import get_compute_dtype
 
 
 class Answers(NamedTuple):
@@ -77,7 +77,7 @@ def cut_answer(ids: list[int], stops: Collection[int]) -> tuple[list[int], bool]
     return ids[:end], end is not None
 
 
-def prompts_to_answer(
+def prepare_prompts(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, num_prompts: int, seed: int
 ) -> tuple[Dataset, list[list[int]]]:
     """Held-out prompts, each cut to its last `max_length - max_length // 2` tokens: the rest is room for an answer.
@@ -93,11 +93,11 @@ def prompts_to_answer(
         The chosen rows of `texts`, and the token list of each one's prompt.
     """
     rows = choose_prompts(texts, num_prompts, seed)
-    bos = next(iter(bos_of(tokenizer)), None)  # as fitting keeps it, not every token that a tokenizer calls so
+    bos = next(iter(get_bos_ids(tokenizer)), None)  # as fitting keeps it, not every token that a tokenizer calls so
     return rows, [cut_prompt(ids, max_length - max_length // 2, bos) for ids in tokenize_prompts(rows, tokenizer)[0]]
 
 
-def cached_answers(
+def sample_cached(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
@@ -111,8 +111,8 @@ def cached_answers(
     The answers lie in the cache folder of `datasets`, beside the reference's log-probs. Who asks often passes the
     model's `hash_module` as `weights`: it reads all of them.
     """
-    stops = sorted(stop_tokens(model, tokenizer))
-    kind = (weights or hash_module(model), str(computes_in(model)), model.device.type, stops)
+    stops = sorted(get_stop_token_ids(model, tokenizer))
+    kind = (weights or hash_module(model), str(get_compute_dtype(model)), model.device.type, stops)
     key = Hasher.hash((kind, prompts, max_new_tokens, sorted(settings.items())))
     path = Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers" / f"{key}.json"
     try:
@@ -155,7 +155,7 @@ def sample_answers(
     Returns:
         `Answers` in the order of the prompts.
     """
-    stops = stop_tokens(model, tokenizer)
+    stops = get_stop_token_ids(model, tokenizer)
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
         do_sample=True,

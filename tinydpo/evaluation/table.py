@@ -55,10 +55,10 @@ class Row(NamedTuple):
 
     def says_nothing(self) -> bool:
         """Whether the interval holds what chance would give."""
-        return self.chance is not None and self.policy.low is not None and _holds(self.policy[1:], self.chance)
+        return self.chance is not None and self.policy.low is not None and _contains(self.policy[1:], self.chance)
 
 
-def headline(results: dict[str, Any]) -> list[Row]:
+def headline_rows(results: dict[str, Any]) -> list[Row]:
     """The figures of `eval_results.json` in the order to read them in, line breaks in their meanings."""
     r, settings = results, results["settings"]
     room, prompts = settings["max_length"] // 2, settings["num_prompts"]
@@ -166,7 +166,7 @@ def headline(results: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def table(results: dict[str, Any]) -> str:
+def format_table(results: dict[str, Any]) -> str:
     """`eval_results.json` as aligned text. A share whose 95 % interval holds one half is said to be no better."""
     settings = results["settings"]
     lines = [
@@ -175,13 +175,13 @@ def table(results: dict[str, Any]) -> str:
         f"{results['pairs']} held-out pairs at β {results['beta']:g}; both models' answers to "
         f"{settings['num_prompts']} held-out",
         f"prompts at temperature {settings['temperature']:g}, top_k {settings['top_k']}, top_p {settings['top_p']:g}",
-        *filter(None, [trained_on(results)]),
+        *filter(None, [format_trained_share(results)]),
         "",
         f"{'':<25}{'policy':>8}{'reference':>11}",
     ]
-    for label, meaning, policy, ref, chance, unit, _ in headline(results):
+    for label, meaning, policy, ref, chance, unit, _ in headline_rows(results):
         if chance == 0.5:
-            meaning += ";\n" + beside_chance(policy[1:])
+            meaning += ";\n" + format_interval(policy[1:])
         elif ref is None and policy.low is not None:
             meaning = f"{policy.spread()}{' ' * bool(unit)}{unit}: {meaning}"
         first, *more = meaning.split("\n")
@@ -190,7 +190,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def trained_on(results: dict[str, Any]) -> str:
+def format_trained_share(results: dict[str, Any]) -> str:
     """What to know of pairs whose prompts the policy was trained on; "" where there are none, or nothing is known."""
     count = round((results.get("trained_share") or 0) * results["pairs"])
     return (
@@ -198,17 +198,17 @@ def trained_on(results: dict[str, Any]) -> str:
     )
 
 
-def beside_chance(interval: Sequence[float]) -> str:
+def format_interval(interval: Sequence[float]) -> str:
     """The interval in words, with a warning where it cannot be told apart from a coin."""
     low, high = interval
-    return f"95 % between {low:.3f} and {high:.3f}" + ", not told apart from chance (0.5)" * _holds(interval, 0.5)
+    return f"95 % between {low:.3f} and {high:.3f}" + ", not told apart from chance (0.5)" * _contains(interval, 0.5)
 
 
-def _holds(interval: Sequence[float], value: float) -> bool:
+def _contains(interval: Sequence[float], value: float) -> bool:
     return interval[0] <= value <= interval[1]
 
 
-def side_by_side(samples: Sequence[dict[str, Any]], width: int = 400) -> str:
+def format_samples(samples: Sequence[dict[str, Any]], width: int = 400) -> str:
     """Prompts (their last `width` characters) with both models' answers, from rows of `samples.jsonl`."""
     parts = []
     for sample in samples:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydpo.evaluation.compared import ComparedModels
+from tinydpo.evaluation.compared import ComparisonArguments
 from tinydpo.evaluation.judge import Judge
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 from tinydpo.evaluation.table import Estimate, Row
@@ -18,7 +18,7 @@ RIDGE = 0.01  # a prior of standard deviation 10 on the logits: felt only where 
 
 
 @dataclass
-class WinrateArguments(ComparedModels):
+class WinrateArguments(ComparisonArguments):
     """Which answers the judge compares: four questions for each prompt, at each temperature."""
 
     temperatures: list[float] = field(
@@ -39,13 +39,13 @@ class WinrateArguments(ComparedModels):
             raise ValueError(f"calibration_pairs must be at least 0, got {self.calibration_pairs}")
 
 
-def cut_to_room(texts: Sequence[str], tokenizer: Any, room: int) -> list[str]:
+def cut_answers(texts: Sequence[str], tokenizer: Any, room: int) -> list[str]:
     """Answers cut to the `room` tokens that a sampled answer has; whole, the dataset's would have an advantage."""
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
     return tokenizer.batch_decode([one[:room] for one in ids], skip_special_tokens=True)
 
 
-def judged(
+def judge_answers(
     judge: Judge,
     prompts: Sequence[str],
     policy: Sequence[str],
@@ -59,12 +59,12 @@ def judged(
         UserError: the judge cannot be asked, or none of its verdicts can be read.
     """
     outcomes = judge.compare(prompts, policy, others, f"judge: against {opponent} at {temperature:g}")
-    if (figures := comparison(outcomes, policy, others)) is None:
+    if (figures := summarize_outcomes(outcomes, policy, others)) is None:
         raise judge.unreadable(f"{len(outcomes)} pairs against {opponent}")
     return {"opponent": opponent, "temperature": temperature, **figures}
 
 
-def comparison(
+def summarize_outcomes(
     outcomes: Sequence[float | None], policy: Sequence[str], opponent: Sequence[str]
 ) -> dict[str, Any] | None:
     """The figures of n judged pairs of answers.
@@ -82,7 +82,7 @@ def comparison(
         return None
     words = np.array([[len(text.split()) for text in pair] for pair in zip(policy, opponent, strict=True)])
     scores = np.array(outcomes, dtype=object)[valid].astype(float)
-    rate, *interval = length_controlled(scores, words[valid, 0] - words[valid, 1])
+    rate, *interval = length_controlled_rate(scores, words[valid, 0] - words[valid, 1])
     return {
         "prompts": len(outcomes),
         "wins": int((scores == 1).sum()),
@@ -98,7 +98,7 @@ def comparison(
     }
 
 
-def length_controlled(outcomes: np.ndarray, differences: np.ndarray) -> tuple[float, float, float]:
+def length_controlled_rate(outcomes: np.ndarray, differences: np.ndarray) -> tuple[float, float, float]:
     """The win rate between answers of equal length, with its 95 % interval.
 
     A logistic regression of the outcome on the length difference, read at difference 0: the idea of length-controlled
@@ -135,7 +135,7 @@ def _sigmoid(z: np.ndarray) -> np.ndarray:
     return (1 + np.tanh(z / 2)) / 2
 
 
-def doubts(results: dict[str, Any], comparison: dict[str, Any]) -> str:
+def format_caveats(results: dict[str, Any], comparison: dict[str, Any]) -> str:
     """What a reader of a comparison's rates has to know beside them, each after a semicolon."""
     invalid = comparison["invalid"] / comparison["prompts"]
     told = [f"{invalid:.0%} of the pairs are invalid"] if invalid > MOST_INVALID else []
@@ -148,7 +148,7 @@ def doubts(results: dict[str, Any], comparison: dict[str, Any]) -> str:
     return "".join(f"; {one}" for one in told)
 
 
-def _had_they_counted(comparison: dict[str, Any]) -> str:
+def _format_invalid_bounds(comparison: dict[str, Any]) -> str:
     n, invalid = comparison["prompts"], comparison["invalid"]
     if invalid <= MOST_INVALID * n:
         return ""
@@ -156,7 +156,7 @@ def _had_they_counted(comparison: dict[str, Any]) -> str:
     return f"; all for one side they would make it {won / n:.3f} or {(won + invalid) / n:.3f}"
 
 
-def itself(calibration: dict[str, Any]) -> str:
+def describe_judge(calibration: dict[str, Any]) -> str:
     """What a calibration says of the judge, in words that follow its name."""
     c, (low, high) = calibration, calibration["agreement_ci95"]
     return (
@@ -166,7 +166,7 @@ def itself(calibration: dict[str, Any]) -> str:
     )
 
 
-def headline(results: dict[str, Any]) -> list[Row]:
+def winrate_rows(results: dict[str, Any]) -> list[Row]:
     """The figures of `winrate.json` for those who read no table: the judge's own, then a win rate a comparison."""
     judge, rows = public_name(results["judge"]), []
     if c := results.get("calibration"):
@@ -186,7 +186,7 @@ def headline(results: dict[str, Any]) -> list[Row]:
             Row(
                 f"win rate against {OPPONENTS.get(c['opponent'], c['opponent'])}",
                 f"how often {judge} prefers the policy's answer at temperature {c['temperature']:g}, ties half; "
-                f"judges like length: length-controlled it is {controlled}{doubts(results, c)}",
+                f"judges like length: length-controlled it is {controlled}{format_caveats(results, c)}",
                 Estimate(c["win_rate"], *c["win_rate_ci95"]),
                 chance=0.5,
             )
@@ -194,7 +194,7 @@ def headline(results: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def table(results: dict[str, Any]) -> str:
+def format_winrates(results: dict[str, Any]) -> str:
     """`winrate.json` as text; where an interval holds one half, it says that no winner can be named."""
     settings, tokens = results["settings"], results["tokens"]
     room = settings["max_length"] // 2
@@ -205,17 +205,17 @@ def table(results: dict[str, Any]) -> str:
         f"answers    at most {room} tokens, the dataset's chosen ones cut there too",
     ]
     if calibration := results.get("calibration"):
-        first, more = itself(calibration).split("; ")
+        first, more = describe_judge(calibration).split("; ")
         lines[3:3] = [f"           {first};", f"           {more}"]
     for c in results["comparisons"]:
-        beside = doubts(results, c)
+        beside = format_caveats(results, c)
         lines += [
             "",
             f"against {OPPONENTS[c['opponent']]}, temperature {c['temperature']:g}",
             f"  win rate           {_rate(c['win_rate'], c['win_rate_ci95'])}{beside}",
             f"  length-controlled  {_rate(c['length_controlled_win_rate'], c['length_controlled_ci95'])}{beside}",
             f"  {c['prompts']} prompts: {c['wins']} wins, {c['ties']} ties, {c['losses']} losses, "
-            f"{c['invalid']} invalid (left out{_had_they_counted(c)})",
+            f"{c['invalid']} invalid (left out{_format_invalid_bounds(c)})",
             f"  mean length {c['mean_length_policy']:.1f} words, the others' {c['mean_length_opponent']:.1f}",
         ]
     lines += [

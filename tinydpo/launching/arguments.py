@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 COLUMNS = (
     "prompt", "chosen", "rejected", "completion", "messages", "system", "tools", "chat_template_kwargs", "subset",
 )  # fmt: skip
-IN_MESSAGES = ("role", "content")
-OF_EACH = ("dataset_name", "dataset_config", "dataset_revision", "dataset_data_dir")  # one, or one for each dataset
+MESSAGE_KEYS = ("role", "content")
+PER_DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_revision", "dataset_data_dir")  # one, or one for each dataset
 
 
-def row_length_for(max_length: int, asked: int | None) -> int:
+def resolve_row_length(max_length: int, asked: int | None) -> int:
     """The most tokens in a packed row: what was asked for, or 512, or more if a pair fitted to `max_length` needs it.
 
     Raises:
@@ -27,7 +27,7 @@ def row_length_for(max_length: int, asked: int | None) -> int:
     return asked or max(512, longest_pair)
 
 
-def renames(pairs: list[str] | None) -> dict[str, str]:
+def parse_renames(pairs: list[str] | None) -> dict[str, str]:
     """`THEIRS=OURS` pairs as a mapping.
 
     Raises:
@@ -47,7 +47,7 @@ def as_list(value: str | list | None) -> list:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def one_or_list(values: list) -> Any:
+def unwrap_single(values: list) -> Any:
     """Several as a list, one as itself, none as None: as recipes write them."""
     return values if len(values) > 1 else next(iter(values), None)
 
@@ -125,8 +125,8 @@ class DataArguments:
 
     def __post_init__(self):
         """Refuse what cannot be meant (ValueError)."""
-        for flag in OF_EACH:
-            setattr(self, flag, one_or_list(as_list(getattr(self, flag))))
+        for flag in PER_DATASET_FLAGS:
+            setattr(self, flag, unwrap_single(as_list(getattr(self, flag))))
         if not all(0 < weight <= 1 for weight in self.dataset_weights or ()):
             raise ValueError(f"dataset_weights are shares above 0 and up to 1, got {self.dataset_weights}")
         for flag in ("max_train_pairs", "max_test_pairs"):
@@ -137,12 +137,12 @@ class DataArguments:
             raise ValueError(f"test_split_size must lie between 0 and 1, got {self.test_split_size}")
         for flag in ("column", "role"):
             try:
-                named = renames(getattr(self, flag))
+                named = parse_renames(getattr(self, flag))
             except ValueError as error:
                 raise ValueError(f"{flag}: {error}") from None
             for theirs, ours in named.items():
-                if flag == "column" and ours not in COLUMNS + IN_MESSAGES:
-                    known = ", ".join(COLUMNS + IN_MESSAGES)
+                if flag == "column" and ours not in COLUMNS + MESSAGE_KEYS:
+                    known = ", ".join(COLUMNS + MESSAGE_KEYS)
                     raise ValueError(f"column: {theirs}={ours} names no column that is read; these are {known}")
         if self.max_question_length < 1:
             raise ValueError(f"max_question_length must be at least 1, got {self.max_question_length}")
@@ -160,7 +160,7 @@ class DataArguments:
         """
         columns: list[list] = [as_list(self.dataset_name)]
         count = len(columns[0])
-        for flag in (*OF_EACH[1:], "dataset_weights"):
+        for flag in (*PER_DATASET_FLAGS[1:], "dataset_weights"):
             values = as_list(getattr(self, flag)) or [1.0 if flag == "dataset_weights" else None]
             if count and len(values) not in (1, count):
                 raise ValueError(
@@ -170,9 +170,9 @@ class DataArguments:
         return [Source(*values) for values in zip(*columns, strict=False)]
 
 
-def sources_in(settings: Mapping[str, Any]) -> list[Source]:
+def list_sources(settings: Mapping[str, Any]) -> list[Source]:
     """The datasets that the settings of a run or an evaluation name."""
-    return DataArguments(**{flag: settings.get(flag) for flag in (*OF_EACH, "dataset_weights")}).sources()
+    return DataArguments(**{flag: settings.get(flag) for flag in (*PER_DATASET_FLAGS, "dataset_weights")}).sources()
 
 
 @dataclass

@@ -14,14 +14,14 @@ from typing import Any
 
 from tinydpo.errors import UserError
 from tinydpo.files import read_run_config
-from tinydpo.models.precision import fast_bf16
+from tinydpo.models.precision import has_fast_bf16
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, in how many
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by accelerate's names
-SHARDING = ("fsdp", "fsdp_config", "deepspeed")  # flags that would go past the checks of this module
+SHARDING_FLAGS = ("fsdp", "fsdp_config", "deepspeed")  # flags that would go past the checks of this module
 
 
-def fill(namespace: Namespace) -> None:
+def fill_defaults(namespace: Namespace) -> None:
     """Fill `use_cpu`, `bf16`, the per-device batch and the accumulation where the user left them unset.
 
     Raises:
@@ -30,13 +30,13 @@ def fill(namespace: Namespace) -> None:
     """
     import torch
 
-    for flag in SHARDING:
+    for flag in SHARDING_FLAGS:
         if getattr(namespace, flag, None):
             raise UserError(
                 f"{flag} is {getattr(namespace, flag)}, but the accelerate file says what shards a model; start with "
                 "accelerate_configs/fsdp.yaml, zero2.yaml or zero3.yaml (docs/scaling.md)"
             )
-    asked = read(namespace.accelerate_config)
+    asked = read_accelerate_config(namespace.accelerate_config)
     cpu = namespace.use_cpu or _flag("ACCELERATE_USE_CPU") or asked.get("use_cpu") is True
     gpu = torch.accelerator.is_available() and not cpu
     namespace.use_cpu = not gpu
@@ -47,7 +47,7 @@ def fill(namespace: Namespace) -> None:
         elif "bf16" in begun and not namespace.fp16:  # a run goes on as it began, on whatever machine
             namespace.bf16, namespace.fp16 = begun["bf16"], begun.get("fp16", False)
         else:
-            namespace.bf16 = not namespace.fp16 and fast_bf16("cuda" if gpu else "cpu")
+            namespace.bf16 = not namespace.fp16 and has_fast_bf16("cuda" if gpu else "cpu")
     if namespace.pairs_per_step is not None:
         _split_batch(namespace, int(os.environ.get("WORLD_SIZE", 1)))
 
@@ -77,7 +77,7 @@ def _precision(asked: dict[str, Any]) -> str | None:
     return "no" if precision is False else str(precision)  # YAML reads a bare no as false
 
 
-def read(accelerate_config: str | None) -> dict[str, Any]:
+def read_accelerate_config(accelerate_config: str | None) -> dict[str, Any]:
     """The accelerate file's keys; empty without a file."""
     if accelerate_config is None:
         return {}
@@ -97,7 +97,7 @@ def read(accelerate_config: str | None) -> dict[str, Any]:
     return asked
 
 
-def check(training_args: Any, accelerate_config: str | None) -> str:
+def check_launch(training_args: Any, accelerate_config: str | None) -> str:
     """Hold what runs against what the accelerate file asked for.
 
     Args:
@@ -111,7 +111,7 @@ def check(training_args: Any, accelerate_config: str | None) -> str:
     Raises:
         UserError: if the two differ.
     """
-    state, asked = training_args.distributed_state, read(accelerate_config)
+    state, asked = training_args.distributed_state, read_accelerate_config(accelerate_config)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
     where = accelerate_config or "the launcher"
@@ -148,7 +148,7 @@ def check(training_args: Any, accelerate_config: str | None) -> str:
         )
     kind = _sharding() or getattr(state.distributed_type, "value", state.distributed_type)
     slow = ""
-    if training_args.use_cpu and dtype != "float32" and not fast_bf16("cpu"):
+    if training_args.use_cpu and dtype != "float32" and not has_fast_bf16("cpu"):
         slow = " (slow on this CPU; --bf16 false is faster)"
     plural = "es" if state.num_processes > 1 else ""
     batch, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
@@ -188,7 +188,7 @@ def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) -> None:
+def prepare_process(training_args: Any, model_args: Any, accelerate_config: str | None) -> None:
     """Before a training script loads anything: check what runs, say it in one line, and hand TRL how to load models.
 
     Raises:
@@ -212,7 +212,7 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # as inherited from a launcher made deaf to it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    line = check(training_args, accelerate_config)
+    line = check_launch(training_args, accelerate_config)
     if training_args.process_index == 0:
         print(line, flush=True)
     if training_args.use_cpu and torch.distributed.is_initialized():
@@ -231,7 +231,7 @@ def prepare(training_args: Any, model_args: Any, accelerate_config: str | None) 
     }
 
 
-def cores() -> int:
+def count_cores() -> int:
     """How many CPU cores this process may keep busy: those it may run on, or in a container its quota of time."""
     # Not on macOS. Linux counts cpusets here, as Slurm and `docker --cpuset-cpus` set them, and no quotas.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -242,7 +242,7 @@ def cores() -> int:
     return max(1, min(allowed, math.ceil(quota / period)))
 
 
-def device_and_dtype(dtype: str) -> tuple[str, Any]:
+def pick_device_and_dtype(dtype: str) -> tuple[str, Any]:
     """Where evaluation runs, the first GPU or else the CPU, and what its blocks compute in.
 
     Args:
@@ -252,5 +252,5 @@ def device_and_dtype(dtype: str) -> tuple[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        dtype = "bfloat16" if fast_bf16(device) else "float32"
+        dtype = "bfloat16" if has_fast_bf16(device) else "float32"
     return device, getattr(torch, dtype)

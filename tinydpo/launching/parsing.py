@@ -19,7 +19,7 @@ from trl import TrlParser
 
 from tinydpo.errors import UserError
 from tinydpo.launching import machine
-from tinydpo.launching.arguments import OF_EACH, as_list, one_or_list, row_length_for
+from tinydpo.launching.arguments import PER_DATASET_FLAGS, as_list, unwrap_single, resolve_row_length
 
 # A revision pinned in a recipe belongs to the recipe's own id: naming another id drops it.
 REVISIONS = {
@@ -118,9 +118,9 @@ class RecipeParser(TrlParser):
                 setattr(namespace, revision, self.library_defaults[revision])
         if "bf16" in self.options:  # a training script
             self.fill(namespace, given)
-        for name in OF_EACH:
+        for name in PER_DATASET_FLAGS:
             if isinstance(value := getattr(namespace, name, None), list):
-                setattr(namespace, name, one_or_list(value))  # alike from a recipe and from the command line
+                setattr(namespace, name, unwrap_single(value))  # alike from a recipe and from the command line
         self.resolved = dict(sorted(vars(namespace).items()))
         return namespace, unknown
 
@@ -143,11 +143,11 @@ class RecipeParser(TrlParser):
             namespace.logging_nan_inf_filter = (
                 False  # it hides NaN losses, and waits for the GPU twice a batch to do so
             )
-        namespace.row_length = row_length_for(namespace.max_length or 0, namespace.row_length)
-        machine.fill(namespace)
+        namespace.row_length = resolve_row_length(namespace.max_length or 0, namespace.row_length)
+        machine.fill_defaults(namespace)
 
 
-def parse(*types: type, argv: Sequence[str] | None = None, ignored: Iterable[type] = ()) -> tuple:
+def parse_args(*types: type, argv: Sequence[str] | None = None, ignored: Iterable[type] = ()) -> tuple:
     """Parse the command line and the `--config` YAML into one instance of each dataclass.
 
     Args:
@@ -158,10 +158,10 @@ def parse(*types: type, argv: Sequence[str] | None = None, ignored: Iterable[typ
     Raises:
         UserError: for an unknown key, a value of the wrong type or an unreadable YAML, named in one sentence.
     """
-    return parse_resolved(*types, argv=argv, ignored=ignored)[0]
+    return parse_training_args(*types, argv=argv, ignored=ignored)[0]
 
 
-def parse_resolved(
+def parse_training_args(
     *types: type, argv: Sequence[str] | None = None, ignored: Iterable[type] = ()
 ) -> tuple[tuple, dict]:
     """`parse`, and beside it every key with the value that it came to (plain YAML values)."""
@@ -171,7 +171,7 @@ def parse_resolved(
         if argv.count("--config") > 1:
             raise UserError(f"{COMMAND_LINE} --config is given twice; give one recipe, and flags for what differs")
         parser.config_file = next(iter(argv[argv.index("--config") + 1 :]), "")
-        read_yaml(parser.config_file)
+        load_recipe(parser.config_file)
     try:
         values = parser.parse_args_and_config(argv)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:  # the dataclasses' own checks
@@ -179,7 +179,7 @@ def parse_resolved(
     return tuple(values), parser.resolved
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def load_recipe(path: str) -> dict[str, Any]:
     """A recipe's keys; one that cannot be read, or that PyYAML takes for something else than it seems, is refused."""
     if not Path(path).is_file():
         raise UserError(f"--config: there is no file {path!r}; recipes/ holds the recipes")

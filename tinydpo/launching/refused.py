@@ -258,7 +258,7 @@ REFUSED = (
 )
 
 
-def refuse(run: Run, *configs: Any) -> None:
+def check_flags(run: Run, *configs: Any) -> None:
     """Refuse a run that sets what would have no effect, or a wrong one.
 
     Args:

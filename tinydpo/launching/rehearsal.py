@@ -7,7 +7,7 @@ from typing import Any
 from tinydpo.errors import UserError
 
 
-def rehearse(training: Any) -> None:
+def check_reporters(training: Any) -> None:
     """Make a run's reporters, and an optimizer and a schedule like its own.
 
     Args:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tinydpo.errors import UserError
-from tinydpo.models.hub import patiently, told_plainly
-from tinydpo.models.pretrained import differing_tokens, load_as, load_tokenizer
+from tinydpo.models.hub import retry_hub, explain_load_errors
+from tinydpo.models.pretrained import find_differing_tokens, load_pretrained, load_tokenizer
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass
@@ -39,7 +39,7 @@ class MergeArguments:
             raise ValueError(f"output_dir {folder} exists and is not empty; choose a new folder")
 
 
-def configs(model_args: Any) -> dict[str, Any]:
+def get_adapter_kwargs(model_args: Any) -> dict[str, Any]:
     """What TRL's trainers take for a `ModelConfig`: `quantization_config` and `peft_config`, None if not asked for.
 
     Loading a quantized model after this is safe on every CPU. On those with AVX512-BF16, bitsandbytes repacks a 4-bit
@@ -67,14 +67,14 @@ def configs(model_args: Any) -> dict[str, Any]:
 
 def refuse_adapter(name: str, needed: str, instead: str) -> None:
     """Refuse a local adapter where TRL would load a model (UserError that says how to make one of it)."""
-    if (Path(name) / CONFIG).exists():
+    if (Path(name) / ADAPTER_CONFIG).exists():
         raise UserError(
             f"{name} is an adapter, and {needed}: put it into its base's weights with "
             f"`scripts/merge.py --model_name_or_path {name} --output_dir {name}-merged`, and {instead}"
         )
 
 
-def base_record(resolved: dict[str, Any]) -> dict[str, str]:
+def record_base_weights(resolved: dict[str, Any]) -> dict[str, str]:
     """For a run's `environment.json`: which weights of a local folder it starts from.
 
     Empty for the Hub, where revisions say it, and for a quantized folder, whose weights are not those to merge an
@@ -83,10 +83,10 @@ def base_record(resolved: dict[str, Any]) -> dict[str, str]:
     folder = Path(resolved["model_name_or_path"])
     if not folder.is_dir() or "quantization_config" in (folder / "config.json").read_text():
         return {}
-    return {"base_sha256": weights_sha256(folder)}
+    return {"base_sha256": hash_weights(folder)}
 
 
-def weights_sha256(folder: Path) -> str:
+def hash_weights(folder: Path) -> str:
     """One digest of a folder's safetensors files."""
     digests = []
     for path in sorted(folder.glob("*.safetensors")):
@@ -95,7 +95,7 @@ def weights_sha256(folder: Path) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def find(name: str, revision: str | None = None) -> Path | None:
+def find_adapter(name: str, revision: str | None = None) -> Path | None:
     """The local folder of an adapter, downloaded if need be; None where `name` is something else.
 
     Raises:
@@ -103,18 +103,18 @@ def find(name: str, revision: str | None = None) -> Path | None:
     """
     from transformers.utils import cached_file, find_adapter_config_file
 
-    with told_plainly("model", name, revision):
-        config = patiently(lambda: find_adapter_config_file(name, revision=revision))
+    with explain_load_errors("model", name, revision):
+        config = retry_hub(lambda: find_adapter_config_file(name, revision=revision))
         if config is None:
             return None
         there = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-        weights = patiently(lambda: cached_file(name, WEIGHTS, **there))
+        weights = retry_hub(lambda: cached_file(name, WEIGHTS, **there))
     if weights is None:
         raise UserError(f"adapter {name} has no {WEIGHTS}; pickled weights are not read, save it again as safetensors")
     return Path(config).parent
 
 
-def merged(folder: Path, base: str | None = None) -> Any:
+def merge_adapter(folder: Path, base: str | None = None) -> Any:
     """A base model with an adapter's change added to its weights: a plain model, whose outputs are the adapter's.
 
     Args:
@@ -132,13 +132,13 @@ def merged(folder: Path, base: str | None = None) -> Any:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
     if config.get("peft_type") != "LORA":
         raise UserError(f"adapter {folder} is of type {config.get('peft_type')}; only LORA goes into a base's weights")
     base = base or config["base_model_name_or_path"]
     revision = None if base != config["base_model_name_or_path"] else config.get("revision")
     _check_base(folder, base, revision)
-    model, _ = load_as(AutoModelForCausalLM, base, revision)
+    model, _ = load_pretrained(AutoModelForCausalLM, base, revision)
     wrong = f"adapter {folder} does not fit the base {base}"
     try:
         with warnings.catch_warnings():
@@ -160,8 +160,8 @@ def _check_base(folder: Path, base: str, revision: str | None) -> None:
     """Refuse a base by what can be told without its weights."""
     from transformers import AutoConfig
 
-    with told_plainly("model", base, revision):
-        config = patiently(
+    with explain_load_errors("model", base, revision):
+        config = retry_hub(
             lambda: AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
         )
     if getattr(config, "quantization_config", None):
@@ -169,10 +169,10 @@ def _check_base(folder: Path, base: str, revision: str | None) -> None:
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     record = json.loads((run / "environment.json").read_text()) if (run / "environment.json").is_file() else {}
     known = record.get("base_sha256")
-    if known and Path(base).is_dir() and known != weights_sha256(Path(base)):
+    if known and Path(base).is_dir() and known != hash_weights(Path(base)):
         raise UserError(f"base {base} has other weights than adapter {folder} was trained on: train the adapter again")
     with_tokenizer = (folder / "tokenizer_config.json").is_file()
-    if with_tokenizer and (differ := differing_tokens(load_tokenizer(str(folder)), load_tokenizer(base, revision))):
+    if with_tokenizer and (differ := find_differing_tokens(load_tokenizer(str(folder)), load_tokenizer(base, revision))):
         raise UserError(
             f"base {base} has another vocabulary than adapter {folder} (token {differ[0]!r} differs); pass the "
             "base that it was trained on"

@@ -20,7 +20,7 @@ class TurnEnd(NamedTuple):
     token_id: int
 
 
-def turn_end(tokenizer: Any) -> TurnEnd | None:
+def find_turn_end(tokenizer: Any) -> TurnEnd | None:
     """How the chat template ends an assistant's turn; None where there is none, or it takes no token for that."""
     if tokenizer.chat_template is None:
         return None
@@ -40,37 +40,37 @@ def _turn_end(tokenizer: Any, *_: Any) -> TurnEnd | None:
     return TurnEnd(after, match.start(), match[0], ids[match[0]]) if found and match else None
 
 
-def end_token(tokenizer: Any, templated: bool) -> int:
+def get_end_token_id(tokenizer: Any, templated: bool) -> int:
     """The token that training puts at the end of a whole answer: the chat template's, or the tokenizer's end token."""
-    end = turn_end(tokenizer) if templated else None
+    end = find_turn_end(tokenizer) if templated else None
     return end.token_id if end else tokenizer.eos_token_id
 
 
-def without_end(tokenizer: Any, text: str) -> str:
+def strip_turn_end(tokenizer: Any, text: str) -> str:
     """An answer as the chat template writes it, up to the token that ends the turn (`end_token` gives that one)."""
-    end = turn_end(tokenizer)
+    end = find_turn_end(tokenizer)
     if end and text.endswith(end.text):
         return text[: len(text) - len(end.text) + end.start]
     return text.rstrip().removesuffix(end.token if end else tokenizer.eos_token)
 
 
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+def get_stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """All tokens that end an answer of this model: the tokenizer's end token, those of the checkpoint's generation
     config, and the one that training data end an answer with."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
-    ends = (tokenizer.eos_token_id, end_token(tokenizer, templated=True), *listed)
+    ends = (tokenizer.eos_token_id, get_end_token_id(tokenizer, templated=True), *listed)
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
-def pad_with_end(tokenizer: Any, templated: bool) -> Any:
+def pad_with_end_token(tokenizer: Any, templated: bool) -> Any:
     """The tokenizer, padding with the token that training puts at the end of an answer (see `end_token`): a reward
     model then scores an answer by its last word, be it whole or cut."""
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_token(tokenizer, templated))
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(get_end_token_id(tokenizer, templated))
     return tokenizer
 
 
-def sample_plainly(model: Any, tokenizer: Any) -> None:
+def reset_generation_config(model: Any, tokenizer: Any) -> None:
     """Have a saved model sample from its own distribution, and stop as it has learned to.
 
     A config made anew: transformers keeps the 50 likeliest tokens by default, and a checkpoint's own may hold a
@@ -78,7 +78,7 @@ def sample_plainly(model: Any, tokenizer: Any) -> None:
     """
     from transformers import GenerationConfig
 
-    stops, before = stop_tokens(model, tokenizer), model.generation_config
+    stops, before = get_stop_token_ids(model, tokenizer), model.generation_config
     pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0,

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinydpo.errors import UserError, causes, disk_full
+from tinydpo.errors import UserError, iter_causes, is_disk_full
 
 Loaded = TypeVar("Loaded")
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # 1 + 2 + 4 s of patience: the clients do not retry a 503 on a file by themselves
@@ -20,7 +20,7 @@ INSTEAD = "check the name and the network, give a local path, or run `make quick
 TRAIN_IT = "check the name, or train it first: `make sft`, `make dpo`, `make reward` or `make quickstart`"
 
 
-def patiently(load: Callable[[], Loaded]) -> Loaded:
+def retry_hub(load: Callable[[], Loaded]) -> Loaded:
     """Call `load`, again after a cut connection and 429 and 5xx answers of the Hub, a bounded number of times."""
     import httpx2  # what huggingface_hub speaks through, and lets some errors of come out as they are
 
@@ -29,7 +29,7 @@ def patiently(load: Callable[[], Loaded]) -> Loaded:
         try:
             return load()
         except Exception as error:
-            passing = _busy(error) or any(isinstance(one, httpx2.TransportError) for one in causes(error))
+            passing = _busy(error) or any(isinstance(one, httpx2.TransportError) for one in iter_causes(error))
             if attempt == ATTEMPTS - 1 or not passing or time.monotonic() - start > LONG:
                 raise
             time.sleep(FIRST_PAUSE * 2**attempt)
@@ -38,7 +38,7 @@ def patiently(load: Callable[[], Loaded]) -> Loaded:
 
 def _busy(error: BaseException) -> int:
     """The Hub's 429 or 5xx behind an error, or 0."""
-    statuses = (getattr(getattr(one, "response", None), "status_code", 0) for one in causes(error))
+    statuses = (getattr(getattr(one, "response", None), "status_code", 0) for one in iter_causes(error))
     return next((status for status in statuses if status == 429 or status >= 500), 0)
 
 
@@ -95,7 +95,7 @@ def unreachable() -> str:
 
 
 @contextmanager
-def told_plainly(what: str, name: str, revision: str | None, also: tuple = (ValueError, KeyError)) -> Any:
+def explain_load_errors(what: str, name: str, revision: str | None, also: tuple = (ValueError, KeyError)) -> Any:
     """Turn whatever the Hub's clients, and `also`, raise while loading into one sentence."""
     import httpx2
     import huggingface_hub.errors as hub
@@ -113,9 +113,9 @@ def told_plainly(what: str, name: str, revision: str | None, also: tuple = (Valu
     except UserError:
         raise
     except (httpx2.HTTPError, hub.HFValidationError, safetensors.SafetensorError, OSError, *also) as error:
-        if disk_full(error):
+        if is_disk_full(error):
             raise
-        came_of = tuple(causes(error))
+        came_of = tuple(iter_causes(error))
 
         def caused_by(*kinds: type) -> bool:
             return any(isinstance(one, kinds) for one in came_of)
@@ -157,12 +157,12 @@ def download_dataset(name: str, revision: str | None, data_dir: str | None) -> P
     inside = f"{data_dir}/" if data_dir else ""
     suffixes = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
     patterns = ["README.md", *(f"{inside}*{suffix}" for suffix in suffixes)]
-    with told_plainly("dataset", name, revision):
-        return download(name, revision, repo_type="dataset", allow_patterns=patterns)
+    with explain_load_errors("dataset", name, revision):
+        return download_files(name, revision, repo_type="dataset", allow_patterns=patterns)
 
 
-def download(name: str, revision: str | None, **which: Any) -> Path:
+def download_files(name: str, revision: str | None, **which: Any) -> Path:
     """Download those files of a repository that `which` picks, and return the local folder (the Hub's cache)."""
     from huggingface_hub import snapshot_download
 
-    return Path(patiently(lambda: snapshot_download(name, revision=revision, **which)))
+    return Path(retry_hub(lambda: snapshot_download(name, revision=revision, **which)))

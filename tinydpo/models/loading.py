@@ -3,8 +3,8 @@
 from typing import Any
 
 from tinydpo.models import adapters
-from tinydpo.models.precision import compute_in
-from tinydpo.models.pretrained import load_as
+from tinydpo.models.precision import set_compute_dtype
+from tinydpo.models.pretrained import load_pretrained
 
 
 def load_model(name: str, revision: str | None = None, dtype: Any = None, device: Any = None) -> Any:
@@ -22,8 +22,8 @@ def load_model(name: str, revision: str | None = None, dtype: Any = None, device
     import torch
     from transformers import AutoModelForCausalLM
 
-    if adapter := adapters.find(name, revision):
-        model = adapters.merged(adapter).to(device=device)
+    if adapter := adapters.find_adapter(name, revision):
+        model = adapters.merge_adapter(adapter).to(device=device)
     else:
-        model, _ = load_as(AutoModelForCausalLM, name, revision, device=device)
-    return compute_in(model, dtype or torch.float32)
+        model, _ = load_pretrained(AutoModelForCausalLM, name, revision, device=device)
+    return set_compute_dtype(model, dtype or torch.float32)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def fast_bf16(device: str) -> bool:
+def has_fast_bf16(device: str) -> bool:
     """Whether bf16 is in the hardware of a device ("cuda" or "cpu") and pays there.
 
     Before capability 8 GPUs emulate it. CPUs with AMX multiply in it 7 times as fast as in float32, with AVX512-BF16
@@ -25,12 +25,12 @@ def fast_bf16(device: str) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def computes_in(model: Any) -> Any:
+def get_compute_dtype(model: Any) -> Any:
     """The torch dtype that a model's blocks compute in, outside a trainer."""
     return getattr(model, "compute_dtype", model.dtype)
 
 
-def compute_in(model: Any, dtype: Any) -> Any:
+def set_compute_dtype(model: Any, dtype: Any) -> Any:
     """Have a model with float32 weights compute its blocks in `dtype` and its head in float32; returns it."""
     import torch
 
@@ -45,10 +45,10 @@ def compute_in(model: Any, dtype: Any) -> Any:
             return forward(*args, **kwargs)
 
     model.forward = under_autocast
-    return float32_head(model)
+    return use_float32_head(model)
 
 
-def float32_head(model: Any) -> Any:
+def use_float32_head(model: Any) -> Any:
     """Have a model's head compute in float32, outside autocast, whatever it is given; returns the model.
 
     A causal LM's, for its own forward and `generate` (TRL's fused head, which trainers use, has an option for it), or
@@ -64,7 +64,7 @@ def float32_head(model: Any) -> Any:
 
     def project(hidden: torch.Tensor) -> torch.Tensor:
         bias = None if head.bias is None else head.bias.float()
-        with torch.autocast(hidden.device.type, enabled=False), products(short):
+        with torch.autocast(hidden.device.type, enabled=False), matmul_precision(short):
             return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
     head.forward = project
@@ -72,26 +72,26 @@ def float32_head(model: Any) -> Any:
 
 
 @contextmanager
-def exactly(model: Any) -> Iterator[None]:
+def float32_mode(model: Any) -> Iterator[None]:
     """Compute in float32, products included, whatever a model was told to compute in."""
     import torch
 
-    before = computes_in(model)
+    before = get_compute_dtype(model)
     model.compute_dtype, model.is_exact = torch.float32, True
     try:
-        with torch.autocast(model.device.type, enabled=False), products("highest"):
+        with torch.autocast(model.device.type, enabled=False), matmul_precision("highest"):
             yield
     finally:
         model.compute_dtype, model.is_exact = before, False
 
 
-def is_exact(model: Any) -> bool:
+def in_float32_mode(model: Any) -> bool:
     """Whether a model computes `exactly` just now."""
     return getattr(model, "is_exact", False)
 
 
 @contextmanager
-def products(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> Iterator[None]:
     """`torch.set_float32_matmul_precision` for a while: "highest", or "medium" for inputs cut to TF32 or bf16."""
     import torch
 

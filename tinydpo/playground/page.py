@@ -17,8 +17,8 @@ import gradio as gr
 from tinydpo.errors import UserError
 from tinydpo.evaluation.compared import EvaluateArguments
 from tinydpo.playground.side_by_side import Answer, SideBySide, count_votes, save_vote
-from tinydpo.report.templating import render
-from tinydpo.report.token_colors import colored, pieces
+from tinydpo.report.templating import render_template
+from tinydpo.report.token_colors import color_tokens, split_into_pieces
 
 FRAMES_A_SECOND = 10  # more of the page's redrawing than eyes follow would only slow the models down
 WRITING = "Writing …"
@@ -41,7 +41,7 @@ class PlaygroundArguments:
             raise ValueError(f"port must lie between 1 and 65535, got {self.port}")
 
 
-def serve(app: gr.Blocks, port: int) -> None:
+def serve_app(app: gr.Blocks, port: int) -> None:
     """Serve the page on 127.0.0.1 alone, until Ctrl+C.
 
     Raises:
@@ -61,7 +61,7 @@ def serve(app: gr.Blocks, port: int) -> None:
     app.block_thread()
 
 
-def build(models: SideBySide, args: EvaluateArguments, votes: Path, notice: str = "") -> gr.Blocks:
+def build_app(models: SideBySide, args: EvaluateArguments, votes: Path, notice: str = "") -> gr.Blocks:
     """The page.
 
     Args:
@@ -73,9 +73,9 @@ def build(models: SideBySide, args: EvaluateArguments, votes: Path, notice: str 
 
     def panel(name: str, answer: Answer, scale: float, told: bool = True) -> str:
         """One answer as HTML; untold, without anything that gives away which model wrote it."""
-        parts = pieces(models.tokenizer, answer.ids)
-        text = colored(parts, answer.rewards, scale) if told else "".join(parts)
-        return str(render("playground/templates/answer.html", name=name, text=text, answer=answer, told=told))
+        parts = split_into_pieces(models.tokenizer, answer.ids)
+        text = color_tokens(parts, answer.rewards, scale) if told else "".join(parts)
+        return str(render_template("playground/templates/answer.html", name=name, text=text, answer=answer, told=told))
 
     def panels(names: tuple[str, str], answers: tuple[Answer, Answer], told: bool = True) -> list[str]:
         scale = max((abs(reward) for answer in answers for reward in answer.rewards), default=0.0)

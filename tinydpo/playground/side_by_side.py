@@ -26,14 +26,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tinydpo.data.asked import Prompt, as_messages, as_prompt
-from tinydpo.data.dialogues import TEXTS, BrokenRow, text_pair
-from tinydpo.data.fitting import bos_of, fit, tokenize_prompts
-from tinydpo.data.pairs import quiet
+from tinydpo.data.asked import Prompt, typed_to_messages, typed_to_dialogue
+from tinydpo.data.dialogues import TEXT_FEATURES, BrokenRow, render_row
+from tinydpo.data.fitting import get_bos_ids, fit_pairs, tokenize_prompts
+from tinydpo.data.pairs import hide_progress_bars
 from tinydpo.engine.logps import token_logps
 from tinydpo.errors import UserError
 from tinydpo.evaluation.sampling import cut_prompt
-from tinydpo.models.ending import stop_tokens
+from tinydpo.models.ending import get_stop_token_ids
 
 
 @dataclass
@@ -79,7 +79,7 @@ class SideBySide:
 
     def prompt(self, typed: str) -> Prompt:
         """What was typed, plain or a dialogue in HH's form, as rows to train on hold it: messages or a text."""
-        return as_messages(typed) if self.turns else as_prompt(typed)
+        return typed_to_messages(typed) if self.turns else typed_to_dialogue(typed)
 
     def fit_prompt(self, prompt: Prompt, max_new_tokens: int) -> tuple[list[int], bool]:
         """A whole prompt's tokens, cut at its start to what `max_new_tokens` leaves, and whether anything was cut.
@@ -89,9 +89,9 @@ class SideBySide:
         """
         row = {"prompt": prompt, "templated": False, "question": 0}
         if not isinstance(prompt, str):
-            row |= self._read({"prompt": prompt, "completion": answer_in(prompt, "…")}, need_pairs=False)
+            row |= self._read({"prompt": prompt, "completion": as_answer(prompt, "…")}, need_pairs=False)
         (ids,), _ = tokenize_prompts({name: [value] for name, value in row.items()}, self.tokenizer)
-        fitted = cut_prompt(ids, self.max_length - max_new_tokens, next(iter(bos_of(self.tokenizer)), None))
+        fitted = cut_prompt(ids, self.max_length - max_new_tokens, next(iter(get_bos_ids(self.tokenizer)), None))
         return fitted, len(fitted) < len(ids)
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class SideBySide:
         seen = torch.ones_like(fed)
         drawing = torch.Generator(self.policy.device).manual_seed(seed)
         answers, caches = (Answer(), Answer()), [None, None]
-        stops = [stop_tokens(model, self.tokenizer) for model in (self.ref, self.policy)]
+        stops = [get_stop_token_ids(model, self.tokenizer) for model in (self.ref, self.policy)]
         for _ in range(max_new_tokens):
             logits = []
             for i, model in enumerate((self.ref, self.policy)):
@@ -160,17 +160,17 @@ class SideBySide:
             if not text.strip():
                 raise UserError(f"the {name} is empty; a pair is a prompt and two answers")
         asked, space = self.prompt(prompt), " " * (not self.turns)  # as after "Assistant:"
-        chosen, rejected = (answer_in(asked, space + text.strip()) for text in (first, second))
+        chosen, rejected = (as_answer(asked, space + text.strip()) for text in (first, second))
         pair = self._read({"prompt": asked, "chosen": chosen, "rejected": rejected}, need_pairs=True)
-        with quiet(small=True):
-            texts = Dataset.from_list([dict.fromkeys(TEXTS) | pair], features=TEXTS)
-            fitted = fit(texts, self.tokenizer, self.max_length, self.max_question_length, workers=1)[0]
+        with hide_progress_bars(small=True):
+            texts = Dataset.from_list([dict.fromkeys(TEXT_FEATURES) | pair], features=TEXT_FEATURES)
+            fitted = fit_pairs(texts, self.tokenizer, self.max_length, self.max_question_length, workers=1)[0]
         if fitted["dropped"]:
             raise UserError(f"nothing to compare within {self.max_length} tokens: {fitted['dropped']}")
         prompts, both = [fitted["prompt_ids"]] * 2, [fitted["chosen_ids"], fitted["rejected_ids"]]
         scored = zip(*(token_logps(model, prompts, both) for model in (self.policy, self.ref)), strict=True)
         answers = [
-            Answer(ids, (self.beta * (policy - ref)).tolist(), ids[-1] in stop_tokens(self.policy, self.tokenizer))
+            Answer(ids, (self.beta * (policy - ref)).tolist(), ids[-1] in get_stop_token_ids(self.policy, self.tokenizer))
             for ids, (policy, ref) in zip(both, scored, strict=True)
         ]
         whole = len(prompts[0]) == fitted["prompt_tokens"] and all(answer.ended for answer in answers)
@@ -178,12 +178,12 @@ class SideBySide:
 
     def _read(self, row: dict[str, Any], need_pairs: bool) -> dict[str, Any]:
         try:
-            return text_pair(row, self.tokenizer, need_pairs)
+            return render_row(row, self.tokenizer, need_pairs)
         except BrokenRow as error:
             raise UserError(f"this cannot be read: {error}") from None
 
 
-def answer_in(prompt: Prompt, text: str) -> Prompt:
+def as_answer(prompt: Prompt, text: str) -> Prompt:
     """An answer in the form of its prompt: messages to messages, text to text."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
@@ -203,7 +203,7 @@ def save_vote(path: Path, prompt: Prompt, chosen: str, rejected: str) -> int:
         raise UserError("an empty answer cannot be voted on; generate again")
     if chosen == rejected:
         raise UserError("the two answers are the same, so there is nothing to prefer; generate again")
-    row = {"prompt": prompt, "chosen": answer_in(prompt, chosen), "rejected": answer_in(prompt, rejected)}
+    row = {"prompt": prompt, "chosen": as_answer(prompt, chosen), "rejected": as_answer(prompt, rejected)}
     row["voted_at"] = datetime.now(UTC).isoformat()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,10 @@
 from typing import Any
 
 from tinydpo.files import public_name
-from tinydpo.launching.arguments import sources_in
+from tinydpo.launching.arguments import list_sources
 
 
-def provenance(results: dict[str, Any], frontier: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, list]:
+def collect_provenance(results: dict[str, Any], frontier: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, list]:
     """For each run, the evaluation and the frontier a table, in (name, value) rows, of what it depends on."""
     settings = results.get("settings", {})
     columns = {title: _run_facts(run) for title, run in runs.items()}
@@ -62,5 +62,5 @@ def _speed(results: dict[str, Any]) -> str:
 
 
 def _data(settings: dict[str, Any]) -> str:
-    told = (filter(None, (public_name(one.name, one.revision), one.data_dir)) for one in sources_in(settings))
+    told = (filter(None, (public_name(one.name, one.revision), one.data_dir)) for one in list_sources(settings))
     return ", ".join(map(" ".join, told))

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tinydpo.evaluation.metrics import Z95, wilson_interval
-from tinydpo.training.curves import BLUE, GREY, ORANGE, draw_panel, panels_of
+from tinydpo.training.curves import BLUE, GREY, ORANGE, draw_panel, select_panels
 
 GREEN, PINK, SKY, BLACK = "#009E73", "#CC79A7", "#56B4E9", "#000000"  # Okabe and Ito's again
 METHODS = {"DPO": BLUE, "IPO": ORANGE, "hinge": GREEN, "conservative DPO": PINK, "shuffled labels": BLACK}
@@ -49,10 +49,10 @@ class Group(NamedTuple):
 
 
 @styled
-def curves(log_history: list[dict[str, Any]]) -> list[Figure]:
+def draw_training_curves(log_history: list[dict[str, Any]]) -> list[Figure]:
     """Loss and, where the run has them, reward accuracy, margin and rewards over optimizer steps, a figure each."""
     figures = []
-    for panel in panels_of(log_history):
+    for panel in select_panels(log_history):
         figure, axes = _figure(4.4, 3)
         draw_panel(axes, panel, log_history)
         figures.append(figure)
@@ -60,7 +60,7 @@ def curves(log_history: list[dict[str, Any]]) -> list[Figure]:
 
 
 @styled
-def margin_histogram(margins: Sequence[float]) -> Figure:
+def draw_margin_histogram(margins: Sequence[float]) -> Figure:
     """Implicit reward margins of n held-out pairs, those above zero in another colour.
 
     What lies beyond the 99th percentile of their absolute values is counted in the outermost bars.
@@ -86,7 +86,7 @@ def margin_histogram(margins: Sequence[float]) -> Figure:
 
 
 @styled
-def reward_histogram(
+def draw_reward_histogram(
     every: Sequence[float], chosen: Sequence[float], rejected: Sequence[float], reward: str
 ) -> Figure:
     """Rewards of all sampled answers, and of those that became the chosen and the rejected side of a pair."""
@@ -102,7 +102,7 @@ def reward_histogram(
 
 
 @styled
-def accuracy_by(groups: Sequence[Group]) -> Figure:
+def draw_accuracy(groups: Sequence[Group]) -> Figure:
     """Reward accuracy of each group with its 95 % Wilson interval, beside chance."""
     figure, axes = _figure(4.6, 1.0 + 0.32 * len(groups))
     for y, (_, right, n) in enumerate(groups):
@@ -112,17 +112,17 @@ def accuracy_by(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def opponent(comparison: dict[str, Any]) -> tuple[str, str]:
+def name_opponent(comparison: dict[str, Any]) -> tuple[str, str]:
     """Name and colour of what the policy was compared with."""
     return OPPONENTS.get(comparison["opponent"], (_short(comparison["opponent"]), GREEN))
 
 
 @styled
-def win_rates(comparisons: Sequence[dict[str, Any]]) -> Figure:
+def draw_win_rates(comparisons: Sequence[dict[str, Any]]) -> Figure:
     """Win rates with their 95 % intervals, raw and length-controlled: over temperature, where there are several."""
     series = []
-    for name, colour in dict.fromkeys(opponent(row) for row in comparisons):
-        rows = sorted((row for row in comparisons if opponent(row)[0] == name), key=lambda row: row["temperature"])
+    for name, colour in dict.fromkeys(name_opponent(row) for row in comparisons):
+        rows = sorted((row for row in comparisons if name_opponent(row)[0] == name), key=lambda row: row["temperature"])
         for kind, share, interval in KINDS:
             points = [(r["temperature"], r[share], r[interval]) for r in rows if r.get(share) is not None]
             if points:
@@ -156,7 +156,7 @@ def _over_temperature(series: Iterable[tuple[str, str, str, list[tuple[float, fl
 
 
 @styled
-def frontier(result: dict[str, Any]) -> Figure:
+def draw_frontier(result: dict[str, Any]) -> Figure:
     """Reward against KL(policy ‖ reference) as in the DPO paper's Figure 2 (arXiv 2305.18290), a curve a method.
 
     A curve, of one learning rate, goes from the SFT model through the last checkpoint of each β, the mean over seeds;
@@ -222,7 +222,7 @@ def frontier(result: dict[str, Any]) -> Figure:
 
 
 @styled
-def rewards_over_rounds(rounds: Sequence[dict[str, Any]]) -> Figure:
+def draw_rewards_over_rounds(rounds: Sequence[dict[str, Any]]) -> Figure:
     """Mean reward of each round's answers by each of several rewards, a panel each over KL from the first model.
 
     One that the pairs were made by and one that they were not part where the policy exploits the first
@@ -249,7 +249,7 @@ def _columns(points: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]
 _SMALL = {"textcoords": "offset points", "fontsize": 7}
 
 
-def svg(figure: Figure, prefix: str, alt: str) -> Markup:
+def to_svg(figure: Figure, prefix: str, alt: str) -> Markup:
     """A figure as inline SVG in the page's colours, the same bytes for the same figure.
 
     Args:

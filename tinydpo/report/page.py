@@ -9,17 +9,17 @@ from markupsafe import Markup
 
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.evaluation import winrate as winrates
-from tinydpo.evaluation.frontier_points import of_run
-from tinydpo.evaluation.table import Estimate, Row, headline
-from tinydpo.files import public_name, write_whole
-from tinydpo.launching.arguments import sources_in
+from tinydpo.evaluation.frontier_points import get_run_key
+from tinydpo.evaluation.table import Estimate, Row, headline_rows
+from tinydpo.files import public_name, write_atomic
+from tinydpo.launching.arguments import list_sources
 from tinydpo.report import figures
-from tinydpo.report.answers import answers
-from tinydpo.report.facts import provenance
-from tinydpo.report.figures import Group, svg
-from tinydpo.report.material import Material, gather
-from tinydpo.report.templating import render
-from tinydpo.training.reward_trend import what_rewards_did
+from tinydpo.report.answers import render_answers
+from tinydpo.report.facts import collect_provenance
+from tinydpo.report.figures import Group, to_svg
+from tinydpo.report.material import ReportData, gather_report_data
+from tinydpo.report.templating import render_template
+from tinydpo.training.reward_trend import describe_rewards
 
 REPORT = "report.html"
 MOST_SUBSETS = 20
@@ -57,11 +57,11 @@ def write_report(folder: Path) -> Path:
         UserError: nothing to report lies there, or a file there is damaged.
     """
     # HTML knows no control characters; what models write may hold them.
-    write_whole(folder / REPORT, page(gather(folder)).translate(CONTROLS))
+    write_atomic(folder / REPORT, page(gather_report_data(folder)).translate(CONTROLS))
     return folder / REPORT
 
 
-def page(material: Material) -> str:
+def page(material: ReportData) -> str:
     """The whole page."""
     settings = material.results.get("settings")
     parts = {
@@ -70,10 +70,10 @@ def page(material: Material) -> str:
         "frontier": _frontier(material.frontier),
         "win_rates": _win_rates(material.winrate),
         "training": _training(material.runs, material.results.get("kl_per_sequence")),
-        "answers": answers(material.samples),
-        "provenance": provenance(material.results, material.frontier, material.runs),
+        "answers": render_answers(material.samples),
+        "provenance": collect_provenance(material.results, material.frontier, material.runs),
     }
-    return render(
+    return render_template(
         "report/templates/page.html",
         name=material.name,
         policy=settings and public_name(settings["model_name_or_path"]),
@@ -84,15 +84,15 @@ def page(material: Material) -> str:
     )
 
 
-def _datasets(material: Material) -> list[str]:
+def _datasets(material: ReportData) -> list[str]:
     """Every data set that the folder's parts name."""
     settings = [part.get("settings", {}) for part in (material.results, material.frontier, material.winrate)]
     settings += [run["config"] for run in material.runs.values()]
-    return [one.name for each in settings for one in sources_in(each)]
+    return [one.name for each in settings for one in list_sources(each)]
 
 
-def _headline(material: Material) -> list[Row]:
-    return [*(headline(material.results) if material.results else []), *_judged(material.winrate)]
+def _headline(material: ReportData) -> list[Row]:
+    return [*(headline_rows(material.results) if material.results else []), *_judged(material.winrate)]
 
 
 def _judged(winrate: dict[str, Any]) -> list[Row]:
@@ -102,7 +102,7 @@ def _judged(winrate: dict[str, Any]) -> list[Row]:
     nearest: dict[str, dict[str, Any]] = {}
     for row in sorted(winrate["comparisons"], key=lambda row: -abs(row["temperature"] - 1)):
         nearest[row["opponent"]] = row
-    return winrates.headline(winrate | {"comparisons": [*nearest.values()]})
+    return winrates.winrate_rows(winrate | {"comparisons": [*nearest.values()]})
 
 
 def _card(row: Row) -> dict[str, Any]:
@@ -126,33 +126,33 @@ def _pairs(pairs: list[dict[str, Any]]) -> list[Drawn]:
         return []
     drawn = [
         _drawn(
-            figures.margin_histogram([pair["margin"] for pair in pairs]),
+            figures.draw_margin_histogram([pair["margin"] for pair in pairs]),
             "margins",
             f"Reward margins of {len(pairs):,} held-out pairs. Right of zero the implicit reward prefers chosen; the "
             "outermost bars hold what lies beyond.",
         ),
         _drawn(
-            figures.accuracy_by(by_length(pairs)),
+            figures.draw_accuracy(group_pairs_by_length(pairs)),
             "lengths",
             "Reward accuracy by the length of a pair's longer completion, in tokens: a quarter of the pairs each, as "
             "near as ties allow. Lines are 95 % Wilson intervals.",
         ),
     ]
-    if subsets := by_subset(pairs):
+    if subsets := group_pairs_by_subset(pairs):
         left_out = f" The {MOST_SUBSETS} largest of {len(subsets)}." * (len(subsets) > MOST_SUBSETS)
         caption = f"Reward accuracy by subset, with 95 % Wilson intervals.{left_out}"
-        drawn.append(_drawn(figures.accuracy_by(subsets[:MOST_SUBSETS]), "subsets", caption))
+        drawn.append(_drawn(figures.draw_accuracy(subsets[:MOST_SUBSETS]), "subsets", caption))
     return drawn
 
 
-def by_subset(pairs: Sequence[dict[str, Any]]) -> list[Group]:
+def group_pairs_by_subset(pairs: Sequence[dict[str, Any]]) -> list[Group]:
     """Pairs by their `subset`, the largest first; [] where none has one."""
     names = sorted({str(pair["subset"]) for pair in pairs if pair.get("subset")})
     groups = [_group(name, [pair for pair in pairs if str(pair.get("subset")) == name]) for name in names]
     return sorted(groups, key=lambda group: -group.n)
 
 
-def by_length(pairs: Sequence[dict[str, Any]]) -> list[Group]:
+def group_pairs_by_length(pairs: Sequence[dict[str, Any]]) -> list[Group]:
     """Pairs by the quartile that the tokens of their longer completion lie in."""
     lengths = np.array([max(pair["chosen_tokens"], pair["rejected_tokens"]) for pair in pairs])
     ends = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75, 1], method="lower"))
@@ -179,10 +179,10 @@ def _frontier(result: dict[str, Any]) -> dict[str, Any]:
         "pass at the same KL. Shuffled labels teach nothing and must not rise."
     ) + ROUNDS * ("rounds" in result)
     return {
-        "runs": len({of_run(point) for point in points}),
+        "runs": len({get_run_key(point) for point in points}),
         "seeds": sorted({point["seed"] for point in points}),
         "failed": ", ".join(run["name"] for run in result.get("failed", [])),
-        "drawn": _drawn(figures.frontier(result), "frontier", caption),
+        "drawn": _drawn(figures.draw_frontier(result), "frontier", caption),
     }
 
 
@@ -195,14 +195,14 @@ def _win_rates(winrate: dict[str, Any]) -> dict[str, Any]:
         held = "–" if controlled is None else Estimate(controlled, *r["length_controlled_ci95"])
         words = f"{r['mean_length_policy']:.0f} to {r['mean_length_opponent']:.0f}"
         counts = (r[kind] for kind in ("wins", "ties", "losses", "invalid"))
-        raw = f"{Estimate(r['win_rate'], *r['win_rate_ci95'])}{winrates.doubts(winrate, r)}"
-        rows.append((figures.opponent(r)[0], f"{r['temperature']:g}", raw, held, *counts, words))
+        raw = f"{Estimate(r['win_rate'], *r['win_rate_ci95'])}{winrates.format_caveats(winrate, r)}"
+        rows.append((figures.name_opponent(r)[0], f"{r['temperature']:g}", raw, held, *counts, words))
     caption = (
         "How often the judge prefers the policy's answer, ties half, with 95 % intervals; hollow: with the effect of "
         "length taken out. An interval that holds 0.5 names no winner."
     )
-    drawn = _drawn(figures.win_rates(winrate["comparisons"]), "winrates", caption)
-    itself = winrates.itself(winrate["calibration"]) if winrate.get("calibration") else ""
+    drawn = _drawn(figures.draw_win_rates(winrate["comparisons"]), "winrates", caption)
+    itself = winrates.describe_judge(winrate["calibration"]) if winrate.get("calibration") else ""
     return {"judge": public_name(winrate["judge"]), "itself": itself, "drawn": drawn, "rows": rows}
 
 
@@ -210,13 +210,13 @@ def _training(runs: dict[str, dict[str, Any]], kl: float | None) -> dict[str, tu
     """By run, its curves and what its rewards did; `kl` is what the evaluation measured of the last of them."""
     drawn = {}
     for title, run in runs.items():
-        if charts := figures.curves(run["log"]):
+        if charts := figures.draw_training_curves(run["log"]):
             named = [(chart, f"{title.lower()}{number}") for number, chart in enumerate(charts)]
             curves = [_drawn(chart, prefix, "", chart.axes[0].get_title()) for chart, prefix in named]
             beta = run["config"].get("beta")
-            drawn[title] = curves, what_rewards_did(run["log"], beta, kl) if beta else ""
+            drawn[title] = curves, describe_rewards(run["log"], beta, kl) if beta else ""
     return drawn
 
 
 def _drawn(figure: Any, prefix: str, caption: str, alt: str = "") -> Drawn:
-    return Drawn(svg(figure, prefix, alt or caption), caption)
+    return Drawn(to_svg(figure, prefix, alt or caption), caption)

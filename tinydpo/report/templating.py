@@ -12,6 +12,6 @@ _TEMPLATES = Environment(
 )  # fmt: skip
 
 
-def render(template: str, **values: Any) -> Markup:
+def render_template(template: str, **values: Any) -> Markup:
     """A template, by its path inside `tinydpo/`, filled in; what it returns is HTML and is not escaped again."""
     return Markup(_TEMPLATES.get_template(template).render(values))

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
-from tinydpo.report.templating import render
+from tinydpo.report.templating import render_template
 from tinydpo.training.curves import BLUE, ORANGE
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+def split_into_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """What each of n tokens adds to the text: n strings that, joined, are the decoded text, special tokens included.
 
     A character of several tokens (byte-level BPE) stands in the last of them; the others are empty.
@@ -24,7 +24,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     return added
 
 
-def colored(pieces: Sequence[str], rewards: Sequence[float], scale: float | None = None) -> Markup:
+def color_tokens(pieces: Sequence[str], rewards: Sequence[float], scale: float | None = None) -> Markup:
     """One `<span>` a token, blue where the policy finds it likelier than the reference and orange where less.
 
     Args:
@@ -40,4 +40,4 @@ def colored(pieces: Sequence[str], rewards: Sequence[float], scale: float | None
     for piece, reward in zip(pieces, rewards, strict=True):
         colour, alpha = BLUE if reward > 0 else ORANGE, round(150 * min(1.0, abs(reward) / scale))
         tokens.append({"background": f"{colour}{alpha:02x}", "reward": f"{reward:+.3f}", "text": piece})
-    return render("report/templates/tokens.html", tokens=tokens)
+    return render_template("report/templates/tokens.html", tokens=tokens)

@@ -5,8 +5,8 @@ from typing import Any
 
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.files import public_name
-from tinydpo.launching.arguments import sources_in
-from tinydpo.training.reward_trend import what_rewards_did
+from tinydpo.launching.arguments import list_sources
+from tinydpo.training.reward_trend import describe_rewards
 
 
 def write_card(
@@ -27,7 +27,7 @@ def write_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    datasets, model = sources_in(resolved), resolved["model_name_or_path"]
+    datasets, model = list_sources(resolved), resolved["model_name_or_path"]
     reference = resolved.get("ref_model_name_or_path")
     named = [*(one.name for one in datasets), model, *[reference] * bool(reference)]
     names = {name: public_name(name) for name in named}
@@ -50,20 +50,20 @@ def write_card(
         local=local,
         datasets=datasets,
         kind=kind,
-        loss=_loss(resolved) if "beta" in resolved else None,
+        loss=_format_loss(resolved) if "beta" in resolved else None,
         train=summary["train"],
-        results={k: v for k, v in results.items() if isinstance(v, int | float) and _of_model(k)},
-        trend=what_rewards_did(log_history, resolved["beta"]) if "beta" in resolved else "",
+        results={k: v for k, v in results.items() if isinstance(v, int | float) and _describes_model(k)},
+        trend=describe_rewards(log_history, resolved["beta"]) if "beta" in resolved else "",
         notice=CONTENT_NOTICE if is_hh(resolved["dataset_name"]) else None,
     ).save(folder / "README.md")
 
 
-def _of_model(figure: str) -> bool:
+def _describes_model(figure: str) -> bool:
     """Whether a figure says something of the model; `total_flos` is transformers' guess at a padded batch."""
     return "per_second" not in figure and figure != "total_flos"
 
 
-def _loss(resolved: dict[str, Any]) -> str:
+def _format_loss(resolved: dict[str, Any]) -> str:
     weights = resolved.get("loss_weights")
     losses = [f"{w} {loss}" for w, loss in zip(weights, resolved["loss_type"], strict=True)] if weights else None
     smoothed = f", label smoothing {resolved['label_smoothing']}" if resolved.get("label_smoothing") else ""

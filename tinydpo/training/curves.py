@@ -7,22 +7,22 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # told apart by colour-bli
 Panel = tuple[str, str, list[tuple[str, str, str]]]
 
 
-def _both(key: str) -> list[tuple[str, str, str]]:
+def _train_and_eval(key: str) -> list[tuple[str, str, str]]:
     return [(key, "train", GREY), (f"eval_{key}", "held out", BLUE)]
 
 
 # title, unit of the y axis, and the log keys with the name and colour of their line
 PANELS = [
-    ("Loss", "nats", _both("loss")),
-    ("Reward accuracy", "share of pairs", _both("rewards/accuracies")),
-    ("Reward margin", "beta × nats", _both("rewards/margins")),
-    ("Accuracy", "share of pairs", _both("accuracy")),  # of an explicit reward model
-    ("Margin", "chosen minus rejected", _both("margin")),
+    ("Loss", "nats", _train_and_eval("loss")),
+    ("Reward accuracy", "share of pairs", _train_and_eval("rewards/accuracies")),
+    ("Reward margin", "beta × nats", _train_and_eval("rewards/margins")),
+    ("Accuracy", "share of pairs", _train_and_eval("accuracy")),  # of an explicit reward model
+    ("Margin", "chosen minus rejected", _train_and_eval("margin")),
     ("Rewards", "beta × nats", [("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)]),
 ]  # fmt: skip
 
 
-def panels_of(log_history: list[dict[str, Any]]) -> list[Panel]:
+def select_panels(log_history: list[dict[str, Any]]) -> list[Panel]:
     """The panels that a run's log has something for."""
     logged = {key for entry in log_history for key in entry}
     return [panel for panel in PANELS if any(key in logged for key, *_ in panel[2])]
@@ -58,7 +58,7 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    if panels := panels_of(log_history):
+    if panels := select_panels(log_history):
         figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             draw_panel(axes, panel, log_history)

@@ -19,10 +19,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tinydpo.errors import UserError
 from tinydpo.training.peers import STARTED_BY
 
-EXPLODED = 100.0  # times the first logged loss, or nats where that was below one: no run comes back from there
+DIVERGENCE_FACTOR = 100.0  # times the first logged loss, or nats where that was below one: no run comes back from there
 
 
-class StopsWhenTold(TrainerCallback):
+class StopOnSignal(TrainerCallback):
     """Saves and stops after the step in which any process got SIGTERM (preemption) or lost its launcher."""
 
     def __init__(self):
@@ -71,7 +71,7 @@ class StopsWhenTold(TrainerCallback):
         signal.signal(signal.SIGTERM, self._before)
 
 
-class StopsWhenDiverged(TrainerCallback):
+class StopOnDivergence(TrainerCallback):
     """Ends a run whose loss is no number any more, or a hundred times that of its start."""
 
     def __init__(self):
@@ -95,10 +95,10 @@ class StopsWhenDiverged(TrainerCallback):
                 f"{args.learning_rate:g}) and pass another --output_dir"
             )
         if self._bound == math.inf:
-            self._bound = EXPLODED * max(1.0, abs(loss))
+            self._bound = DIVERGENCE_FACTOR * max(1.0, abs(loss))
 
 
-def obey_parent_alone(before: Callable[[int], None] | None, worker: int) -> None:
+def ignore_group_sigterm(before: Callable[[int], None] | None, worker: int) -> None:
     """For a data loader's worker: end on SIGTERM from the process it works for, not from whoever ends the run.
 
     A signal to all processes of a run, as Slurm's and the launcher's are, would otherwise end the workers while their

@@ -52,11 +52,11 @@ class LearningCheck(TrainerCallback):
 @torch.no_grad()
 def _sums(model: torch.nn.Module) -> torch.Tensor:
     """The sum of every trainable tensor (this process's part of it), without a copy of any."""
-    parts = (local_part(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    parts = (get_local_shard(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return torch.stack([part.sum(dtype=torch.float32 if part.is_mps else torch.float64) for part in parts])
 
 
-def local_part(parameter: torch.Tensor) -> torch.Tensor:
+def get_local_shard(parameter: torch.Tensor) -> torch.Tensor:
     """What of a parameter lies in this process: all of it, or a shard (ZeRO-3's `ds_tensor`, FSDP2's DTensor)."""
     shard = getattr(parameter, "ds_tensor", parameter)
     return shard.to_local() if hasattr(shard, "to_local") else shard

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from tinydpo.errors import causes, tell
+from tinydpo.errors import iter_causes, print_stderr
 
 STARTED_BY = os.getppid()  # read at once: who starts a script may be gone before its first step
 GLOO = "gloo/transport"  # its errors are plain RuntimeErrors that begin with the file in gloo's source
@@ -17,7 +17,7 @@ GONE = ("closed", "reset", "broken pipe", "timed out", "timeout", "remote")
 
 
 @contextlib.contextmanager
-def told_of_lost_peers() -> Iterator[None]:
+def report_lost_peers() -> Iterator[None]:
     """Around all that processes do together: end this one with a sentence and status 1 when another is gone.
 
     Gone is who closed its connections, as the system does for a killed process, or did not answer for `--ddp_timeout`
@@ -26,23 +26,23 @@ def told_of_lost_peers() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not (sign := lost_peer(error)):
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not (sign := find_lost_peer(error)):
             raise
         if int(os.environ.get("LOCAL_RANK", 0)):
             time.sleep(5)  # one voice a machine: meanwhile the launcher ends the others
         reason = sign.splitlines()[0].partition(". ")[0]
-        tell(
+        print_stderr(
             "error: another process of this run died or does not answer any more, its own log says why; run the same "
             f"command on every machine again: it goes on from the last checkpoint ({reason})"
         )
         os._exit(1)  # the orderly way out would wait for the lost process
 
 
-def lost_peer(error: BaseException) -> str:
+def find_lost_peer(error: BaseException) -> str:
     """What the network said of another process that is gone, or "" where an error comes of something else."""
     from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
-    for one in causes(error):
+    for one in iter_causes(error):
         between = isinstance(one, (DistBackendError, DistNetworkError, DistStoreError)) or GLOO in str(one)
         if between and any(sign in str(one).lower() for sign in GONE):
             return str(one)

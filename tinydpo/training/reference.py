@@ -6,8 +6,8 @@ Each round starts from the last policy; were that the reference too, KL would be
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinydpo.models.adapters import refuse_adapter, weights_sha256
-from tinydpo.models.hub import patiently, told_plainly
+from tinydpo.models.adapters import refuse_adapter, hash_weights
+from tinydpo.models.hub import retry_hub, explain_load_errors
 
 
 class Reference(NamedTuple):
@@ -17,7 +17,7 @@ class Reference(NamedTuple):
     revision: str | None
 
 
-def other_reference(resolved: dict[str, Any]) -> Reference | None:
+def find_reference(resolved: dict[str, Any]) -> Reference | None:
     """A run's reference; None where that is the model it starts from, or the run has none.
 
     Args:
@@ -42,17 +42,17 @@ def load_reference(resolved: dict[str, Any], training: Any, quantization_config:
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import create_model_from_path
 
-    if (reference := other_reference(resolved)) is None:
+    if (reference := find_reference(resolved)) is None:
         return None
     given = {**training.model_init_kwargs, "revision": reference.revision or "main", "device_map": None}
     given |= {"trust_remote_code": training.trust_remote_code}
     given |= {"quantization_config": quantization_config} if quantization_config else {}
     refuse_adapter(reference.name, "a reference is a plain checkpoint", "pass that folder")
-    with told_plainly("model", *reference):
-        return patiently(lambda: create_model_from_path(reference.name, AutoModelForCausalLM, **given))
+    with explain_load_errors("model", *reference):
+        return retry_hub(lambda: create_model_from_path(reference.name, AutoModelForCausalLM, **given))
 
 
-def reference_record(resolved: dict[str, Any]) -> dict[str, str]:
+def record_reference_weights(resolved: dict[str, Any]) -> dict[str, str]:
     """For a run's `environment.json`: the weights of such a reference in a local folder; revisions tell the Hub's."""
-    reference = other_reference(resolved)
-    return {"ref_sha256": weights_sha256(Path(reference.name))} if reference and Path(reference.name).is_dir() else {}
+    reference = find_reference(resolved)
+    return {"ref_sha256": hash_weights(Path(reference.name))} if reference and Path(reference.name).is_dir() else {}

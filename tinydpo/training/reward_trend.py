@@ -12,7 +12,7 @@ EXPECTED = (
 )
 
 
-def what_rewards_did(log_history: Sequence[dict[str, Any]], beta: float, kl: float | None = None) -> str:
+def describe_rewards(log_history: Sequence[dict[str, Any]], beta: float, kl: float | None = None) -> str:
     """A sentence on the run's last implicit rewards, held-out ones where there are some; "" where none were logged.
 
     Args:

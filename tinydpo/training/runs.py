@@ -19,15 +19,15 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from tinydpo.errors import Stopped, UserError, rank
-from tinydpo.files import RUN_CONFIG, differing, read_json, run_of, write_json, write_whole
-from tinydpo.launching.arguments import sources_in
+from tinydpo.errors import Stopped, UserError, get_rank
+from tinydpo.files import RUN_CONFIG, find_difference, read_json, find_run_folder, write_json, write_atomic
+from tinydpo.launching.arguments import list_sources
 
 SUMMARY, ENVIRONMENT, FINISHED = "data_summary.json", "environment.json", "train_results.json"
 LOCK = ".lock"
 PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tokenizers")
 # Where and how loudly a recipe runs, not what it trains: these may differ between a run and its continuation.
-NOT_THE_RECIPE = {
+NOT_COMPARED = {
     "accelerate_config", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "dataset_num_proc", "ddp_timeout", "disable_tqdm", "hub_always_push", "hub_model_id", "hub_private_repo",
     "hub_revision", "hub_strategy", "local_rank", "log_level", "log_level_replica", "output_dir",
@@ -55,20 +55,20 @@ def is_finished(output_dir: str, resolved: dict[str, Any]) -> bool:
     if (folder / RUN_CONFIG).exists():
         _check_same_recipe(folder, resolved)
     if broadcast_object_list([(folder / FINISHED).exists()])[0]:  # on other machines the folder may be another
-        if not rank():
+        if not get_rank():
             print(f"{folder} holds this run, finished; delete the folder to train again.")
         return True
     _check_writable(folder)
     if folder.exists():
-        with lock(folder):  # refused now, and not after an hour of reference log-probs
+        with lock_folder(folder):  # refused now, and not after an hour of reference log-probs
             pass
     return False
 
 
 def _check_same_recipe(folder: Path, resolved: dict[str, Any]) -> None:
-    before, now = yaml.safe_load((folder / RUN_CONFIG).read_text()) or {}, _plain(resolved)
+    before, now = yaml.safe_load((folder / RUN_CONFIG).read_text()) or {}, _to_yaml_values(resolved)
     follows = FOLLOWS_FROM_PAIRS_PER_STEP if now.get("pairs_per_step") else set()
-    if key := differing(before, now, NOT_THE_RECIPE | follows):
+    if key := find_difference(before, now, NOT_COMPARED | follows):
         raise UserError(
             f"{folder} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
             "pass another --output_dir, or delete the folder"
@@ -86,13 +86,13 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
-def lock(folder: Path) -> AbstractContextManager:
+def lock_folder(folder: Path) -> AbstractContextManager:
     """Hold a run's folder while its main process lives; the system lets go of it however that ends.
 
     Raises:
         UserError: another process holds it.
     """
-    if rank():
+    if get_rank():
         return nullcontext()
     try:
         return FileLock(folder / LOCK, timeout=0).acquire()
@@ -102,7 +102,7 @@ def lock(folder: Path) -> AbstractContextManager:
         ) from None
 
 
-def _plain(resolved: dict[str, Any]) -> dict[str, Any]:
+def _to_yaml_values(resolved: dict[str, Any]) -> dict[str, Any]:
     """As YAML can hold it and without secrets; what is unset is left out."""
     kept = {key: value for key, value in resolved.items() if value not in (None, []) and key not in SECRETS}
     return json.loads(json.dumps(kept, default=lambda value: getattr(value, "value", str(value)), sort_keys=True))
@@ -121,20 +121,20 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any], texts
         UserError: the run cannot go on; its last whole checkpoint stays.
         Stopped: the process was told to stop, and a checkpoint holds what was trained.
     """
-    from tinydpo.training.checkpoints import to_resume
-    from tinydpo.training.interruptions import StopsWhenDiverged, StopsWhenTold
+    from tinydpo.training.checkpoints import find_resume_checkpoint
+    from tinydpo.training.interruptions import StopOnDivergence, StopOnSignal
     from tinydpo.training.learning_check import LearningCheck
     from tinydpo.training.throughput import Throughput
 
-    folder, told, speed = Path(trainer.args.output_dir), StopsWhenTold(), Throughput(trainer)
+    folder, told, speed = Path(trainer.args.output_dir), StopOnSignal(), Throughput(trainer)
     trainer.callback_handler.callbacks.insert(0, speed)  # before those that report a log elsewhere
-    for callback in (told, StopsWhenDiverged(), LearningCheck()):
+    for callback in (told, StopOnDivergence(), LearningCheck()):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder):
-        begin(trainer, folder, resolved, summary, texts)
-        checkpoint = to_resume(trainer)
+    with lock_folder(folder):
+        write_run_inputs(trainer, folder, resolved, summary, texts)
+        checkpoint = find_resume_checkpoint(trainer)
         try:
             results = trainer.train(resume_from_checkpoint=checkpoint).metrics
         except UnpicklingError:
@@ -148,7 +148,7 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any], texts
             results = {name: value for name, value in results.items() if not name.startswith("train_")}
         stopped = told.reason and trainer.state.global_step < trainer.state.max_steps
         if not stopped:
-            finish(trainer, folder, resolved, summary, results | speed.total)
+            save_results(trainer, folder, resolved, summary, results | speed.total)
     # While waiting, gloo's threads let go of the last tensors; at exit they would wait for Python's lock, which waits
     # for them, for ever.
     trainer.accelerator.wait_for_everyone()
@@ -160,19 +160,19 @@ def train(trainer: Any, resolved: dict[str, Any], summary: dict[str, Any], texts
         )
 
 
-def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any], texts: Any) -> None:
+def write_run_inputs(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any], texts: Any) -> None:
     """Write what is known before training; refuse to go on with a run whose data or first weights have changed."""
     from accelerate.utils import broadcast_object_list
 
     from tinydpo.data.trained import write_trained
-    from tinydpo.models.adapters import base_record
-    from tinydpo.training.reference import reference_record
+    from tinydpo.models.adapters import record_base_weights
+    from tinydpo.training.reference import record_reference_weights
 
     main, other = trainer.is_world_process_zero(), []
-    weights = base_record(resolved) | reference_record(resolved) if main else {}
+    weights = record_base_weights(resolved) | record_reference_weights(resolved) if main else {}
     if main and any(folder.glob("checkpoint-*")):
         data, before = read_json(folder / SUMMARY), read_json(folder / ENVIRONMENT)
-        other = [one.name for one in sources_in(resolved)] if data and data != summary else []
+        other = [one.name for one in list_sources(resolved)] if data and data != summary else []
         for name, digest in (("model_name_or_path", "base_sha256"), ("ref_model_name_or_path", "ref_sha256")):
             other += [resolved[name]] if before.get(digest) and before[digest] != weights.get(digest) else []
     if other := broadcast_object_list([other])[0]:
@@ -181,24 +181,24 @@ def begin(trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[st
         )
     if not main:
         return
-    write_whole(folder / RUN_CONFIG, yaml.safe_dump(_plain(resolved)))
+    write_atomic(folder / RUN_CONFIG, yaml.safe_dump(_to_yaml_values(resolved)))
     write_json(folder / SUMMARY, summary)
     write_trained(folder, texts)
-    write_json(folder / ENVIRONMENT, environment(trainer.args.seed) | weights)
+    write_json(folder / ENVIRONMENT, describe_environment(trainer.args.seed) | weights)
 
 
-def finish(
+def save_results(
     trainer: Any, folder: Path, resolved: dict[str, Any], summary: dict[str, Any], results: dict[str, Any]
 ) -> None:
     """Evaluate, save the model, draw and describe it; the results come last and mark the run as finished."""
-    from tinydpo.models.ending import sample_plainly
+    from tinydpo.models.ending import reset_generation_config
     from tinydpo.training.card import write_card
     from tinydpo.training.curves import draw_curves
 
     if trainer.eval_dataset is not None:
         results |= trainer.evaluate()
     if (model := trainer.accelerator.unwrap_model(trainer.model)).can_generate():
-        sample_plainly(model, trainer.processing_class)
+        reset_generation_config(model, trainer.processing_class)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -210,18 +210,18 @@ def finish(
         trainer.push_to_hub()
 
 
-def trained_on_turns(model: str) -> bool | None:
+def was_trained_on_chat(model: str) -> bool | None:
     """Whether a chat template wrote the rows that `model` was trained on, most of them; None where no run says so."""
-    rows = read_json(run_of(model) / SUMMARY).get("train", {})
-    return on_turns(rows) if "templated" in rows else None
+    rows = read_json(find_run_folder(model) / SUMMARY).get("train", {})
+    return is_chat_data(rows) if "templated" in rows else None
 
 
-def on_turns(rows: dict[str, Any]) -> bool:
+def is_chat_data(rows: dict[str, Any]) -> bool:
     """Whether a chat template wrote most rows of a split, by its summary."""
     return 2 * rows["templated"] > rows["pairs_in"]
 
 
-def environment(seed: int) -> dict[str, Any]:
+def describe_environment(seed: int) -> dict[str, Any]:
     """Versions, commit, device and seed of this process."""
     import torch
 

@@ -6,24 +6,24 @@ from typing import Any, NamedTuple, TypeVar
 
 from datasets import Dataset
 
-from tinydpo.data.inspection import told
+from tinydpo.data.inspection import format_data_notes
 from tinydpo.data.pairs import load_pairs
 from tinydpo.data.sources import HOLD_OUT_SEED
-from tinydpo.errors import UserError, rank
+from tinydpo.errors import UserError, get_rank
 from tinydpo.files import RUN_CONFIG
 from tinydpo.launching.arguments import DataArguments, RunArguments
-from tinydpo.launching.machine import prepare
-from tinydpo.launching.refused import refuse
-from tinydpo.launching.rehearsal import rehearse
-from tinydpo.models.hub import patiently, told_plainly
+from tinydpo.launching.machine import prepare_process
+from tinydpo.launching.refused import check_flags
+from tinydpo.launching.rehearsal import check_reporters
+from tinydpo.models.hub import retry_hub, explain_load_errors
 from tinydpo.models.pretrained import check_same_vocabulary, load_tokenizer
-from tinydpo.training.reference import other_reference
+from tinydpo.training.reference import find_reference
 from tinydpo.training.runs import FINISHED, is_finished
 
 Trainer = TypeVar("Trainer")
 
 
-class Started(NamedTuple):
+class TrainingData(NamedTuple):
     """What a trainer is made of, besides its model: `test` is None where training does not evaluate.
 
     `train` and `test` are fitted pairs; `summary` says, by split, what fitting did to them; `texts` are the
@@ -37,14 +37,14 @@ class Started(NamedTuple):
     texts: Dataset
 
 
-def start(
+def prepare_training(
     data: DataArguments,
     run: RunArguments,
     training: Any,
     model: Any,
     resolved: dict[str, Any],
     need_pairs: bool = True,
-) -> Started | None:
+) -> TrainingData | None:
     """Everything before the trainer; None, said in one line, where the folder holds this very run, finished.
 
     Args:
@@ -59,37 +59,37 @@ def start(
         UserError: a flag would have no effect, or the machine, the folder, the model or the data are not what the run
             needs.
     """
-    refuse(resolved, training, model)
-    rehearse(training)
-    prepare(training, model, run.accelerate_config)
+    check_flags(resolved, training, model)
+    check_reporters(training)
+    prepare_process(training, model, run.accelerate_config)
     if is_finished(training.output_dir, resolved):
         return None
     name, revision = model.model_name_or_path, model.model_revision
-    tokenizer = as_asked(load_tokenizer(name, revision, training.trust_remote_code), training)
+    tokenizer = apply_tokenizer_flags(load_tokenizer(name, revision, training.trust_remote_code), training)
     check_model(name, revision, tokenizer, training.max_length, training.trust_remote_code)
-    if reference := other_reference(resolved):
+    if reference := find_reference(resolved):
         theirs = load_tokenizer(*reference, training.trust_remote_code)
         check_same_vocabulary(tokenizer, theirs)
         check_model(*reference, tokenizer, training.max_length, training.trust_remote_code)
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs, training.dataset_num_proc)
     summary = {name: split.summary for name, split in splits.items()}
-    if not rank() and (line := told(summary)):
+    if not get_rank() and (line := format_data_notes(summary)):
         print(line)
-    test = held_out(splits["test"].pairs, run.eval_pairs) if training.eval_strategy != "no" else None
-    return Started(tokenizer, splits["train"].pairs, test, summary, splits["train"].texts)
+    test = draw_eval_pairs(splits["test"].pairs, run.eval_pairs) if training.eval_strategy != "no" else None
+    return TrainingData(tokenizer, splits["train"].pairs, test, summary, splits["train"].texts)
 
 
-def build(construct: Callable[[], Trainer], model: Any) -> Trainer:
+def build_trainer(construct: Callable[[], Trainer], model: Any) -> Trainer:
     """Construct a trainer, which loads the model of TRL's `ModelConfig`; what cannot be loaded, or does not fit
     together, is one sentence."""
     try:
-        with told_plainly("model", model.model_name_or_path, model.model_revision, also=()):
-            return patiently(construct)
+        with explain_load_errors("model", model.model_name_or_path, model.model_revision, also=()):
+            return retry_hub(construct)
     except (ValueError, NotImplementedError, ImportError, TypeError) as error:
         raise UserError(str(error)) from None
 
 
-def as_asked(tokenizer: Any, training: Any) -> Any:
+def apply_tokenizer_flags(tokenizer: Any, training: Any) -> Any:
     """A tokenizer with the end token and the chat template that SFT's flags name, before it sees the first row.
 
     Raises:
@@ -130,8 +130,8 @@ def check_model(
         raise UserError(f"{name} holds a run that has not finished; run the command that began it again, it goes on")
     if (Path(name) / "adapter_config.json").exists():
         return
-    with told_plainly("model", name, revision):
-        config = patiently(
+    with explain_load_errors("model", name, revision):
+        config = retry_hub(
             lambda: AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
         ).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -143,6 +143,6 @@ def check_model(
         )
 
 
-def held_out(pairs: Dataset, most: int) -> Dataset:
+def draw_eval_pairs(pairs: Dataset, most: int) -> Dataset:
     """At most `most` rows for evaluation during training, drawn once for all runs."""
     return pairs if len(pairs) <= most else pairs.shuffle(seed=HOLD_OUT_SEED).select(range(most))

@@ -34,11 +34,11 @@ def forward_flop(model: Any, tokens: float, scored: float) -> float:
     """
     head = getattr(model.get_output_embeddings(), "weight", None)  # none in a reward model
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    blocks = sum(_size(weight) for weight in model.parameters() if id(weight) not in embeddings | {id(head)})
-    return 2 * blocks * tokens + (0 if head is None else 2 * _size(head) * scored)
+    blocks = sum(_count_weights(weight) for weight in model.parameters() if id(weight) not in embeddings | {id(head)})
+    return 2 * blocks * tokens + (0 if head is None else 2 * _count_weights(head) * scored)
 
 
-def _size(weight: torch.Tensor) -> int:
+def _count_weights(weight: torch.Tensor) -> int:
     return getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves none of it outside a gather
 
 
