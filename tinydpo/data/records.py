@@ -47,7 +47,7 @@ class ColumnNames:
     roles: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, data: DataArguments) -> "Names":
+    def of(cls, data: DataArguments) -> "ColumnNames":
         """What `--column` and `--role` say."""
         return cls(parse_renames(data.column), parse_renames(data.role))
 
