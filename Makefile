@@ -52,7 +52,7 @@ install: .venv/installed ## Create .venv and install; again only when pyproject.
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(@F)]'
 	@touch $@
 
-quickstart: install ## SFT, DPO and evaluation on the embedded task, on a CPU in minutes (SEED=1 for another)
+quickstart: install ## SFT, DPO and evaluation on the toy task, on a CPU in minutes (SEED=1 for another)
 	$(PYTHON) scripts/quickstart.py --seed $(SEED) --output_dir runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
 sft: $(LAUNCHER) ## Fine-tune GPT-2 Medium on HH's preferred answers

@@ -20,14 +20,14 @@ from models import tokenizer_and_data
 from short_products import emulated, short_products
 from transformers import PreTrainedModel
 
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
-from tinydpo.engine.logps import check_packed_rows
-from tinydpo.engine.packing import Tree
 from tinydpo.errors import UserError, report_errors
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse_args
 from tinydpo.models.loading import load_model
 from tinydpo.models.precision import set_compute_dtype, use_float32_head
+from tinydpo.training.logps import check_packed_rows
+from tinydpo.training.packing import Tree
 
 ROW, WINDOW, SLOPE = 512, 64, 0.05
 MODES: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer
 
-from tinydpo.engine.shared_prefix import SharedPrefixDPOTrainer
+from tinydpo.training.trainers import SharedPrefixDPOTrainer
 
 NAMES = {
     "a": "the earlier script's settings",

@@ -21,12 +21,12 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
-from tinydpo.engine.packing import pack
-from tinydpo.engine.shared_prefix import CPU_TILE, patch_packed_forward
 from tinydpo.errors import UserError, report_errors
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse_args
+from tinydpo.training.packed_forward import CPU_TILE, patch_packed_forward
+from tinydpo.training.packing import pack
 
 TRL_TILE = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 

@@ -16,10 +16,10 @@ from models import SHAPES
 from transformers import AutoModelForCausalLM, GPT2Config
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from tinydpo.engine.packing import pack
-from tinydpo.engine.shared_prefix import patch_packed_forward
+from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
-from tinydpo.launching.parsing import parse_args
+from tinydpo.training.packed_forward import patch_packed_forward
+from tinydpo.training.packing import pack
 
 HH_PAIR = {128: (52, 39, 45), 512: (117, 42, 52)}  # mean tokens of prompt, chosen, rejected: 1,800 fitted pairs
 TILE = 4096 * 32768 * 4  # bytes of the LM head's logits at a time, on a GPU: float32

@@ -5,11 +5,11 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from tinydpo.data.embedded_task import write_task
+from tinydpo.config.arguments import DataArguments
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.models.hub import retry_hub, explain_load_errors
-from tinydpo.models.pretrained import load_tokenizer
+from tinydpo.models.hub import explain_load_errors, retry_hub
+from tinydpo.models.loading import load_tokenizer
+from tinydpo.toy_task import write_task
 
 SHAPES = {
     "gpt2-tiny": {"n_embd": 128, "n_layer": 2, "n_head": 2},

@@ -22,14 +22,14 @@ from models import tokenizer_and_data
 from short_products import short_products
 from transformers import PreTrainedModel
 
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
-from tinydpo.engine.logps import PairLogps, pair_logps
 from tinydpo.errors import report_errors
 from tinydpo.evaluation.metrics import pair_metrics, pair_rewards
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse_args
 from tinydpo.models.loading import load_model
 from tinydpo.models.precision import set_compute_dtype
+from tinydpo.training.logps import PairLogps, pair_logps
 
 BETA, ROW = 0.1, 512
 

@@ -21,11 +21,11 @@ import torch
 from datasets import Dataset
 from models import save_random_model, tokenizer_and_data
 
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_pairs
 from tinydpo.errors import UserError, report_errors
 from tinydpo.files import write_json
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse_args
 
 RECIPE = "recipes/gpt2-medium-hh"
 HH_TRAIN, HH_TEST = 160_800, 8_552

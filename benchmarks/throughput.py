@@ -25,11 +25,11 @@ import torch
 from models import SHAPES, save_random_model, tokenizer_and_data
 from trl.trainer.utils import get_peak_flops
 
+from tinydpo.config.arguments import DataArguments, resolve_row_length
+from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError, report_errors
 from tinydpo.files import write_json
-from tinydpo.launching.arguments import DataArguments, resolve_row_length
-from tinydpo.launching.parsing import parse_args
 from tinydpo.models.precision import has_fast_bf16
 from tinydpo.training.throughput import forward_flop
 

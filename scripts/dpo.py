@@ -9,10 +9,10 @@ act, here and in the recipe, or are refused (--help).
 
 from functools import partial
 
+from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArguments
+from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import report_errors
-from tinydpo.launching.arguments import DataArguments, ReferenceArguments, RunArguments
-from tinydpo.launching.parsing import parse_training_args
-from tinydpo.training.peers import report_lost_peers
+from tinydpo.training.callbacks import report_lost_peers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,12 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, DPOConfig, ModelConfig, ReferenceArguments)
     (data, run, training, model, _), resolved = parse_training_args(*types, argv=argv)
 
-    from tinydpo.engine.shared_prefix import SharedPrefixDPOTrainer
-    from tinydpo.engine.trainers import FittedDPOTrainer
-    from tinydpo.models import adapters
-    from tinydpo.training.reference import load_reference
-    from tinydpo.training.runs import train
-    from tinydpo.training.start import build_trainer, prepare_training
+    from tinydpo.models import loading as adapters
+    from tinydpo.training.setup import build_trainer, load_reference, prepare_training
+    from tinydpo.training.train import train
+    from tinydpo.training.trainers import FittedDPOTrainer, SharedPrefixDPOTrainer
 
     if (given := prepare_training(data, run, training, model, resolved)) is None:
         return

@@ -10,22 +10,23 @@ Fewer prompts and a reward of your own: add `--num_prompts 64 --reward_funcs my_
 import gc
 from dataclasses import asdict
 
-from tinydpo.data.asked import get_readable_columns
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.launch import pick_device_and_dtype
+from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
-from tinydpo.engine.logps import pair_logps, token_logps
+from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import report_errors
-from tinydpo.evaluation import explicit, metrics
-from tinydpo.evaluation.compared import EvaluateArguments
+from tinydpo.evaluation import metrics
+from tinydpo.evaluation import metrics as explicit
+from tinydpo.evaluation.arguments import EvaluateArguments
 from tinydpo.evaluation.results import columns_to_rows, make_output_folder, save_evaluation
-from tinydpo.evaluation.rewards import RewardArguments, score_by_function, load_rewards
-from tinydpo.evaluation.sampling import sample_cached, prepare_prompts
+from tinydpo.evaluation.rewards import RewardArguments, load_rewards, score_by_function
+from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
 from tinydpo.evaluation.table import format_samples, format_table
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.machine import pick_device_and_dtype
-from tinydpo.launching.parsing import parse_args
 from tinydpo.models.loading import load_model
 from tinydpo.report.page import write_report
-from tinydpo.report.token_colors import split_into_pieces
+from tinydpo.report.tokens import split_into_pieces
+from tinydpo.training.logps import pair_logps, token_logps
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,7 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     results = metrics.pair_metrics(**logps, beta=args.beta) | {"trained_share": args.trained_share(held_out.texts)}
     results |= metrics.kl_metrics(*answer_logps.values()) | metrics.length_metrics(**answers)
     written = {role: answers[role].texts(tokenizer) for role in args.models}
-    columns = get_readable_columns(texts, tokenizer) | written | {f"ended_{role}": answers[role].ended for role in args.models}
+    columns = (
+        get_readable_columns(texts, tokenizer)
+        | written
+        | {f"ended_{role}": answers[role].ended for role in args.models}
+    )
     if functions:
         each = {role: score_by_function(functions, texts, written[role], answers[role].ids) for role in args.models}
         scores = {role: rewards.sum(0) for role, rewards in each.items()}

@@ -7,21 +7,29 @@ add to those made before.
 """
 
 import gc
-import runpy
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 from typing import Any
 
+import dpo
+
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import frontier
-from tinydpo.evaluation.frontier import FrontierArguments, FrontierRun
-from tinydpo.evaluation.frontier_points import check_frontier_settings, read_finished_runs, order_points, load_measure, measure_run, format_frontier
+from tinydpo.evaluation.frontier import (
+    FrontierArguments,
+    FrontierRun,
+    check_frontier_settings,
+    format_frontier,
+    load_measure,
+    measure_run,
+    order_points,
+    read_finished_runs,
+)
 from tinydpo.evaluation.results import make_output_folder
 from tinydpo.evaluation.rewards import RewardArguments
 from tinydpo.files import write_json
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse_args
 from tinydpo.report import figures
 from tinydpo.report.page import write_report
 
@@ -47,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     def train(run: FrontierRun) -> None:
         flags = frontier.get_dpo_flags(run, args, data, folder)
         with open(folder / f"{run.name}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
-            runpy.run_path(str(Path(__file__).with_name("dpo.py")))["main"](flags)
+            dpo.main(flags)
 
     write_json(folder / "frontier.json", result())
     start = time.monotonic()

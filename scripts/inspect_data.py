@@ -8,9 +8,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArguments
+from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
-from tinydpo.launching.arguments import DataArguments, ReferenceArguments, RunArguments
-from tinydpo.launching.parsing import parse_args
 
 
 @dataclass
@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     if look.json and not Path(look.json).absolute().parent.is_dir():
         raise UserError(f"--json {look.json}: the folder does not exist; make it first")
 
-    from tinydpo.data.inspection import describe_split
+    from tinydpo.data.inspect import describe_split
     from tinydpo.data.notice import CONTENT_NOTICE, is_hh
     from tinydpo.data.pairs import load_pairs
     from tinydpo.files import write_json
-    from tinydpo.models.pretrained import load_tokenizer
+    from tinydpo.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(look.model_name_or_path, look.model_revision)
     splits = load_pairs(data, tokenizer, look.max_length, need_pairs=None)

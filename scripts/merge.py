@@ -11,12 +11,11 @@ import os
 import shutil
 from pathlib import Path
 
+from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
-from tinydpo.launching.parsing import parse_args
-from tinydpo.models import adapters
-from tinydpo.models.adapters import MergeArguments
-from tinydpo.models.ending import reset_generation_config
-from tinydpo.models.pretrained import load_tokenizer
+from tinydpo.models import loading as adapters
+from tinydpo.models.loading import MergeArguments, load_tokenizer
+from tinydpo.models.stop_tokens import reset_generation_config
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = adapters.merge_adapter(adapter, args.base_model_name_or_path), load_tokenizer(str(adapter))
 
     from tinydpo.files import RUN_CONFIG, read_run_config
-    from tinydpo.training.runs import FINISHED, SUMMARY
+    from tinydpo.training.train import FINISHED, SUMMARY
 
     reset_generation_config(model, tokenizer)
     output, run = Path(args.output_dir), read_run_config(str(adapter))

@@ -9,23 +9,23 @@ max_length, and where the sampling settings start; votes go to `votes.jsonl` bes
 import os
 from pathlib import Path
 
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.launch import pick_device_and_dtype
+from tinydpo.config.recipe import parse_args
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.errors import UserError, report_errors
-from tinydpo.evaluation.compared import EvaluateArguments
+from tinydpo.evaluation.arguments import EvaluateArguments
 from tinydpo.evaluation.rewards import RewardArguments
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.machine import pick_device_and_dtype
-from tinydpo.launching.parsing import parse_args
 from tinydpo.models.loading import load_model
 from tinydpo.playground.side_by_side import SideBySide
-from tinydpo.training.runs import was_trained_on_chat
-from tinydpo.training.start import check_model
+from tinydpo.training.setup import check_model
+from tinydpo.training.train import was_trained_on_chat
 
 
 def main(argv: list[str] | None = None) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
-        from tinydpo.playground.page import PlaygroundArguments, build_app, serve_app
+        from tinydpo.playground.app import PlaygroundArguments, build_app, serve_app
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise

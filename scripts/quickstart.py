@@ -3,19 +3,19 @@
     python scripts/quickstart.py --seed 1 --output_dir runs/quickstart-seed1
 
 `make quickstart` runs the same with seed 0. The stages are the real scripts, their commands are printed, and
-`tinydpo/data/embedded_task.py` says what the task and its gold reward are.
+`tinydpo/data/toy_task.py` says what the task and its gold reward are.
 """
 
 import argparse
+import importlib
 import json
-import runpy
 import time
 from pathlib import Path
 
 from datasets import disable_progress_bars
 
-from tinydpo.data.embedded_task import write_task
 from tinydpo.errors import report_errors
+from tinydpo.toy_task import write_task
 
 RECIPE = "recipes/quickstart"
 
@@ -23,11 +23,11 @@ RECIPE = "recipes/quickstart"
 def stage(script: str, recipe: str, **flags: object) -> None:
     argv = ["--config", f"{RECIPE}/{recipe}.yaml", *(part for k, v in flags.items() for part in (f"--{k}", str(v)))]
     print(f"\n$ python scripts/{script}.py {' '.join(argv)}", flush=True)
-    runpy.run_path(f"scripts/{script}.py")["main"](argv)
+    importlib.import_module(script).main(argv)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="SFT, DPO and evaluation on the embedded task.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="SFT, DPO and evaluation on the toy task.", allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0, help="of the data, the models and the samples")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     args = parser.parse_args()

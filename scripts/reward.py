@@ -9,10 +9,10 @@ act, here and in the recipe, or are refused (--help). What it saves is what --re
 
 from functools import partial
 
+from tinydpo.config.arguments import DataArguments, RunArguments
+from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import report_errors
-from tinydpo.launching.arguments import DataArguments, RunArguments
-from tinydpo.launching.parsing import parse_training_args
-from tinydpo.training.peers import report_lost_peers
+from tinydpo.training.callbacks import report_lost_peers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, RewardConfig, ModelConfig)
     (data, run, training, model), resolved = parse_training_args(*types, argv=argv)
 
-    from tinydpo.engine.reward import FittedRewardTrainer, PackedRewardTrainer
-    from tinydpo.models.ending import pad_with_end_token
-    from tinydpo.training.runs import is_chat_data, train
-    from tinydpo.training.start import build_trainer, prepare_training
+    from tinydpo.models.stop_tokens import pad_with_end_token
+    from tinydpo.training.reward_trainer import FittedRewardTrainer, PackedRewardTrainer
+    from tinydpo.training.setup import build_trainer, prepare_training
+    from tinydpo.training.train import is_chat_data, train
 
     if (given := prepare_training(data, run, training, model, resolved)) is None:
         return

@@ -7,20 +7,19 @@ commands are printed; what is made is not made again, so that the same command g
 """
 
 import gc
-import runpy
-from pathlib import Path
+import importlib
 
+from tinydpo.config.recipe import parse_args
 from tinydpo.errors import report_errors
-from tinydpo.evaluation import rounds
+from tinydpo.evaluation import on_policy as rounds
 from tinydpo.evaluation.results import make_output_folder
 from tinydpo.files import read_json, write_json
-from tinydpo.launching.parsing import parse_args
 from tinydpo.report import figures
 
 
 def stage(script: str, argv: list[str]) -> None:
     print(f"\n$ python scripts/{script}.py {' '.join(argv)}", flush=True)
-    runpy.run_path(str(Path(__file__).with_name(f"{script}.py")))["main"](argv)
+    importlib.import_module(script).main(argv)
     gc.collect()  # a trainer's model and optimizer hold each other
 
 

@@ -9,18 +9,17 @@
 import io
 import json
 
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.launch import pick_device_and_dtype
+from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import on_policy
 from tinydpo.evaluation.results import make_output_folder
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
 from tinydpo.evaluation.sampling import prepare_prompts
-from tinydpo.files import write_json, write_atomic
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.machine import pick_device_and_dtype
-from tinydpo.launching.parsing import parse_args
-from tinydpo.models.loading import load_model
-from tinydpo.models.pretrained import load_tokenizer
+from tinydpo.files import write_atomic, write_json
+from tinydpo.models.loading import load_model, load_tokenizer
 from tinydpo.report import figures
 
 
@@ -36,7 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     texts = load_split(data, tokenizer, args.max_length, "train").texts
     texts, prompts = prepare_prompts(texts, tokenizer, args.max_length, args.num_prompts, args.seed)
     model = load_model(args.model_name_or_path, args.model_revision, dtype=dtype, device=device)
-    answers = on_policy.score_samples(functions, texts, on_policy.sample_several(model, tokenizer, prompts, args), tokenizer)
+    answers = on_policy.score_samples(
+        functions, texts, on_policy.sample_several(model, tokenizer, prompts, args), tokenizer
+    )
 
     rows = on_policy.make_rows(texts, answers, args.pair_by, data.test_split_size)
     counts = on_policy.count_answers(answers, rows, args.pair_by)

@@ -9,10 +9,10 @@ refused.
 
 from functools import partial
 
+from tinydpo.config.arguments import DataArguments, RunArguments
+from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import report_errors
-from tinydpo.launching.arguments import DataArguments, RunArguments
-from tinydpo.launching.parsing import parse_training_args
-from tinydpo.training.peers import report_lost_peers
+from tinydpo.training.callbacks import report_lost_peers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,11 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, SFTConfig, ModelConfig)
     (data, run, training, model), resolved = parse_training_args(*types, argv=argv)
 
-    from tinydpo.engine.shared_prefix import PackedSFTTrainer
-    from tinydpo.engine.trainers import FittedSFTTrainer, build_sft_rows
-    from tinydpo.models import adapters
-    from tinydpo.training.runs import train
-    from tinydpo.training.start import build_trainer, prepare_training
+    from tinydpo.models import loading as adapters
+    from tinydpo.training.setup import build_trainer, prepare_training
+    from tinydpo.training.train import train
+    from tinydpo.training.trainers import FittedSFTTrainer, PackedSFTTrainer, build_sft_rows
 
     if (given := prepare_training(data, run, training, model, resolved, need_pairs=False)) is None:
         return

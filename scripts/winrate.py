@@ -11,18 +11,17 @@ import gc
 from dataclasses import asdict
 from pathlib import Path
 
-from tinydpo.data.asked import get_readable_columns
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.launch import pick_device_and_dtype
+from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
+from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import report_errors
 from tinydpo.evaluation import winrate
-from tinydpo.evaluation.calibration import calibrate_judge
-from tinydpo.evaluation.judge import Judge, JudgeArguments
+from tinydpo.evaluation.judge import Judge, JudgeArguments, calibrate_judge
 from tinydpo.evaluation.results import add_win_rates_to_card, make_output_folder
-from tinydpo.evaluation.sampling import sample_cached, prepare_prompts
+from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
 from tinydpo.files import write_json
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.machine import pick_device_and_dtype
-from tinydpo.launching.parsing import parse_args
 from tinydpo.models.loading import load_model
 from tinydpo.report.page import write_report
 

@@ -54,8 +54,8 @@ def gpt2_tokenizer(shared: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded task, small: `data/train.jsonl` (96 pairs), `data/test.jsonl` (32), `base/` (model, tokenizer)."""
-    from tinydpo.data.embedded_task import write_task
+    """The toy task, small: `data/train.jsonl` (96 pairs), `data/test.jsonl` (32), `base/` (model, tokenizer)."""
+    from tinydpo.toy_task import write_task
 
     folder = tmp_path_factory.mktemp("task")
     write_task(folder / "data", folder / "base", seed=0, train_pairs=96, test_pairs=32)
@@ -64,7 +64,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(task: Path) -> Any:
-    """The embedded task's tokenizer: byte-level BPE, no BOS token, no chat template."""
+    """The toy task's tokenizer: byte-level BPE, no BOS token, no chat template."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(task / "base")

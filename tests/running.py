@@ -1,8 +1,8 @@
 """The scripts as tests of several rooms run them: in this process, or as commands of their own."""
 
+import importlib
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ SMALL = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_ba
 
 def run(script: str, *argv: str | Path) -> None:
     """A training script in this process, small unless told otherwise."""
-    runpy.run_path(f"scripts/{script}.py")["main"]([*SMALL, *map(str, argv)])
+    importlib.import_module(script).main([*SMALL, *map(str, argv)])
 
 
 def log(folder: Path, key: str) -> list[float]:

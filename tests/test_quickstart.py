@@ -1,4 +1,4 @@
-"""The embedded task by its shipped recipe: DPO must make answers better by the true reward, on every seed."""
+"""The toy task by its shipped recipe: DPO must make answers better by the true reward, on every seed."""
 
 import json
 import os

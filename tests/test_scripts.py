@@ -15,7 +15,7 @@ def test_what_a_script_imports_is_there(file: Path):
     for node in ast.walk(ast.parse(file.read_text())):
         if not (isinstance(node, ast.ImportFrom) and node.module.startswith("tinydpo")):
             continue
-        if node.module == "tinydpo.playground.page":
+        if node.module == "tinydpo.playground.app":
             pytest.importorskip("gradio", reason="needs the extra 'playground'")
         module = importlib.import_module(node.module)
         for name in (alias.name for alias in node.names):

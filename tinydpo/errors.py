@@ -83,6 +83,7 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error, of whatever library, comes of a disk that takes no more."""
     return any(
-        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(told in str(one) for told in DISK_FULL_MESSAGES)
+        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or any(told in str(one) for told in DISK_FULL_MESSAGES)
         for one in iter_causes(error)
     )

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinydpo.data.asked import typed_to_messages, typed_to_dialogue, format_dialogue, format_prompt
+from tinydpo.data.text import format_dialogue, format_prompt, typed_to_dialogue, typed_to_messages
 
 words = (
     st.text(st.characters(exclude_categories=["Cs"])).map(str.strip).filter(lambda text: text and "\n\n" not in text)
@@ -26,7 +26,9 @@ def test_what_is_typed_becomes_turns():
 def test_people_and_models_see_the_same_turns(turns: list[str]):
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     assert typed_to_messages(format_prompt(messages)) == messages, "a dialogue as it is shown is read as another"
-    assert typed_to_dialogue(format_prompt(messages)) == format_prompt(messages), "shown, a conversation is not in HH's form"
+    assert typed_to_dialogue(format_prompt(messages)) == format_prompt(messages), (
+        "shown, a conversation is not in HH's form"
+    )
 
 
 def test_other_roles_and_calls_are_shown():

@@ -26,9 +26,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import ROOT
 
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import DataArguments
 
 Pair = tuple[str, str, str | None]
 

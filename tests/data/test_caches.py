@@ -12,8 +12,8 @@ import pytest
 from test_bad_datasets import pair, row
 from transformers import AutoTokenizer
 
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
-from tinydpo.launching.arguments import DataArguments
 
 # A server that has imported everything once, and no threads: processes are forked from it, not from this one.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -70,7 +70,7 @@ def test_processes_that_start_at_once(tmp_path: Path, tiny_model: Path):
     assert load(file, tiny_model) == expected, "processes that share a cache leave a wrong one behind"
 
 
-@pytest.mark.parametrize("place", ["json.dumps", "tinydpo.data.dialogues.text_pair", "tinydpo.data.fitting.fit_pair"])
+@pytest.mark.parametrize("place", ["json.dumps", "tinydpo.data.text.text_pair", "tinydpo.data.fitting.fit_pair"])
 def test_killed_while_the_cache_is_made(place: str, tmp_path: Path, tiny_model: Path):
     file, same = data(tmp_path)
     process = PROCESSES.Process(target=load_and_die, args=(place, file, tiny_model))

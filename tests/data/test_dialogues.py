@@ -10,12 +10,12 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinydpo.data.dialogues import BrokenRow, render_row, render_texts
-from tinydpo.data.forms import split_dialogues
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
-from tinydpo.data.sources import RECORD_FEATURES
+from tinydpo.data.rows import split_dialogues
+from tinydpo.data.splits import RECORD_FEATURES
+from tinydpo.data.text import BrokenRow, render_row, render_texts
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import DataArguments
 
 PROMPT = "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant:"
 TURNS = [

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tinydpo.data.dialogues import TEXT_FEATURES
-from tinydpo.data.fitting import get_bos_ids, fit_pairs, fit_pair, tokenize_prompts
+from tinydpo.data.fitting import fit_pair, fit_pairs, get_bos_ids, tokenize_prompts
+from tinydpo.data.text import TEXT_FEATURES
 from tinydpo.errors import UserError
 
 END, BOS = 1000, 1001
@@ -81,7 +81,9 @@ def words(bos: bool, end_last: bool = False, one_token: bool = False) -> PreTrai
 
 
 def texts(*rows: dict[str, Any]) -> Dataset:
-    return Dataset.from_list([{**dict.fromkeys(TEXT_FEATURES), "templated": False, **row} for row in rows], features=TEXT_FEATURES)
+    return Dataset.from_list(
+        [{**dict.fromkeys(TEXT_FEATURES), "templated": False, **row} for row in rows], features=TEXT_FEATURES
+    )
 
 
 def numbered(count: int, first: int = 0) -> str:
@@ -191,7 +193,9 @@ def test_a_budget_that_is_none_is_refused():
             fit_pairs(texts(PAIR), words(False), max_length, question, workers=1)
     with pytest.raises(UserError, match="BOS"):  # the answer would have no room
         fit_pairs(texts(PAIR), words(True), 64, 63, workers=1)
-    assert fit_pairs(texts(PAIR), words(False), 64, 63, workers=1)["dropped"][:] == [None], "the largest question is refused"
+    assert fit_pairs(texts(PAIR), words(False), 64, 63, workers=1)["dropped"][:] == [None], (
+        "the largest question is refused"
+    )
 
 
 def test_another_budget_or_tokenizer_is_another_cache():

@@ -8,9 +8,9 @@ import pytest
 from test_dialogues import ALTERNATING, BAD, CHATML, GOOD, HH, PROMPT, TURNS, pairs_of, with_template
 from trl.data_utils import apply_chat_template
 
-from tinydpo.data.dialogues import BrokenRow, render_row
-from tinydpo.data.inspection import format_data_notes
-from tinydpo.data.records import ColumnNames, rename_columns
+from tinydpo.data.inspect import format_data_notes
+from tinydpo.data.rows import ColumnNames, rename_columns
+from tinydpo.data.text import BrokenRow, render_row
 
 PAIR = {"prompt": TURNS, "chosen": GOOD, "rejected": BAD}
 TEXTS = {"prompt": "How are you?", "chosen": "Well.", "rejected": "Bad, very bad."}
@@ -188,7 +188,9 @@ def test_other_names(kind: str, tiny_tokenizer: Any):
     names, row, expected = RENAMED[kind]
     tokenizer = with_template(tiny_tokenizer, CHATML)
     given = json.dumps(row)
-    assert render_row(rename_columns(row, names), tokenizer, True) == render_row(expected, tokenizer, True), f"{kind}: misread"
+    assert render_row(rename_columns(row, names), tokenizer, True) == render_row(expected, tokenizer, True), (
+        f"{kind}: misread"
+    )
     assert json.dumps(row) == given, f"{kind}: reading a row changes it"
 
 
@@ -210,8 +212,8 @@ def test_other_names_are_another_cache(tiny_tokenizer: Any, tmp_path: Path):
 
 
 def pairs_of_named(tmp_path: Path, tokenizer: Any, row: dict, column: list[str]) -> Any:
+    from tinydpo.config.arguments import DataArguments
     from tinydpo.data.pairs import load_pairs
-    from tinydpo.launching.arguments import DataArguments
 
     for split in ("train", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
@@ -241,7 +243,9 @@ def test_nothing_is_left_out_unsaid(thinking: Any, tmp_path: Path):
         line
     )
     assert "column 'score' is not read (2 rows)" in line and "test" not in line, f"it is not all told: {line}"
-    assert format_data_notes({"test": {**split.summary, "dropped": {}, "notes": {}}}) == "", "a line is printed about nothing"
+    assert format_data_notes({"test": {**split.summary, "dropped": {}, "notes": {}}}) == "", (
+        "a line is printed about nothing"
+    )
 
 
 BESIDE_BROKEN = {

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from test_dialogues import BAD, CHATML, GOOD, TURNS, with_template
 
-from tinydpo.data.inspection import format_data_notes
+from tinydpo.config.arguments import DataArguments
+from tinydpo.data.inspect import format_data_notes
 from tinydpo.data.pairs import load_pairs
-from tinydpo.data.sources import load_records
-from tinydpo.launching.arguments import DataArguments
+from tinydpo.data.splits import load_records
 
 
 def texts(prompt: int, answer: int) -> dict:

@@ -1,9 +1,9 @@
 """What the token budget does to real pairs: the figures of the documentation, and what `inspect_data` writes."""
 
 import gzip
+import importlib
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def real_lines(shared: Path) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def inspect() -> Callable[[list[str]], None]:
-    return runpy.run_path(str(ROOT / "scripts" / "inspect_data.py"))["main"]
+    return importlib.import_module("inspect_data").main
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,8 @@ def test_inspect_data_takes_no_nonsense(inspect: Callable, task: Path, tmp_path:
 
 MEASURE = """
 import json, resource, sys, time
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.models.pretrained import load_tokenizer
+from tinydpo.config.arguments import DataArguments
+from tinydpo.models.loading import load_tokenizer
 from tinydpo.data.pairs import load_pairs
 
 def peak():  # MiB

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tinydpo.data.inspection import format_data_notes
+from tinydpo.config.arguments import DataArguments, RunArguments
+from tinydpo.config.recipe import parse_args
+from tinydpo.data.inspect import format_data_notes
 from tinydpo.data.pairs import load_pairs, load_split
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import DataArguments, RunArguments
-from tinydpo.launching.parsing import parse_args
 
 
 def write(folder: Path, name: str, count: int) -> Path:

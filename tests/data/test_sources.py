@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import are_progress_bars_disabled
 
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs, load_split
-from tinydpo.data.sources import load_records, hide_progress_bars
+from tinydpo.data.splits import hide_progress_bars, load_records
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import DataArguments
 
 
 def rows(count: int, name: str = "row") -> list[dict[str, str]]:
@@ -217,7 +217,7 @@ def test_a_dataset_on_the_hub_is_read_like_its_folder(tmp_path: Path, monkeypatc
         link.symlink_to(os.path.relpath(hashed, link.parent))
     asked = []
     monkeypatch.setattr(
-        "tinydpo.data.sources.download_dataset", lambda *what: asked.append(what) or tmp_path / "snapshot"
+        "tinydpo.data.splits.download_dataset", lambda *what: asked.append(what) or tmp_path / "snapshot"
     )
     records = read("someone/pairs", dataset_revision="abc")["train"]
     assert asked == [("someone/pairs", "abc", None)], "another dataset is downloaded than the one asked for"
@@ -250,8 +250,8 @@ def test_cached_by_content(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pyt
         raise AssertionError("the same pairs are tokenized a second time")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tinydpo.data.sources._file_records", refuse)
-        patch.setattr("tinydpo.data.dialogues.text_pair", refuse)
+        patch.setattr("tinydpo.data.splits._file_records", refuse)
+        patch.setattr("tinydpo.data.text.text_pair", refuse)
         patch.setattr("tinydpo.data.fitting.tokenize_prompts", refuse)
         assert load() == before, "the same content gives other pairs"
     file.write_bytes(lines(rows(20, "new")))  # of the same length

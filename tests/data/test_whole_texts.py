@@ -8,8 +8,8 @@ from test_fitting import texts
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tinydpo.data.dialogues import render_row
-from tinydpo.data.fitting import get_bos_ids, fit_pairs
+from tinydpo.data.fitting import fit_pairs, get_bos_ids
+from tinydpo.data.text import render_row
 
 # Zephyr's and TinyLlama's: headers that are no tokens of their own, the end token ends a turn.
 ZEPHYR = (

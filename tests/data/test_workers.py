@@ -10,10 +10,10 @@ import pytest
 from datasets import Dataset
 from running import run
 
+from tinydpo.config import launch as machine
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
 from tinydpo.errors import UserError
-from tinydpo.launching import machine
-from tinydpo.launching.arguments import DataArguments
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo"])
@@ -45,7 +45,9 @@ def test_a_containers_quota_counts(quota: str | None, expected: int, tmp_path: P
     monkeypatch.setattr(machine, "CPU_QUOTA", tmp_path / "cpu.max")
     if quota is not None:
         (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert machine.count_cores() == expected, "large data would be read by more processes than the container runs at once"
+    assert machine.count_cores() == expected, (
+        "large data would be read by more processes than the container runs at once"
+    )
 
 
 @pytest.mark.parametrize("place", ["dialogues.text_pair", "fitting.fit_pair"])

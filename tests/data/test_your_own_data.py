@@ -13,9 +13,9 @@ import pytest
 from running import ROOT
 from test_bad_datasets import CHATML, templated
 
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_pairs
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse_args
 
 PAGE = (ROOT / "docs/your-own-data.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)

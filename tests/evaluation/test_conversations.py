@@ -1,15 +1,15 @@
 """Conversations stay conversations for rewards, judges and readers, whatever the policy's template makes of them."""
 
+import importlib
 import json
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import CHATML, GEMMA, say, steer, write_family, write_reward_model, write_rows
 from judge_server import judge_server
+from toys import CHATML, GEMMA, say, steer, write_family, write_reward_model, write_rows
 from transformers import AutoTokenizer
 
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
@@ -45,7 +45,7 @@ def gemma(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def script(name: str, folder: Path, data: Path, *argv: str) -> None:
     models = ["--model_name_or_path", f"{folder}/policy", "--ref_model_name_or_path", f"{folder}/ref"]
-    runpy.run_path(f"scripts/{name}.py")["main"]([*models, "--dataset_name", str(data), *argv])
+    importlib.import_module(name).main([*models, "--dataset_name", str(data), *argv])
 
 
 def reward_score(folder: Path, model: Any, text: str) -> float:

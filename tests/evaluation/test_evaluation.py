@@ -18,9 +18,8 @@ from running import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tinydpo.engine.logps import PairLogps, pair_logps, token_logps
 from tinydpo.errors import UserError
-from tinydpo.evaluation.compared import EvaluateArguments
+from tinydpo.evaluation.arguments import EvaluateArguments
 from tinydpo.evaluation.metrics import (
     accuracy_by_cut,
     accuracy_by_subset,
@@ -31,9 +30,10 @@ from tinydpo.evaluation.metrics import (
     wilson_interval,
 )
 from tinydpo.evaluation.rewards import load_reward, sum_rewards
-from tinydpo.evaluation.sampling import sample_cached, choose_prompts, cut_answer, cut_prompt, sample_answers
+from tinydpo.evaluation.sampling import choose_prompts, cut_answer, cut_prompt, sample_answers, sample_cached
 from tinydpo.evaluation.table import format_interval, format_samples, format_table
-from tinydpo.models.pretrained import check_same_vocabulary
+from tinydpo.models.loading import check_same_vocabulary
+from tinydpo.training.logps import PairLogps, pair_logps, token_logps
 
 GPT2_TOKENIZER = ROOT.parent / "shared" / "gpt2-tokenizer"
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -338,7 +338,9 @@ def test_reward_functions_are_summed_and_checked():
     def length(prompts: list[str], completions: list[str], **kwargs) -> list[float]:
         return [float(len(text)) for text in completions]
 
-    assert sum_rewards([length, length], ["p", "q"], ["ab", ""]).tolist() == [4.0, 0.0], "several rewards are not summed"
+    assert sum_rewards([length, length], ["p", "q"], ["ab", ""]).tolist() == [4.0, 0.0], (
+        "several rewards are not summed"
+    )
     for broken in (lambda **_: [1.0], lambda **_: [None, 1.0], lambda **_: [math.nan, 1.0], lambda **_: 1 / 0):
         with pytest.raises(UserError, match="reward function"):
             sum_rewards([broken], ["p", "q"], ["ab", ""])

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from tinydpo.evaluation.explicit import paired_accuracies, rank_correlation
-from tinydpo.evaluation.metrics import wilson_interval
+from tinydpo.evaluation.metrics import paired_accuracies, rank_correlation, wilson_interval
 
 
 def judges(both: int, implicit: int, explicit: int, neither: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,12 +18,19 @@ from running import ROOT
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 
-from tinydpo.engine.trainers import FittedDPOTrainer
+from tinydpo.config.arguments import DataArguments
 from tinydpo.errors import UserError
-from tinydpo.evaluation.frontier import FrontierArguments, get_dpo_flags, get_loss_flags, plan_runs, write_frontier_data
-from tinydpo.evaluation.frontier_points import best_of_n, format_frontier
-from tinydpo.launching.arguments import DataArguments
+from tinydpo.evaluation.frontier import (
+    FrontierArguments,
+    best_of_n,
+    format_frontier,
+    get_dpo_flags,
+    get_loss_flags,
+    plan_runs,
+    write_frontier_data,
+)
 from tinydpo.report.figures import draw_frontier
+from tinydpo.training.trainers import FittedDPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,7 +145,7 @@ def argv(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         "--dpo_config", str(folder / "dpo.yaml"), "--model_name_or_path", str(folder / "sft"), "--dataset_name",
         str(task / "data"), "--output_dir", str(folder / "frontier"), "--reward_funcs",
-        "tinydpo.data.embedded_task.gold_reward", "--losses", "sigmoid", "conservative", "--betas", "0.1", "--best_of",
+        "tinydpo.toy_task.gold_reward", "--losses", "sigmoid", "conservative", "--betas", "0.1", "--best_of",
         "2", "--checkpoints", "2", "--num_prompts", "8",
     ]  # fmt: skip
 

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from running import ROOT, call, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinydpo.data.embedded_task import gold_reward
-from tinydpo.data.held_out import SHARED_PROMPT_NOTE
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
+from tinydpo.data.splits import SHARED_PROMPT_NOTE
 from tinydpo.errors import UserError
 from tinydpo.evaluation import on_policy, sampling
 from tinydpo.evaluation.on_policy import ScoredAnswer, make_pairs
-from tinydpo.launching.arguments import DataArguments
 from tinydpo.report.page import write_report
+from tinydpo.toy_task import gold_reward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = ("train.jsonl", "test.jsonl", "README.md", "rewards.png")
@@ -54,7 +54,7 @@ def sample_pairs(policy: Path, data: Path, folder: Path, *flags: str) -> dict[st
     given = {"model_name_or_path": policy, "dataset_name": data, "output_dir": folder, "num_prompts": 24,
              "samples_per_prompt": 4, "test_split_size": 0.25, "max_length": 96}  # fmt: skip
     argv = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    reward = [] if "--reward_funcs" in flags else ["--reward_funcs", "tinydpo.data.embedded_task.gold_reward"]
+    reward = [] if "--reward_funcs" in flags else ["--reward_funcs", "tinydpo.toy_task.gold_reward"]
     run_path(str(ROOT / "scripts/sample_pairs.py"))["main"]([*argv, *reward, *flags])
     read = {split: (folder / f"{split}.jsonl").read_text().splitlines() for split in ("train", "test")}
     return {split: [*map(json.loads, lines)] for split, lines in read.items()}

@@ -1,7 +1,7 @@
 """An evaluation on rows that its policy was trained on says so, whatever file or split they come from."""
 
+import importlib
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -48,7 +48,7 @@ def test_rows_of_the_run_and_of_the_one_it_began_from_are_told(
         capsys.readouterr()
         flags = ["--model_name_or_path", runs / stage, "--ref_model_name_or_path", tiny_model, "--dataset_name", data,
                  "--output_dir", tmp_path / folder, "--max_length", "128", "--num_prompts", "2"]  # fmt: skip
-        runpy.run_path("scripts/evaluate.py")["main"]([*map(str, flags)])
+        importlib.import_module("evaluate").main([*map(str, flags)])
         return json.loads((tmp_path / folder / "eval_results.json").read_text()), capsys.readouterr().out
 
     results, told = evaluated(tmp_path / "rows", "seen")

@@ -24,13 +24,18 @@ from hypothesis import strategies as st
 from judge_server import Script, judge_server, reply
 from running import ROOT
 
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import judge as judge_module
-from tinydpo.evaluation.calibration import judge_agreement
-from tinydpo.evaluation.judge import Judge, JudgeArguments, get_outcome, read_verdict
-from tinydpo.evaluation.winrate import WinrateArguments, summarize_outcomes, cut_answers, length_controlled_rate, format_winrates
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.parsing import parse_args
+from tinydpo.evaluation.judge import Judge, JudgeArguments, get_outcome, judge_agreement, read_verdict
+from tinydpo.evaluation.winrate import (
+    WinrateArguments,
+    cut_answers,
+    format_winrates,
+    length_controlled_rate,
+    summarize_outcomes,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = "sk-secret-of-the-test"
@@ -422,13 +427,17 @@ def results_of(*outcomes: float | None, **more: Any) -> dict[str, Any]:
 
 
 def test_a_rate_that_lacks_many_pairs_says_so_beside_it():
-    rates = [line for line in format_winrates(results_of(*[1.0] * 18, *[None] * 7)).splitlines() if "(95 % between" in line]
+    rates = [
+        line for line in format_winrates(results_of(*[1.0] * 18, *[None] * 7)).splitlines() if "(95 % between" in line
+    ]
     assert len(rates) == 2 and all("28% of the pairs are invalid" in line for line in rates), (
         f"more than a quarter of the pairs is missing, and the rates stand there as {rates}"
     )
     told = format_winrates(results_of(*[1.0] * 18, *[None] * 7))
     assert "would make it 0.720 or 1.000" in told, "it is not said what the missing pairs could make of the rate"
-    assert "of the pairs are invalid" not in format_winrates(results_of(*[1.0] * 99, None)), "one pair in a hundred is an alarm"
+    assert "of the pairs are invalid" not in format_winrates(results_of(*[1.0] * 99, None)), (
+        "one pair in a hundred is an alarm"
+    )
 
 
 def test_chosen_answers_get_the_room_of_sampled_ones(tiny_tokenizer: Any):
@@ -474,7 +483,9 @@ def test_the_script_end_to_end(task: Path, tiny_model: Path, tmp_path: Path, cap
     assert again["tokens"]["prompt"] == first["tokens"]["prompt"] == 10 * asked, "cached verdicts lose their tokens"
     assert sorted(path.name for path in out.iterdir()) == ["verdicts.jsonl", "winrate.json"], "partial files are left"
     printed = "".join(capfd.readouterr())
-    assert format_winrates(first) in printed and printed.count("no winner can be named") == 16, "a coin is sold as a winner"
+    assert format_winrates(first) in printed and printed.count("no winner can be named") == 16, (
+        "a coin is sold as a winner"
+    )
     everything = printed + "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
     assert KEY not in everything, "the key stands in a file or in the output"
 

@@ -1,7 +1,7 @@
 """Adapters, quantized bases and the 8-bit optimizer: that they train, merge and evaluate, and what is refused."""
 
+import importlib
 import json
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, set_seed
 
 from tinydpo.errors import UserError
-from tinydpo.models.adapters import merge_adapter, hash_weights
-from tinydpo.models.loading import load_model
-from tinydpo.training import runs
+from tinydpo.models.loading import hash_weights, load_model, merge_adapter
+from tinydpo.training import train as runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA, QLORA, ADAM8 = (
@@ -28,7 +27,7 @@ IDS = torch.arange(40).reshape(2, 20)
 
 
 def script(name: str, *argv: str | Path) -> None:
-    runpy.run_path(f"scripts/{name}.py")["main"]([*map(str, argv)])
+    importlib.import_module(name).main([*map(str, argv)])
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -283,4 +282,6 @@ def test_a_run_that_learns_nothing_stops_at_its_first_real_step(base: Path, task
 def test_the_record_of_a_base_is_its_weights(adapter: Path, base: Path, tmp_path: Path):
     assert json.loads((adapter / "environment.json").read_text())["base_sha256"] == hash_weights(base)
     assert hash_weights(other_base(base, tmp_path / "other")) != hash_weights(base)
-    assert logits(merge_adapter(adapter, str(shutil.copytree(base, tmp_path / "moved")))).equal(logits(merge_adapter(adapter)))
+    assert logits(merge_adapter(adapter, str(shutil.copytree(base, tmp_path / "moved")))).equal(
+        logits(merge_adapter(adapter))
+    )

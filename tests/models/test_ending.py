@@ -1,20 +1,20 @@
 """What ends an answer: a model that ends turns with another token than its end token learns to, and is read so."""
 
 import copy
+import importlib
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from families import CHATML, GEMMA, PHI, say, stops_of, with_turns, write_family, write_rows
 from running import run
+from toys import CHATML, GEMMA, PHI, say, stops_of, with_turns, write_family, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.models.ending import get_stop_token_ids, find_turn_end
-from tinydpo.training.runs import was_trained_on_chat
+from tinydpo.models.stop_tokens import find_turn_end, get_stop_token_ids
+from tinydpo.training.train import was_trained_on_chat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ASKED = [say("user", "Hi!"), say("assistant", "Hello."), say("user", "How are you?")]
@@ -70,7 +70,7 @@ def test_what_is_saved_keeps_all_stop_tokens_and_samples_plainly(sft: Path, rows
 def test_a_merged_adapter_does_too(gemma: Path, rows: Path, tmp_path: Path):
     adapter = trained("dpo", gemma, rows, tmp_path / "lora", "--use_peft", "true")
     argv = ["--model_name_or_path", str(adapter), "--output_dir", str(tmp_path / "merged")]
-    runpy.run_path("scripts/merge.py")["main"](argv)
+    importlib.import_module("merge").main(argv)
     assert_samples_plainly(tmp_path / "merged")
     assert was_trained_on_chat(str(tmp_path / "merged")), "the playground would ask the merged model in another form"
 

@@ -23,8 +23,7 @@ from running import ROOT
 
 from tinydpo.errors import UserError
 from tinydpo.models import hub as hub_clients
-from tinydpo.models.loading import load_model
-from tinydpo.models.pretrained import load_tokenizer
+from tinydpo.models.loading import load_model, load_tokenizer
 
 MODEL, MODEL_SHA = "openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"
 DATA, DATA_SHA = "Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from running import ROOT
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
-from tinydpo.engine.logps import token_logps
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import DataArguments
 from tinydpo.models.loading import load_model
-from tinydpo.playground.side_by_side import SideBySide, typed_to_dialogue, count_votes, save_vote
+from tinydpo.playground.side_by_side import SideBySide, count_votes, save_vote, typed_to_dialogue
+from tinydpo.training.logps import token_logps
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 CHROMIUM = "/usr/bin/chromium"
@@ -138,7 +138,9 @@ def test_prompts_are_written_as_hh_writes_them(typed: str, prompt: str):
 
 @given(st.text(min_size=1).filter(str.strip))
 def test_wrapping_twice_changes_nothing(typed: str):
-    assert typed_to_dialogue(typed_to_dialogue(typed)) == typed_to_dialogue(typed), "a prompt copied from a vote becomes another prompt"
+    assert typed_to_dialogue(typed_to_dialogue(typed)) == typed_to_dialogue(typed), (
+        "a prompt copied from a vote becomes another prompt"
+    )
 
 
 def test_long_prompts_keep_their_end_and_say_so(models: SideBySide):
@@ -217,7 +219,7 @@ def free_port() -> int:
 
 def test_a_taken_port_is_one_sentence():
     gradio = pytest.importorskip("gradio", reason="needs the extra 'playground'")
-    from tinydpo.playground.page import serve_app
+    from tinydpo.playground.app import serve_app
 
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -315,7 +317,9 @@ def test_the_page_in_a_browser(playground: Open):
     said("2 votes in")
     rows = [json.loads(line) for line in (folder / "votes.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [sorted(row) for row in rows] == [["chosen", "prompt", "rejected", "voted_at"]] * 2, "votes lack a part"
-    assert {row["prompt"] for row in rows} == {typed_to_dialogue("How do I <b>bake</b> bread at home?")}, "a prompt is changed"
+    assert {row["prompt"] for row in rows} == {typed_to_dialogue("How do I <b>bake</b> bread at home?")}, (
+        "a prompt is changed"
+    )
 
     page.get_by_label("Prompt").first.fill("Tell me a long story.")
     press("Generate")

@@ -1,9 +1,9 @@
 """The report: one page that shows what is there, safe with any text, and says no more than the figures do."""
 
+import importlib
 import json
 import math
 import random
-import runpy
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import ROOT
 
 from tinydpo.data.notice import CONTENT_NOTICE
 from tinydpo.errors import UserError
-from tinydpo.evaluation.rounds import add_rounds_to_frontier
+from tinydpo.evaluation.on_policy import add_rounds_to_frontier
 from tinydpo.evaluation.table import headline_rows
 from tinydpo.report import figures
 from tinydpo.report.page import group_pairs_by_length, group_pairs_by_subset, write_report
@@ -334,7 +333,8 @@ def test_frontier_joins_last_checkpoints_in_the_mean_over_seeds():
         for beta, end in ((1.0, 2.0), (0.1, 6.0)) for seed in (0, 1) for step, kl in ((100, end), (50, 9.0))
     ]  # fmt: skip
     drawn = [
-        line.get_xydata().tolist() for line in figures.draw_frontier(make_frontier() | {"points": points}).axes[0].lines
+        line.get_xydata().tolist()
+        for line in figures.draw_frontier(make_frontier() | {"points": points}).axes[0].lines
     ]
     assert [[0.0, 0.0], [2.5, 1.5], [6.5, 3.5]] in drawn, "the curve is not SFT and the last checkpoints' mean"
 
@@ -356,7 +356,9 @@ def test_rounds_are_a_curve_of_their_own_from_the_first_model(frontier: dict[str
     assert add_rounds_to_frontier(frontier, {"reward": "another", "rounds": ROUNDS}) == frontier or not frontier, (
         "rounds measured by another reward stand on the frontier's axes"
     )
-    assert add_rounds_to_frontier(frontier, {"reward": "", "rounds": ROUNDS}) == frontier, "rounds without a reward are drawn"
+    assert add_rounds_to_frontier(frontier, {"reward": "", "rounds": ROUNDS}) == frontier, (
+        "rounds without a reward are drawn"
+    )
 
 
 def test_each_reward_over_rounds_has_a_panel():
@@ -382,5 +384,5 @@ def test_win_rates_over_temperature():
 
 
 def test_script(folder: Path, capsys: pytest.CaptureFixture[str]):
-    runpy.run_path(str(ROOT / "scripts/report.py"))["main"]([str(folder)])
+    importlib.import_module("report").main([str(folder)])
     assert str(folder / "report.html") in capsys.readouterr().out, "the script does not say where the report is"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinydpo.report.token_colors import color_tokens, split_into_pieces
+from tinydpo.report.tokens import color_tokens, split_into_pieces
 
 
 class Spans(HTMLParser):
@@ -34,7 +34,9 @@ def test_pieces_are_the_text_whatever_its_characters(text: str, tiny_tokenizer: 
 @given(ids=st.lists(st.integers(0, 255), max_size=12))
 def test_pieces_of_broken_characters_are_what_the_tokenizer_makes_of_them(ids: list[int], tiny_tokenizer: Any):
     # A model may sample half a character: the first 256 tokens of the vocabulary are bytes.
-    assert "".join(split_into_pieces(tiny_tokenizer, ids)) == tiny_tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert "".join(split_into_pieces(tiny_tokenizer, ids)) == tiny_tokenizer.decode(
+        ids, clean_up_tokenization_spaces=False
+    )
 
 
 @given(st.lists(st.tuples(st.text(), st.floats(-50, 50)), max_size=8))

@@ -3,9 +3,9 @@
 Children are forked from a server that has imported everything and computed nothing, so that each costs a second.
 """
 
+import importlib
 import multiprocessing
 import os
-import runpy
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "tinydpo.engine.shared_prefix"])
+SERVER.set_forkserver_preload(["trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "tinydpo.training.trainers"])
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -78,7 +78,7 @@ def _half_deleted() -> None:
 
 
 def _reference_pass() -> None:
-    from tinydpo.engine.shared_prefix import SharedPrefixDPOTrainer as trainer
+    from tinydpo.training.trainers import SharedPrefixDPOTrainer as trainer
 
     compute, calls = trainer.compute_ref_log_probs, []
     trainer.compute_ref_log_probs = lambda *args: die() if calls.append(0) or len(calls) == 3 else compute(*args)
@@ -135,7 +135,7 @@ def _run(prepare: Callable | None, script: str, argv: list[str], output: str, en
     if prepare:
         prepare()
     with report_errors():
-        runpy.run_path(f"scripts/{script}.py")["main"](argv)
+        importlib.import_module(script).main(argv)
 
 
 def start(

@@ -1,8 +1,8 @@
 """What a GPU computes in by default, bf16, on a CPU: every stage runs in it, learns, and measures as float32 does."""
 
+import importlib
 import importlib.util
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def train(script: str, model: Path, task: Path, folder: Path, *flags: str) -> Pa
 
 
 def script(name: str, *argv: Any) -> None:
-    runpy.run_path(f"scripts/{name}.py")["main"]([str(part) for part in argv])
+    importlib.import_module(name).main([str(part) for part in argv])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_frontier_measures_its_points_in_bf16(sft: Path, task: Path, tmp_path: P
     (tmp_path / "dpo.yaml").write_text(recipe)
     script("frontier", "--dpo_config", tmp_path / "dpo.yaml", "--model_name_or_path", sft, "--dataset_name",
            task / "data", "--output_dir", tmp_path / "frontier", "--reward_funcs",
-           "tinydpo.data.embedded_task.gold_reward", "--losses", "sigmoid", "--betas", "0.1", "--best_of", "2",
+           "tinydpo.toy_task.gold_reward", "--losses", "sigmoid", "--betas", "0.1", "--best_of", "2",
            "--checkpoints", "1", "--num_prompts", "4")  # fmt: skip
     result = json.loads((tmp_path / "frontier/frontier.json").read_text())
     assert not result["failed"], f"a run fails in bf16: {result['failed']}"

@@ -195,7 +195,7 @@ def test_sigterm_before_training_ends_it_at_once(command: list[Any], tmp_path: P
 
 
 def slow_reference() -> None:
-    from tinydpo.engine.shared_prefix import SharedPrefixDPOTrainer as trainer
+    from tinydpo.training.trainers import SharedPrefixDPOTrainer as trainer
 
     compute = trainer.compute_ref_log_probs
     trainer.compute_ref_log_probs = lambda *args: time.sleep(1) or compute(*args)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from running import BIN, FLOAT32, SMALL, call, log, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import DataArguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_STEP = ["--max_steps", "1", "--pairs_per_step", "96", "--per_device_train_batch_size", "96", "--eval_strategy",

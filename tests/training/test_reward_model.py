@@ -1,7 +1,7 @@
 """A reward model through its script: it learns, is resumed, loads as what it is, and evaluation takes it at once."""
 
+import importlib
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from running import log, run
 
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_split
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
-from tinydpo.launching.arguments import DataArguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHATML = (
@@ -76,14 +76,14 @@ def test_both_engines_train_alike(task: Path, tiny_model: Path, tmp_path: Path):
 def evaluation(sft: Path, task: Path, out: Path, *flags: str | Path) -> dict:
     argv = ["--model_name_or_path", sft, "--ref_model_name_or_path", sft, "--dataset_name", task / "data",
             "--num_prompts", "8", "--output_dir", out, *flags]  # fmt: skip
-    runpy.run_path("scripts/evaluate.py")["main"]([str(part) for part in argv])
+    importlib.import_module("evaluate").main([str(part) for part in argv])
     return json.loads((out / "eval_results.json").read_text())
 
 
 def test_evaluation_takes_it_at_once(
     reward: Path, task: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    rewards = ["--reward_model_name_or_path", reward, "--reward_funcs", "tinydpo.data.embedded_task.gold_reward"]
+    rewards = ["--reward_model_name_or_path", reward, "--reward_funcs", "tinydpo.toy_task.gold_reward"]
     results = evaluation(tiny_model, task, tmp_path / "runs/evaluation", *rewards)
     out = capsys.readouterr().out
     assert results["pairs"] == 32, results["pairs"]

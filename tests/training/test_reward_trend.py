@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tinydpo.training.reward_trend import describe_rewards
+from tinydpo.training.curves import describe_rewards
 
 
 def log(chosen: float, rejected: float, accuracy: float, prefix: str = "") -> list[dict[str, Any]]:

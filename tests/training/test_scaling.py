@@ -18,7 +18,7 @@ import yaml
 from running import FLOAT32, ROOT, log
 from safetensors.torch import load_file
 
-from tinydpo.training.peers import find_lost_peer
+from tinydpo.training.callbacks import find_lost_peer
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TRAIN = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_batch_size", "4", "--report_to", "none",

@@ -11,7 +11,7 @@ from running import run
 from transformers import AutoTokenizer, GenerationConfig
 
 from tinydpo.errors import UserError
-from tinydpo.training import runs
+from tinydpo.training import train as runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = (

@@ -1,7 +1,7 @@
 """SFT and DPO through their scripts, on a tiny model: what trains, what a run's folder holds, and what is refused."""
 
+import importlib
 import json
-import runpy
 import signal
 from pathlib import Path
 
@@ -10,10 +10,10 @@ import yaml
 from running import log, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_split
-from tinydpo.engine.packing import pack
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import DataArguments
+from tinydpo.training.packing import pack
 from tinydpo.training.throughput import forward_flop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,7 +92,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(sft, dpo, task, capsys):
 
 
 def test_run_config_runs_again(dpo, capsys):
-    runpy.run_path("scripts/dpo.py")["main"](["--config", str(dpo / "run_config.yaml")])
+    importlib.import_module("dpo").main(["--config", str(dpo / "run_config.yaml")])
     assert "finished" in capsys.readouterr().out, "the folder's own run_config.yaml is not the recipe that made it"
 
 

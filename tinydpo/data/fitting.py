@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 from trl.data_utils import common_prefix_length
 
 from tinydpo.errors import UserError
-from tinydpo.models.ending import get_end_token_id
+from tinydpo.models.stop_tokens import get_end_token_id
 
 Ids = list[int]
 WHOLE = {(True, True): "both", (True, False): "chosen", (False, True): "rejected", (False, False): "neither"}

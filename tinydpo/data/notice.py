@@ -1,6 +1,6 @@
 """What the authors of HH-RLHF say of its text, shown wherever that text may appear."""
 
-from tinydpo.launching.arguments import as_list
+from tinydpo.config.arguments import as_list
 
 CONTENT_NOTICE = (
     "The Anthropic HH-RLHF data hold text that may be offensive or upsetting, violence, abuse and discrimination "

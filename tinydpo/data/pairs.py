@@ -12,15 +12,13 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from trl.trainer.utils import global_then_local_main_first
 
-from tinydpo.data.dialogues import render_texts
-from tinydpo.data.draws import draw_rows
+from tinydpo.config.arguments import DataArguments
+from tinydpo.config.launch import count_cores
 from tinydpo.data.fitting import WHOLE, fit_pairs
-from tinydpo.data.held_out import SHARED_PROMPT_NOTE, count_shared_prompts
-from tinydpo.data.records import ColumnNames
-from tinydpo.data.sources import load_records, hide_progress_bars
+from tinydpo.data.rows import ColumnNames
+from tinydpo.data.splits import SHARED_PROMPT_NOTE, count_shared_prompts, draw_rows, hide_progress_bars, load_records
+from tinydpo.data.text import render_texts
 from tinydpo.errors import UserError
-from tinydpo.launching.arguments import DataArguments
-from tinydpo.launching.machine import count_cores
 
 MANY_ROWS = 8_000  # rows from which more processes are worth their start
 

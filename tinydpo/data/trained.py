@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from tinydpo.files import read_run_config, find_run_folder, write_atomic
+from tinydpo.files import find_run_folder, read_run_config, write_atomic
 
 TRAINED = "trained_prompts.txt"  # a hash a line: 2 MB for HH's 160,800 pairs
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation import winrate
-from tinydpo.evaluation.table import Row, headline_rows, format_trained_share
-from tinydpo.files import write_json, write_atomic
+from tinydpo.evaluation.table import Row, format_trained_share, headline_rows
+from tinydpo.files import write_atomic, write_json
 
 
 def make_output_folder(output_dir: str) -> Path:

@@ -18,12 +18,12 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from tinydpo.data.asked import Prompt, format_dialogue, get_prompts
+from tinydpo.data.text import Prompt, format_dialogue, get_prompts
 from tinydpo.errors import UserError
 from tinydpo.evaluation.sampling import cut_prompt
-from tinydpo.models.ending import strip_turn_end
+from tinydpo.models.loading import load_pretrained, load_tokenizer
 from tinydpo.models.precision import set_compute_dtype
-from tinydpo.models.pretrained import load_pretrained, load_tokenizer
+from tinydpo.models.stop_tokens import strip_turn_end
 
 RewardFunction = Callable[..., list[float]]
 

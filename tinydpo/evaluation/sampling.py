@@ -22,8 +22,8 @@ from trl.trainer.utils import hash_module
 
 from tinydpo.data.fitting import get_bos_ids, tokenize_prompts
 from tinydpo.files import write_json
-from tinydpo.models.ending import get_stop_token_ids
 from tinydpo.models.precision import get_compute_dtype
+from tinydpo.models.stop_tokens import get_stop_token_ids
 
 
 class Answers(NamedTuple):

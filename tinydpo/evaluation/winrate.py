@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tinydpo.evaluation.compared import ComparisonArguments
+from tinydpo.evaluation.arguments import ComparisonArguments
 from tinydpo.evaluation.judge import Judge
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 from tinydpo.evaluation.table import Estimate, Row

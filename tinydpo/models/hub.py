@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinydpo.errors import UserError, iter_causes, is_disk_full
+from tinydpo.errors import UserError, is_disk_full, iter_causes
 
 Loaded = TypeVar("Loaded")
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # 1 + 2 + 4 s of patience: the clients do not retry a 503 on a file by themselves

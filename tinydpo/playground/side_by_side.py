@@ -26,14 +26,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tinydpo.data.asked import Prompt, typed_to_messages, typed_to_dialogue
-from tinydpo.data.dialogues import TEXT_FEATURES, BrokenRow, render_row
-from tinydpo.data.fitting import get_bos_ids, fit_pairs, tokenize_prompts
+from tinydpo.data.fitting import fit_pairs, get_bos_ids, tokenize_prompts
 from tinydpo.data.pairs import hide_progress_bars
-from tinydpo.engine.logps import token_logps
+from tinydpo.data.text import TEXT_FEATURES, BrokenRow, Prompt, render_row, typed_to_dialogue, typed_to_messages
 from tinydpo.errors import UserError
 from tinydpo.evaluation.sampling import cut_prompt
-from tinydpo.models.ending import get_stop_token_ids
+from tinydpo.models.stop_tokens import get_stop_token_ids
+from tinydpo.training.logps import token_logps
 
 
 @dataclass
@@ -170,7 +169,9 @@ class SideBySide:
         prompts, both = [fitted["prompt_ids"]] * 2, [fitted["chosen_ids"], fitted["rejected_ids"]]
         scored = zip(*(token_logps(model, prompts, both) for model in (self.policy, self.ref)), strict=True)
         answers = [
-            Answer(ids, (self.beta * (policy - ref)).tolist(), ids[-1] in get_stop_token_ids(self.policy, self.tokenizer))
+            Answer(
+                ids, (self.beta * (policy - ref)).tolist(), ids[-1] in get_stop_token_ids(self.policy, self.tokenizer)
+            )
             for ids, (policy, ref) in zip(both, scored, strict=True)
         ]
         whole = len(prompts[0]) == fitted["prompt_tokens"] and all(answer.ended for answer in answers)

@@ -122,7 +122,9 @@ def draw_win_rates(comparisons: Sequence[dict[str, Any]]) -> Figure:
     """Win rates with their 95 % intervals, raw and length-controlled: over temperature, where there are several."""
     series = []
     for name, colour in dict.fromkeys(name_opponent(row) for row in comparisons):
-        rows = sorted((row for row in comparisons if name_opponent(row)[0] == name), key=lambda row: row["temperature"])
+        rows = sorted(
+            (row for row in comparisons if name_opponent(row)[0] == name), key=lambda row: row["temperature"]
+        )
         for kind, share, interval in KINDS:
             points = [(r["temperature"], r[share], r[interval]) for r in rows if r.get(share) is not None]
             if points:

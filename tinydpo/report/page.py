@@ -1,4 +1,4 @@
-"""The report: one page, no script, nothing loaded. Here is what stands on it; `templates/` says how it looks."""
+"""What a report is made of: all that lies in a recipe's run folder. Every part is optional."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,19 +7,215 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from tinydpo.config.arguments import list_sources
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
+from tinydpo.errors import UserError
 from tinydpo.evaluation import winrate as winrates
-from tinydpo.evaluation.frontier_points import get_run_key
+from tinydpo.evaluation.frontier import get_run_key
+from tinydpo.evaluation.on_policy import add_rounds_to_frontier
 from tinydpo.evaluation.table import Estimate, Row, headline_rows
-from tinydpo.files import public_name, write_atomic
-from tinydpo.launching.arguments import list_sources
+from tinydpo.files import damaged_file_error, public_name, read_json, read_jsonl, read_run_config, write_atomic
 from tinydpo.report import figures
-from tinydpo.report.answers import render_answers
-from tinydpo.report.facts import collect_provenance
 from tinydpo.report.figures import Group, to_svg
-from tinydpo.report.material import ReportData, gather_report_data
-from tinydpo.report.templating import render_template
-from tinydpo.training.reward_trend import describe_rewards
+from tinydpo.report.tokens import color_tokens, render_template
+from tinydpo.training.curves import describe_rewards
+
+
+class ReportData(NamedTuple):
+    """What a report is made of; what was not there is empty."""
+
+    name: str
+    results: dict[str, Any]
+    samples: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
+    frontier: dict[str, Any]
+    winrate: dict[str, Any]
+    runs: dict[str, dict[str, Any]]
+
+
+def gather_report_data(folder: Path) -> ReportData:
+    """Read what lies in a recipe's run folder.
+
+    Raises:
+        UserError: nothing to report lies there, or a file there is damaged.
+    """
+    evaluation = _find_stage_folder(folder, "evaluation", "eval_results.json")
+    results = read_json(evaluation / "eval_results.json")
+    try:
+        if results:
+            headline_rows(results)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged_file_error(evaluation / "eval_results.json", f"{error!r} in it") from None
+    frontier = read_json(_find_stage_folder(folder, "frontier", "frontier.json") / "frontier.json", "points", "reward")
+    rounds = read_json(folder / "rounds.json", "rounds")
+    winrate = read_json(_find_stage_folder(folder, "winrate", "winrate.json") / "winrate.json", "comparisons", "judge")
+    settings = results.get("settings", {})
+    material = ReportData(
+        name=folder.resolve().name,
+        results=results,
+        samples=read_jsonl(evaluation / "samples.jsonl", "prompt", "policy", "ref"),
+        pairs=read_jsonl(evaluation / "pairs.jsonl", "margin", "chosen_tokens", "rejected_tokens"),
+        frontier=add_rounds_to_frontier(frontier if frontier.get("points") else {}, rounds),
+        winrate=winrate if winrate.get("comparisons") else {},
+        runs={
+            title: run
+            for title, role, name in (("DPO", "model", "dpo"), ("SFT", "ref_model", "sft"))
+            if (run := _read_run(folder, settings.get(f"{role}_name_or_path"), name))
+        },
+    )
+    if not any(material[1:]):
+        raise UserError(
+            f"{folder} holds no run, evaluation, frontier or win rates to report; `make evaluate` writes one into "
+            "runs/<recipe folder>/evaluation"
+        )
+    return material
+
+
+def _find_stage_folder(folder: Path, name: str, file: str) -> Path:
+    """The subfolder that holds a stage's `file`, the one written last: `name`, or where --output_dir sent it."""
+    found = sorted(folder.glob(f"*/{file}"), key=lambda path: (path.stat().st_mtime, path))
+    return found[-1].parent if found else folder / name
+
+
+def _read_run(folder: Path, model: str | None, name: str) -> dict[str, Any]:
+    """What the run that trained `model` left beside it, or else the one in `folder`/`name`; {} where there is none."""
+    run = Path(model) if model and Path(model).is_dir() else folder / name
+    if run.name.startswith("checkpoint-"):
+        run = run.parent
+    found = {
+        "config": read_run_config(str(run)),
+        "log": read_json(run / "trainer_state.json").get("log_history", []),
+        "environment": read_json(run / "environment.json"),
+        "data": read_json(run / "data_summary.json"),
+        "results": read_json(run / "train_results.json"),
+    }
+    return found if any(found.values()) else {}
+
+
+def collect_provenance(
+    results: dict[str, Any], frontier: dict[str, Any], runs: dict[str, dict[str, Any]]
+) -> dict[str, list]:
+    """For each run, the evaluation and the frontier a table, in (name, value) rows, of what it depends on."""
+    settings = results.get("settings", {})
+    columns = {title: _run_facts(run) for title, run in runs.items()}
+    if settings:
+        columns["Evaluation"] = {
+            "seed": settings["seed"],
+            "data": _data(settings),
+            "pairs": f"{results['pairs']:,} held out",
+            "sampling": f"{settings['num_prompts']} prompts at temperature {settings['temperature']:g}, "
+            f"top_k {settings['top_k']}, top_p {settings['top_p']:g}",
+            "β": f"{results['beta']:g}",
+            "tokens": f"{settings['max_length']} of prompt and answer",
+            "dtype": settings["dtype"],
+        }
+    if common := frontier.get("settings"):
+        facts = {"prompts": common.get("num_prompts"), "sampling seed": common.get("sample_seed")}
+        columns["Frontier"] = facts | {"data": _data(common)}
+    return {
+        title: [(name, value) for name, value in facts.items() if value not in (None, "")]
+        for title, facts in columns.items()
+    }
+
+
+def _run_facts(run: dict[str, Any]) -> dict[str, Any]:
+    config, environment, train = run["config"], run["environment"], run["data"].get("train", {})
+    packages = environment.get("packages", {})
+    return {
+        "seed": config.get("seed", environment.get("seed")),
+        "starts from": public_name(config.get("model_name_or_path") or "", config.get("model_revision")),
+        "data": _data(config),
+        "pairs": f"{train['pairs_kept']:,} of {train['pairs_in']:,} kept" if "pairs_kept" in train else None,
+        "loss": " + ".join(config.get("loss_type") or ()) if "beta" in config else None,
+        "β": config.get("beta"),
+        "learning rate": config.get("learning_rate"),
+        "epochs": config.get("num_train_epochs"),
+        "pairs per step": config.get("pairs_per_step"),
+        "tokens": config.get("max_length"),
+        "speed": _speed(run["results"]),
+        "commit": environment.get("git_commit"),
+        "device": environment.get("device"),
+        "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
+    }
+
+
+def _speed(results: dict[str, Any]) -> str:
+    told = {
+        "pairs_per_second": "{:.3g} pairs a second",
+        "tokens_per_second": "{:,.0f} tokens a second",
+        "padding": "{:.1%} of the positions padding",
+        "mfu": "{:.1%} of the devices' peak (MFU)",
+    }
+    return ", ".join(text.format(results[name]) for name, text in told.items() if name in results)
+
+
+def _data(settings: dict[str, Any]) -> str:
+    told = (filter(None, (public_name(one.name, one.revision), one.data_dir)) for one in list_sources(settings))
+    return ", ".join(map(" ".join, told))
+
+
+SHOWN, ROOM = 20, 2_000_000  # prompts, and the most bytes that they may take
+LONGEST, MOST_TOKENS, FOLDED = 10_000, 1_000, 1_200  # of a text: characters, coloured tokens, characters in sight
+
+
+class FoldedText(NamedTuple):
+    """What is in sight of a text, and where that is not all of it, the whole one to unfold and what `told` of it."""
+
+    shown: str | Markup
+    whole: str = ""
+    told: str = ""
+
+
+def render_answers(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Twenty rows of `samples.jsonl` as articles (`shown`, of how many: `of`) and the `key` to their colours, or {}.
+
+    Tokens share one scale of colour, which is full at the 98th percentile of the rewards shown. Long texts are folded,
+    longer ones cut, and fewer rows are shown where twenty would be too large.
+    """
+    if not samples:
+        return {}
+    shown = [samples[i * len(samples) // SHOWN] for i in range(SHOWN)] if len(samples) > SHOWN else samples
+    sizes = np.abs([reward for sample in shown for reward in sample.get("token_rewards") or ()])
+    scale = float(np.quantile(sizes, 0.98)) if len(sizes) and np.isfinite(sizes).all() else 0.0
+    articles, size = [], 0
+    for number, sample in enumerate(shown, 1):
+        articles.append(_article(number, sample, scale))
+        size += len(articles[-1].encode("utf-8", errors="replace"))
+        if size > ROOM:
+            articles.pop()
+            break
+    steps = [-scale, -scale / 2, 0.0, scale / 2, scale]
+    key = color_tokens([f" {step:+.2f} " for step in steps], steps, scale) if scale else ""
+    return {"shown": articles, "of": f"{len(samples):,}", "key": key}
+
+
+def _article(number: int, sample: dict[str, Any], scale: float) -> Markup:
+    columns, pieces = [], sample.get("pieces")
+    for title, role in (("Policy", "policy"), ("Reference", "ref"), ("Dataset, preferred", "chosen")):
+        if role not in sample:
+            continue
+        text, more = _text(sample[role]), False
+        if role == "policy" and pieces and scale:
+            text = FoldedText(color_tokens(pieces[:MOST_TOKENS], sample["token_rewards"][:MOST_TOKENS], scale))
+            more = len(pieces) > MOST_TOKENS
+        facts = [f"reward {sample[f'reward_{role}']:.2f}"] if f"reward_{role}" in sample else []
+        facts += ["cut off"] if sample.get(f"ended_{role}") is False else []
+        columns.append({"title": title, "facts": ", ".join(facts), "text": text, "more": more})
+    return render_template(
+        "report/templates/article.html", number=number, prompt=_text(sample["prompt"], tail=True), answers=columns
+    )
+
+
+def _text(text: str, tail: bool = False) -> FoldedText:
+    """A text, folded where it is long: in sight is its end (`tail`) or its beginning."""
+    text, told = text.strip(), f"all {len(text.strip()):,} characters"
+    if len(text) > LONGEST:
+        told = f"{LONGEST:,} of {len(text):,} characters"
+        text = f"… {text[-LONGEST:]}" if tail else f"{text[:LONGEST]} …"
+    if len(text) <= FOLDED:
+        return FoldedText(text)
+    return FoldedText(f"… {text[-FOLDED // 2 :]}" if tail else f"{text[: FOLDED // 2]} …", text, told)
+
 
 REPORT = "report.html"
 MOST_SUBSETS = 20

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from tinydpo.config.arguments import list_sources
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.files import public_name
-from tinydpo.launching.arguments import list_sources
-from tinydpo.training.reward_trend import describe_rewards
+from tinydpo.training.curves import describe_rewards
 
 
 def write_card(

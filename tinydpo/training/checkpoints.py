@@ -21,8 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from tinydpo.errors import UserError, is_disk_full
 from tinydpo.files import write_json
-from tinydpo.training.interruptions import ignore_group_sigterm
-from tinydpo.training.learning_check import get_local_shard
+from tinydpo.training.callbacks import get_local_shard, ignore_group_sigterm
 
 SEAL = "complete.json"
 
