@@ -70,7 +70,7 @@ def test_processes_that_start_at_once(tmp_path: Path, tiny_model: Path):
     assert load(file, tiny_model) == expected, "processes that share a cache leave a wrong one behind"
 
 
-@pytest.mark.parametrize("place", ["json.dumps", "tinydpo.data.text.text_pair", "tinydpo.data.fitting.fit_pair"])
+@pytest.mark.parametrize("place", ["json.dumps", "tinydpo.data.text.render_row", "tinydpo.data.fitting.fit_pair"])
 def test_killed_while_the_cache_is_made(place: str, tmp_path: Path, tiny_model: Path):
     file, same = data(tmp_path)
     process = PROCESSES.Process(target=load_and_die, args=(place, file, tiny_model))

@@ -251,7 +251,7 @@ def test_cached_by_content(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr("tinydpo.data.splits._file_records", refuse)
-        patch.setattr("tinydpo.data.text.text_pair", refuse)
+        patch.setattr("tinydpo.data.text.render_row", refuse)
         patch.setattr("tinydpo.data.fitting.tokenize_prompts", refuse)
         assert load() == before, "the same content gives other pairs"
     file.write_bytes(lines(rows(20, "new")))  # of the same length

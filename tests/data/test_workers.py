@@ -50,7 +50,7 @@ def test_a_containers_quota_counts(quota: str | None, expected: int, tmp_path: P
     )
 
 
-@pytest.mark.parametrize("place", ["dialogues.text_pair", "fitting.fit_pair"])
+@pytest.mark.parametrize("place", ["text.render_row", "fitting.fit_pair"])
 def test_a_worker_that_is_killed_is_one_sentence(
     place: str, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

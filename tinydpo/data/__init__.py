@@ -6,3 +6,5 @@ call).
 First to open: `fitting`, whose `fit_pair` is the rule about 128 tokens.
 Change this and every run sees other rows: caches are made again, and no figure from before can be compared.
 """
+
+CACHE_VERSION = 1  # part of every cache key here; raise it when what is cached changes

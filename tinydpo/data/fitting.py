@@ -13,6 +13,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from trl.data_utils import common_prefix_length
 
+from tinydpo.data import CACHE_VERSION
 from tinydpo.errors import UserError
 from tinydpo.models.stop_tokens import get_end_token_id
 
@@ -132,8 +133,7 @@ def fit_pairs(texts: Dataset, tokenizer: Any, max_length: int, max_question_leng
         return {name: [row[name] for row in rows] for name in FITTED_FEATURES}
 
     key = (texts._fingerprint, tokenizer.backend_tokenizer.to_str(), bos, ends, max_length, max_question_length)
-    with open(__file__, "rb") as source:
-        fingerprint = Hasher.hash((*key, source.read()))
+    fingerprint = Hasher.hash((*key, CACHE_VERSION))
     return texts.map(
         fit_batch, batched=True, remove_columns=texts.column_names, features=FITTED_FEATURES,
         num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,

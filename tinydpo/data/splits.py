@@ -34,8 +34,8 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from tinydpo.config.arguments import DataArguments, Source
+from tinydpo.data import CACHE_VERSION
 from tinydpo.data.rows import BrokenRow, ColumnNames, decode_row, parse_json, read_row, rename_columns
-from tinydpo.data.text import MADE_BY
 from tinydpo.errors import UserError
 from tinydpo.models.hub import download_dataset
 
@@ -192,8 +192,7 @@ def hide_progress_bars(small: bool) -> Iterator[None]:
 
 def _read_files(files: list[dict[str, str]]) -> Dataset:
     """Read files into Arrow, once: a file with other content is another dataset, whatever its date."""
-    with open(__file__, "rb") as source:
-        key = [source.read()]
+    key = [CACHE_VERSION]
     for file in files:
         try:
             with open(file["path"], "rb") as stream:
@@ -375,8 +374,7 @@ def _select_rows(records: Dataset, rows: np.ndarray, split: str, names: ColumnNa
 
 
 def _made_by(names: ColumnNames) -> list:
-    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in (*MADE_BY, "held_out")]
-    return [sorted(names.columns.items()), sorted(names.roles.items()), *sources]
+    return [sorted(names.columns.items()), sorted(names.roles.items()), CACHE_VERSION]
 
 
 HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must draw and hold out the same rows

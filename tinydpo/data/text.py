@@ -8,12 +8,12 @@ import json
 import re
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
+from tinydpo.data import CACHE_VERSION
 from tinydpo.data.rows import (
     ASSISTANT,
     HUMAN,
@@ -47,7 +47,6 @@ TEXT_FEATURES = Features(
     }
 )
 SPACE_MOVED_NOTE = "a space at the prompt's end goes to the answers, where tokens have it"
-MADE_BY = ("records", "conversations", "forms", "dialogues")  # a change in these modules is another cache
 
 
 def render_texts(
@@ -94,7 +93,7 @@ def render_texts(
         _merges_leading_space(tokenizer),
         find_turn_end(tokenizer),
     )
-    fingerprint = Hasher.hash((*key, *(Path(__file__).with_name(f"{name}.py").read_bytes() for name in MADE_BY)))
+    fingerprint = Hasher.hash((*key, CACHE_VERSION))
     return records.map(
         texts_of, batched=True, remove_columns=records.column_names, features=TEXT_FEATURES,
         num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint, desc="Reading pairs",
