@@ -31,7 +31,8 @@ FLAGS = flags_of(*CONFIGS.values(), ModelConfig)
 # What this project decides, changes or relies on, by the test that shows it.
 ACTS = {
     "data/test_fitting.py::test_what_fitting_promises": "max_length",
-    "training/test_by_length.py::test_batches_hold_pairs_of_like_cost": "train_sampling_strategy remove_unused_columns",
+    "training/test_by_length.py::test_batches_hold_pairs_of_like_cost": "train_sampling_strategy "
+    "remove_unused_columns",
     "training/test_compiled.py::test_it_compiles_once_for_all_shapes": "torch_compile torch_compile_backend "
     "torch_compile_mode",
     "training/test_losses.py::test_a_row_of_the_page_trains": "loss_type loss_weights label_smoothing beta ld_alpha "
@@ -154,7 +155,6 @@ all  --activation_checkpointing_kwargs {"use_reentrant":true}
 all  --load_best_model_at_end true --eval_strategy no --save_strategy no
 all  --save_strategy best --eval_strategy no
 all  --num_train_epochs 0
-all  --debug tpu_metrics_debug
 dpo  --precompute_ref_batch_size 0
 dpo  --loss_type sigmoidd
 dpo  --loss_type sigmoid exo_pair
