@@ -57,7 +57,8 @@ def prepare_training(
         UserError: a flag would have no effect, or the machine, the folder, the model or the data are not what the run
             needs.
     """
-    check_flags(resolved, training, model)
+    stage = type(training).__name__.removesuffix("Config").lower()
+    check_flags(stage, resolved, training, model)
     check_reporters(training)
     prepare_process(training, model, run.accelerate_config)
     if is_finished(training.output_dir, resolved):
