@@ -1,227 +1,141 @@
-"""Device, precision and batch have one owner: the accelerate file says where, the recipe what, this module the rest.
+"""Device, precision and batch: the accelerate file says where a run goes, the recipe what it trains.
 
-TRL turns bf16 on by default, over the accelerate file and on machines without a GPU too; accelerate starts fewer
-processes than asked, or independent ones, without a word. Here what the user left unset is filled in before TRL sees
-it, and what runs is held against what the accelerate file asked for.
+TRL turns bf16 on by default, over the accelerate file and on machines without a GPU too, and accelerate silently
+starts fewer processes than asked, or independent ones. So what the user left unset is filled in here before TRL sees
+it, and what runs is compared with what the accelerate file asks for.
 """
 
+import logging
 import math
 import os
 import signal
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tinydpo.errors import UserError
-from tinydpo.files import read_run_config
 from tinydpo.models.precision import has_fast_bf16
+from tinydpo.run_folder import RunFolder
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, in how many
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, per how many
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by accelerate's names
-SHARDING_FLAGS = ("fsdp", "fsdp_config", "deepspeed")  # flags that would go past the checks of this module
+SHARDING_FLAGS = ("fsdp", "fsdp_config", "deepspeed")
 
 
-def fill_defaults(namespace: Namespace) -> None:
-    """Fill `use_cpu`, `bf16`, the per-device batch and the accumulation where the user left them unset.
+def fill_defaults(settings: Namespace) -> None:
+    """Fill in `use_cpu`, `bf16`, the batch per device and the accumulation where the user left them unset.
 
     Raises:
-        UserError: if `pairs_per_step` cannot be split over the processes, or contradicts the accumulation, or a flag
-            would shard the model.
+        UserError: `pairs_per_step` cannot be split over the processes, or contradicts the accumulation; or a flag
+            would shard the model, which only the accelerate file may ask for.
     """
     import torch
 
     for flag in SHARDING_FLAGS:
-        if getattr(namespace, flag, None):
+        if getattr(settings, flag, None):
             raise UserError(
-                f"{flag} is {getattr(namespace, flag)}, but the accelerate file says what shards a model; start with "
-                "accelerate_configs/fsdp.yaml, zero2.yaml or zero3.yaml (docs/scaling.md)"
+                f"{flag} is {getattr(settings, flag)}, but the accelerate file decides what shards a model; start "
+                "with accelerate_configs/fsdp.yaml, zero2.yaml or zero3.yaml (docs/scaling.md)"
             )
-    asked = read_accelerate_config(namespace.accelerate_config)
-    cpu = namespace.use_cpu or _flag("ACCELERATE_USE_CPU") or asked.get("use_cpu") is True
-    gpu = torch.accelerator.is_available() and not cpu
-    namespace.use_cpu = not gpu
-    if namespace.bf16 is None:
-        precision, begun = _precision(asked), read_run_config(getattr(namespace, "output_dir", None) or "")
-        if precision in DTYPES and gpu and not namespace.fp16:
-            namespace.bf16, namespace.fp16 = precision == "bf16", precision == "fp16"
-        elif "bf16" in begun and not namespace.fp16:  # a run goes on as it began, on whatever machine
-            namespace.bf16, namespace.fp16 = begun["bf16"], begun.get("fp16", False)
-        else:
-            namespace.bf16 = not namespace.fp16 and has_fast_bf16("cuda" if gpu else "cpu")
-    if namespace.pairs_per_step is not None:
-        _split_batch(namespace, int(os.environ.get("WORLD_SIZE", 1)))
+    asked = read_accelerate_config(settings.accelerate_config)
+    on_cpu = settings.use_cpu or _is_set("ACCELERATE_USE_CPU") or asked.get("use_cpu") is True
+    settings.use_cpu = on_cpu or not torch.accelerator.is_available()
+    if settings.bf16 is None:
+        _fill_precision(settings, asked)
+    if settings.pairs_per_step is not None:
+        _split_batch(settings, int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def _split_batch(namespace: Namespace, processes: int) -> None:
-    pairs, most = namespace.pairs_per_step, namespace.per_device_train_batch_size
-    if most < 1:
-        raise UserError(f"per_device_train_batch_size is {most}; it must be at least 1")
+def _fill_precision(settings: Namespace, asked: dict[str, Any]) -> None:
+    """By order: `--fp16`, the accelerate file on a GPU, the run that is resumed, or bf16 where it is fast."""
+    precision = _get_mixed_precision(asked)
+    before = RunFolder(settings.output_dir or "").read_config()
+    if settings.fp16:
+        settings.bf16 = False
+    elif precision in DTYPES and not settings.use_cpu:
+        settings.bf16 = precision == "bf16"
+        settings.fp16 = precision == "fp16"
+    elif "bf16" in before:  # a run keeps its precision on whatever machine it is resumed
+        settings.bf16 = before["bf16"]
+        settings.fp16 = before.get("fp16", False)
+    else:
+        settings.bf16 = has_fast_bf16("cpu" if settings.use_cpu else "cuda")
+
+
+def _split_batch(settings: Namespace, processes: int) -> None:
+    """The largest batch up to `per_device_train_batch_size` that divides a process's share of `pairs_per_step`."""
+    pairs = settings.pairs_per_step
+    limit = settings.per_device_train_batch_size
+    if limit < 1:
+        raise UserError(f"per_device_train_batch_size is {limit}; it must be at least 1")
     if pairs < 1 or pairs % processes:
         raise UserError(f"pairs_per_step is {pairs}, which {processes} process(es) cannot share evenly; change it")
     share = pairs // processes
-    batch = max(size for size in range(1, min(share, most) + 1) if share % size == 0)
-    if namespace.gradient_accumulation_steps not in (1, share // batch):
+    batch = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
+    if settings.gradient_accumulation_steps not in (1, share // batch):
         raise UserError(
-            f"gradient_accumulation_steps is {namespace.gradient_accumulation_steps}, but pairs_per_step {pairs} on "
+            f"gradient_accumulation_steps is {settings.gradient_accumulation_steps}, but pairs_per_step {pairs} on "
             f"{processes} process(es) with batches of {batch} needs {share // batch}; leave it out"
         )
-    namespace.per_device_train_batch_size, namespace.gradient_accumulation_steps = batch, share // batch
+    settings.per_device_train_batch_size = batch
+    settings.gradient_accumulation_steps = share // batch
 
 
-def _precision(asked: dict[str, Any]) -> str | None:
-    """The `mixed_precision` asked for: the file's, else the launcher's, whose "no" may also mean that nobody asked."""
-    precision = asked.get("mixed_precision")
-    if precision is None:
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        return None if launched == "no" else launched
-    return "no" if precision is False else str(precision)  # YAML reads a bare no as false
-
-
-def read_accelerate_config(accelerate_config: str | None) -> dict[str, Any]:
+def read_accelerate_config(path: str | None) -> dict[str, Any]:
     """The accelerate file's keys; empty without a file."""
-    if accelerate_config is None:
+    if path is None:
         return {}
-    import yaml
-
-    path = Path(accelerate_config)
-    if not path.is_file():
-        raise UserError(f"--accelerate_config: there is no file {accelerate_config!r}; see accelerate_configs/")
+    if not Path(path).is_file():
+        raise UserError(f"--accelerate_config: there is no file {path!r}; see accelerate_configs/")
     try:
-        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{accelerate_config} is not valid YAML: {error}") from None
+        asked = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(asked, dict):
-        raise UserError(f"{accelerate_config} must hold `key: value` lines of accelerate's")
-    if not isinstance(asked.get("num_processes", 1), int):
-        raise UserError(f"{accelerate_config}: num_processes is {asked['num_processes']!r}, expected int")
+        raise UserError(f"{path} must hold `key: value` lines of accelerate's")
     return asked
 
 
-def check_launch(training_args: Any, accelerate_config: str | None) -> str:
-    """Hold what runs against what the accelerate file asked for.
-
-    Args:
-        training_args: transformers' `TrainingArguments`, after it has set up the processes.
-        accelerate_config: the file given to `accelerate launch`; without it only the launcher's environment is
-            known, and a run of fewer processes than its file asked for cannot be told from one meant so.
-
-    Returns:
-        One line: processes, type, device, dtype, pairs per step.
-
-    Raises:
-        UserError: if the two differ.
-    """
-    state, asked = training_args.distributed_state, read_accelerate_config(accelerate_config)
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
-    where = accelerate_config or "the launcher"
-    if launched != state.num_processes:
-        raise UserError(
-            f"{where} started {launched} processes that do not know of each other (there is no GPU for them); set "
-            "`use_cpu: true` in the accelerate file, as accelerate_configs/multi_cpu.yaml does"
-        )
-    if asked:
-        processes, kind = asked.get("num_processes", 1), str(asked.get("distributed_type", "NO"))
-        if processes != state.num_processes:
-            raise UserError(
-                f"{where} asks for {processes} processes and {state.num_processes} started; start with `accelerate "
-                "launch`, and on CPUs use `distributed_type: MULTI_GPU` with `use_cpu: true`, as "
-                "accelerate_configs/multi_cpu.yaml does"
-            )
-        if training_args.use_cpu and asked.get("use_cpu") is False:
-            raise UserError(
-                f"{where} asks for a GPU and this run has none; use accelerate_configs/cpu.yaml "
-                "(make: ACCELERATE=accelerate_configs/cpu.yaml)"
-            )
-        if training_args.use_cpu and kind == "FSDP":
-            raise UserError(
-                f"{where} asks for FSDP, which does not shard on CPUs; use accelerate_configs/multi_cpu.yaml"
-            )
-        if kind in ("FSDP", "DEEPSPEED") and not _flag(f"ACCELERATE_USE_{kind}"):
-            raise UserError(f"{where} asks for {kind} and this run is without; start it with `accelerate launch`")
-    _check_sharding(where)
-    precision = _precision(asked)
-    if precision and DTYPES.get(precision, precision) != dtype:
-        raise UserError(
-            f"{where} asks for mixed_precision {precision} and this run uses {dtype}; take mixed_precision out of the "
-            "accelerate file, or ask for the same with --bf16 true or --fp16 true"
-        )
-    kind = _sharding() or getattr(state.distributed_type, "value", state.distributed_type)
-    slow = ""
-    if training_args.use_cpu and dtype != "float32" and not has_fast_bf16("cpu"):
-        slow = " (slow on this CPU; --bf16 false is faster)"
-    plural = "es" if state.num_processes > 1 else ""
-    batch, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
-    return (
-        f"{state.num_processes} process{plural} ({kind}) on {training_args.device.type}, {dtype}{slow}, "
-        f"{state.num_processes * batch * accumulation} pairs per step ({batch} at a time x {accumulation})"
-    )
-
-
-def _sharding() -> str | None:
-    """What splits the model over processes, by the launcher's environment."""
-    if _flag("ACCELERATE_USE_DEEPSPEED"):
-        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
-    return f"FSDP{os.environ.get('FSDP_VERSION', 1)}" if _flag("ACCELERATE_USE_FSDP") else None
-
-
-def _check_sharding(where: str) -> None:
-    """Refuse settings, some of them accelerate's defaults, under which a run would end without its model or worse."""
-    kind, lacks = _sharding(), None
-    if kind == "ZeRO-3" and not _flag("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"):
-        lacks = "zero3_save_16bit_model: true, without which no final model is saved"
-    elif kind == "FSDP1":
-        lacks = "fsdp_version: 2"
-    elif kind == "FSDP2" and os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT":
-        lacks = "fsdp_state_dict_type: FULL_STATE_DICT, without which no final model is saved"
-    elif kind == "FSDP2" and _flag("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        lacks = "fsdp_cpu_ram_efficient_loading: false, without which most ranks hold an empty reference model"
-    for name, of in (("TP", "tensor"), ("CP", "context"), ("SP", "sequence")):
-        if int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) > 1:
-            raise UserError(f"{where} asks for {of} parallelism, untried with packed rows; shard by FSDP or DeepSpeed")
-    if lacks:
-        example = "zero3" if kind == "ZeRO-3" else "fsdp"
-        raise UserError(f"{where} needs {lacks}; accelerate_configs/{example}.yaml has it")
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+def _get_mixed_precision(asked: dict[str, Any]) -> str | None:
+    """The precision that the accelerate file or its launcher asks for, by accelerate's names; None for neither."""
+    precision = asked.get("mixed_precision")
+    if precision is False:  # YAML reads a bare no as false
+        return "no"
+    if precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":  # the launcher's default
+        return os.environ["ACCELERATE_MIXED_PRECISION"]
+    return precision
 
 
 def prepare_process(training_args: Any, model_args: Any, accelerate_config: str | None) -> None:
-    """Before a training script loads anything: check what runs, say it in one line, and hand TRL how to load models.
+    """Before a training script loads anything: check what runs, print it, and tell TRL how to load models.
 
     Raises:
-        UserError: if what runs is not what the accelerate file asked for.
+        UserError: what runs is not what the accelerate file asks for.
     """
-    import warnings
-    from logging import ERROR
-
     import torch
     from torch.distributed.distributed_c10d import _set_pg_timeout
-    from transformers.utils import logging
 
-    logging.get_logger("transformers.trainer_utils").setLevel(ERROR)  # on checkpoints of the same second: no matter
-    # Of weights that share their values, as LM head and embedding do, a checkpoint holds one.
-    logging.get_logger("transformers.trainer").addFilter(lambda record: "missing keys" not in record.getMessage())
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="transformers|trl|torch.distributed"
-    )  # not the user's
-    logging.disable_progress_bar()  # loading and writing shards: bars of a blink between the lines that matter
+    _quiet_libraries()
     if training_args.hub_token:  # transformers would write it into training_args.bin
-        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # as inherited from a launcher made deaf to it
+        os.environ["HF_TOKEN"] = training_args.hub_token
+        training_args.hub_token = None
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # inherited from accelerate_configs/slurm.sbatch
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    line = check_launch(training_args, accelerate_config)
+    check_launch(training_args, accelerate_config)
     if training_args.process_index == 0:
-        print(line, flush=True)
+        print(describe_launch(training_args), flush=True)
     if training_args.use_cpu and torch.distributed.is_initialized():
-        _set_pg_timeout(training_args.ddp_timeout_delta)  # transformers hands it to GPUs' processes only
-    # Of what a run in half precision computes, only the LM head multiplies in float32.
-    short = "medium" if training_args.bf16 or training_args.fp16 else "high" if training_args.tf32 else "highest"
-    torch.set_float32_matmul_precision(short)
+        _set_pg_timeout(training_args.ddp_timeout_delta)  # transformers sets it for GPU processes only
+    # In a half-precision run only the LM head multiplies in float32.
+    if training_args.bf16 or training_args.fp16:
+        torch.set_float32_matmul_precision("medium")
+    else:
+        torch.set_float32_matmul_precision("high" if training_args.tf32 else "highest")
     if training_args.n_gpu > 1:
-        training_args._n_gpu = 1  # else one process takes all GPUs (nn.DataParallel), each with a batch of its own
+        training_args._n_gpu = 1  # or one process would take all GPUs (nn.DataParallel), each with a batch of its own
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
@@ -231,9 +145,121 @@ def prepare_process(training_args: Any, model_args: Any, accelerate_config: str 
     }
 
 
+def _quiet_libraries() -> None:
+    """Silence warnings that a user can do nothing about."""
+    from transformers.utils import logging as transformers_logging
+
+    # It warns of checkpoints written within the same second.
+    transformers_logging.get_logger("transformers.trainer_utils").setLevel(logging.ERROR)
+    # Of weights that share their values, as LM head and embedding do, a checkpoint holds one.
+    trainer_logger = transformers_logging.get_logger("transformers.trainer")
+    trainer_logger.addFilter(lambda record: "missing keys" not in record.getMessage())
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch.distributed")
+    transformers_logging.disable_progress_bar()  # of loading and writing shards, over in a moment
+
+
+def check_launch(training_args: Any, accelerate_config: str | None) -> None:
+    """Compare what runs with what the accelerate file asks for.
+
+    Args:
+        training_args: transformers' `TrainingArguments`, after it has set up the processes.
+        accelerate_config: the file given to `accelerate launch`; without it only the launcher's environment is known.
+
+    Raises:
+        UserError: they differ, or the run would end without its model.
+    """
+    asked = read_accelerate_config(accelerate_config)
+    file = accelerate_config or "the launcher"
+    running = training_args.distributed_state.num_processes
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    kind = asked.get("distributed_type")
+    if launched != running:
+        raise UserError(
+            f"{file} started {launched} processes that do not know of each other (there is no GPU for them); set "
+            "`use_cpu: true` in the accelerate file, as accelerate_configs/multi_cpu.yaml does"
+        )
+    if asked and asked.get("num_processes", 1) != running:
+        raise UserError(
+            f"{file} asks for {asked.get('num_processes', 1)} processes and {running} started; start with `accelerate "
+            "launch`, and on CPUs use `distributed_type: MULTI_GPU` with `use_cpu: true`, as "
+            "accelerate_configs/multi_cpu.yaml does"
+        )
+    if training_args.use_cpu and asked.get("use_cpu") is False:
+        raise UserError(
+            f"{file} asks for a GPU and this run has none; use accelerate_configs/cpu.yaml "
+            "(make: ACCELERATE=accelerate_configs/cpu.yaml)"
+        )
+    if training_args.use_cpu and kind == "FSDP":
+        raise UserError(f"{file} asks for FSDP, which does not shard on CPUs; use accelerate_configs/multi_cpu.yaml")
+    if kind in ("FSDP", "DEEPSPEED") and not _is_set(f"ACCELERATE_USE_{kind}"):
+        raise UserError(f"{file} asks for {kind} and this run is without it; start it with `accelerate launch`")
+    _check_sharding(training_args, file)
+    precision = _get_mixed_precision(asked)
+    dtype = _get_dtype(training_args)
+    if precision and DTYPES.get(precision, precision) != dtype:
+        raise UserError(
+            f"{file} asks for mixed_precision {precision} and this run uses {dtype}; take mixed_precision out of the "
+            "accelerate file, or ask for the same with --bf16 true or --fp16 true"
+        )
+
+
+def _check_sharding(training_args: Any, file: str) -> None:
+    """Refuse settings, some of them accelerate's defaults, under which a run would end without its model or worse."""
+    needed = None
+    if _get_sharding() == "ZeRO-3":
+        if getattr(training_args, "precompute_ref_log_probs", False):
+            raise UserError(
+                "precompute_ref_log_probs is True, but under ZeRO-3 their cache cannot tell one reference from another; "
+                "pass --precompute_ref_log_probs false"
+            )
+        if not _is_set("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"):
+            needed = "zero3_save_16bit_model: true, without which no final model is saved"
+    elif _is_set("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION") != "2":
+            needed = "fsdp_version: 2"
+        elif os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT":
+            needed = "fsdp_state_dict_type: FULL_STATE_DICT, without which no final model is saved"
+        elif _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            needed = "fsdp_cpu_ram_efficient_loading: false, or most ranks hold an empty reference model"
+    if needed:
+        raise UserError(f"{file} needs {needed}; see accelerate_configs/fsdp.yaml and zero3.yaml")
+
+
+def describe_launch(training_args: Any) -> str:
+    """What runs, in one line: processes, sharding, device, dtype, pairs per step."""
+    processes = training_args.distributed_state.num_processes
+    batch = training_args.per_device_train_batch_size
+    accumulation = training_args.gradient_accumulation_steps
+    sharding = _get_sharding()
+    line = f"{processes} process" if processes == 1 else f"{processes} processes"
+    if sharding:
+        line += f" ({sharding})"
+    line += f" on {training_args.device.type}, {_get_dtype(training_args)}"
+    if training_args.use_cpu and (training_args.bf16 or training_args.fp16) and not has_fast_bf16("cpu"):
+        line += " (slow on this CPU; --bf16 false is faster)"
+    return f"{line}, {processes * batch * accumulation} pairs per step ({batch} at a time x {accumulation})"
+
+
+def _get_dtype(training_args: Any) -> str:
+    if training_args.bf16:
+        return "bfloat16"
+    return "float16" if training_args.fp16 else "float32"
+
+
+def _get_sharding() -> str | None:
+    """What splits the model over processes, by the launcher's environment."""
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
+    return "FSDP2" if _is_set("ACCELERATE_USE_FSDP") else None
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
 def count_cores() -> int:
     """How many CPU cores this process may keep busy: those it may run on, or in a container its quota of time."""
-    # Not on macOS. Linux counts cpusets here, as Slurm and `docker --cpuset-cpus` set them, and no quotas.
+    # Linux counts cpusets here (Slurm, `docker --cpuset-cpus`), and no quotas; macOS has no such call.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = map(int, CPU_QUOTA.read_text().split())
@@ -246,7 +272,7 @@ def pick_device_and_dtype(dtype: str) -> tuple[str, Any]:
     """Where evaluation runs, the first GPU or else the CPU, and what its blocks compute in.
 
     Args:
-        dtype: "float32", "bfloat16", or "auto" for what training would take there.
+        dtype: "float32", "bfloat16", or "auto" for what training would use there.
     """
     import torch
 
