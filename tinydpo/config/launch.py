@@ -209,8 +209,8 @@ def _check_sharding(training_args: Any, file: str) -> None:
     if _get_sharding() == "ZeRO-3":
         if getattr(training_args, "precompute_ref_log_probs", False):
             raise UserError(
-                "precompute_ref_log_probs is True, but under ZeRO-3 their cache cannot tell one reference from another; "
-                "pass --precompute_ref_log_probs false"
+                "precompute_ref_log_probs is True, but under ZeRO-3 their cache cannot tell one reference from "
+                "another; pass --precompute_ref_log_probs false"
             )
         if not _is_set("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"):
             needed = "zero3_save_16bit_model: true, without which no final model is saved"
