@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.errors import UserError
-from tinydpo.models.hub import explain_load_errors, retry_hub
+from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.loading import load_tokenizer
 from tinydpo.toy_task import write_task
 
@@ -36,7 +36,7 @@ def save_random_model(name: str, tokenizer: PreTrainedTokenizerBase, folder: Pat
         config = GPT2Config(**SHAPES[name])
     else:
         with explain_load_errors("model", name, None):
-            config = retry_hub(lambda: AutoConfig.from_pretrained(name))
+            config = AutoConfig.from_pretrained(name)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.bos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -14,7 +14,7 @@ from tinydpo.data.pairs import load_pairs
 from tinydpo.data.splits import HOLD_OUT_SEED
 from tinydpo.errors import UserError, get_rank
 from tinydpo.files import RUN_CONFIG
-from tinydpo.models.hub import explain_load_errors, retry_hub
+from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.loading import check_same_vocabulary, load_tokenizer, refuse_adapter
 from tinydpo.training.train import FINISHED, is_finished
 
@@ -83,7 +83,7 @@ def build_trainer(construct: Callable[[], Trainer], model: Any) -> Trainer:
     together, is one sentence."""
     try:
         with explain_load_errors("model", model.model_name_or_path, model.model_revision, also=()):
-            return retry_hub(construct)
+            return construct()
     except (ValueError, NotImplementedError, ImportError, TypeError) as error:
         raise UserError(str(error)) from None
 
@@ -130,9 +130,8 @@ def check_model(
     if (Path(name) / "adapter_config.json").exists():
         return
     with explain_load_errors("model", name, revision):
-        config = retry_hub(
-            lambda: AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
-        ).get_text_config()
+        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
+        config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise UserError(f"max_length is {max_length}, but model {name} has {positions} positions; lower --max_length")
@@ -168,4 +167,4 @@ def load_reference(resolved: dict[str, Any], training: Any, quantization_config:
     given |= {"quantization_config": quantization_config} if quantization_config else {}
     refuse_adapter(reference.name, "a reference is a plain checkpoint", "pass that folder")
     with explain_load_errors("model", *reference):
-        return retry_hub(lambda: create_model_from_path(reference.name, AutoModelForCausalLM, **given))
+        return create_model_from_path(reference.name, AutoModelForCausalLM, **given)
