@@ -1,4 +1,4 @@
-"""A mistake of the user's is told in one sentence, without a traceback, and exits with status 1."""
+"""Errors as a user sees them: one sentence without a traceback, and exit status 1."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-# What PyTorch's and safetensors' writers, which keep no errno, say of a disk that takes no more.
+# What PyTorch's and safetensors' writers, which keep no errno, say of a full disk.
 DISK_FULL_MESSAGES = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "] . unexpected pos ")
 
 
@@ -17,62 +17,61 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The run was told to stop before its end, by the signal `by`, and has saved what it trained or was told.
+    """A signal ended the run early, and it has saved what it had; `by` is the signal.
 
-    No `Exception`: whoever goes on after one run's mistake, as `frontier.py` does, must not go on after this.
+    Not an `Exception`: a loop over runs that skips the failed ones, as `frontier.py` has, must not go on after this.
     """
 
     def __init__(self, sentence: str, by: signal.Signals = signal.SIGTERM):
-        """What was stopped, and how to go on."""
+        """`sentence` says what was stopped, and how to resume."""
         super().__init__(sentence)
         self.by = by
 
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """Print a `UserError` as `error: …` on stderr and exit with status 1; any other exception keeps its traceback.
+    """Print a `UserError` or a full disk as `error: …` on stderr and exit with 1; other errors keep their traceback.
 
-    A full disk, wherever it is met, is told like a `UserError`. A run that was `Stopped` says so and exits as if
-    the signal had ended it: with 143 for SIGTERM, 130 for Ctrl-C, which ends in a sentence anywhere.
+    After `Stopped` or Ctrl-C the exit status is the signal's: 143 for SIGTERM, 130 for Ctrl-C.
     """
     try:
         yield
     except Stopped as stop:
-        if not get_rank():
+        if get_rank() == 0:
             print_stderr(str(stop))
         raise SystemExit(128 + stop.by) from None
-    except KeyboardInterrupt:  # where nothing had to be saved: training says more, see `Stopped`
-        print_stderr("stopped by Ctrl-C; the same command goes on from what was saved")
+    except KeyboardInterrupt:  # outside of training, which raises `Stopped`
+        print_stderr("stopped by Ctrl-C; run the same command again: it resumes from what was saved")
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
-        if not (isinstance(error, UserError) or is_disk_full(error)):
+        message = " ".join(str(error).split())
+        if is_disk_full(error) and not isinstance(error, UserError):
+            message = f"the disk is full ({message}); free some space and run the same command again: it resumes"
+        elif not isinstance(error, UserError):
             raise
-        if get_rank():
-            # All ranks meet the same mistake. Rank 0 speaks first and the launcher then ends the others; one that
-            # is still alive after this pause met a mistake of its own.
+        if get_rank() > 0:
+            # All ranks meet the same error. Rank 0 prints it, and the launcher then ends the others; a rank that is
+            # still alive after this pause has an error of its own.
             time.sleep(5)
-        told = " ".join(str(error).split())
-        if not isinstance(error, UserError):
-            told = f"the disk takes no more ({told}); free some space and run the same command again: it goes on"
-        print_stderr(f"error: {told}")
+        print_stderr(f"error: {message}")
         raise SystemExit(1) from None
 
 
-def print_stderr(sentence: str) -> None:
-    """Write a line to stderr, where a progress bar under way would otherwise stand before it in the same line."""
+def print_stderr(line: str) -> None:
+    """Write a line to stderr, below a progress bar if one is running."""
     from tqdm.auto import tqdm
 
-    tqdm.write(sentence, file=sys.stderr)
+    tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
 
 
 def get_rank() -> int:
-    """This process's number among all of the run, by what its launcher said."""
+    """This process's number among all of the run, as its launcher set it."""
     return int(os.environ.get("RANK", 0))
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came of, as a traceback would show them, each once (an error can be its own cause)."""
+    """An error and its causes, as a traceback would show them, each once (an error can be its own cause)."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -81,9 +80,10 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, of whatever library, comes of a disk that takes no more."""
-    return any(
-        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        or any(told in str(one) for told in DISK_FULL_MESSAGES)
-        for one in iter_causes(error)
-    )
+    """Whether an error, of whatever library, is caused by a full disk."""
+    for cause in iter_causes(error):
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(message in str(cause) for message in DISK_FULL_MESSAGES):
+            return True
+    return False

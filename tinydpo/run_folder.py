@@ -1,30 +1,25 @@
-"""The folder of one training run: which files it holds, and what they say."""
+"""The folder of one training run: which files it holds, and what is in them."""
 
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tinydpo.errors import UserError
-from tinydpo.files import read_json
+from tinydpo.files import read_json, read_yaml
 
 
 class RunFolder:
-    """A run's folder, such as `runs/gpt2-medium-hh/dpo`; every file may be missing.
+    """A run's folder, such as `runs/gpt2-medium-hh/dpo`; each of its files may be missing.
 
-    `config_file` holds every setting of the run, `summary_file` what fitting did to each split, `environment_file` the
-    versions, the device and digests of the starting weights, `state_file` transformers' log, `card_file` the model
-    card. `results_file` holds the final metrics and is written last: a run that has it is finished.
+    `results_file` is written last: a run that has it is finished.
     """
 
     def __init__(self, path: str | Path):
         """Nothing is read or written yet."""
         self.path = Path(path)
-        self.config_file = self.path / "run_config.yaml"
-        self.summary_file = self.path / "data_summary.json"
-        self.environment_file = self.path / "environment.json"
-        self.state_file = self.path / "trainer_state.json"
-        self.results_file = self.path / "train_results.json"
+        self.config_file = self.path / "run_config.yaml"  # every setting of the run
+        self.summary_file = self.path / "data_summary.json"  # what fitting did to each split
+        self.environment_file = self.path / "environment.json"  # versions, device, digests of the starting weights
+        self.state_file = self.path / "trainer_state.json"  # transformers' log
+        self.results_file = self.path / "train_results.json"  # the final metrics
         self.card_file = self.path / "README.md"
         self.curves_file = self.path / "curves.png"
         self.lock_file = self.path / ".lock"
@@ -32,10 +27,10 @@ class RunFolder:
     @classmethod
     def of_model(cls, model: str | Path) -> "RunFolder":
         """The run that made a local model: the model's own folder, or for a checkpoint the folder above."""
-        folder = cls(model)
-        if folder.path.name.startswith("checkpoint-") and not folder.config_file.is_file():
-            return cls(folder.path.parent)
-        return folder
+        run = cls(model)
+        if run.path.name.startswith("checkpoint-") and not run.is_started:
+            return cls(run.path.parent)
+        return run
 
     @property
     def is_started(self) -> bool:
@@ -48,13 +43,8 @@ class RunFolder:
         return self.results_file.is_file()
 
     def read_config(self) -> dict[str, Any]:
-        """Every setting of the run, or {} (UserError: the file is damaged)."""
-        if not self.config_file.is_file():
-            return {}
-        try:
-            return yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"{self.config_file} is not valid YAML: {error}") from None
+        """Every setting of the run, or {}."""
+        return read_yaml(self.config_file) if self.is_started else {}
 
     def read_summary(self) -> dict[str, Any]:
         """What fitting did to each split, or {}."""

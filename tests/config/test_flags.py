@@ -26,6 +26,8 @@ dpo  --enable_jit_checkpoint true
 dpo  --auto_find_batch_size true
 dpo  --dataloader_drop_last true
 dpo  --use_liger_kernel true
+dpo  --fsdp full_shard
+dpo  --fsdp_config {"version":2}
 sft  --packing true
 sft  --eval_packing true
 sft  --neftune_noise_alpha 5

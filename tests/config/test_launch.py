@@ -171,8 +171,6 @@ def test_a_recipe_is_the_same_training_on_any_number_of_devices(share: int, proc
         (3, {"pairs_per_step": 64}, "pairs_per_step"),
         (1, {"pairs_per_step": 4, "per_device_train_batch_size": 0}, "per_device_train_batch_size"),
         (1, {"pairs_per_step": 64, "gradient_accumulation_steps": 5}, "gradient_accumulation_steps"),
-        (1, {"fsdp": "full_shard"}, "fsdp"),
-        (1, {"deepspeed": "zero.json"}, "deepspeed"),
     ],
 )
 def test_what_cannot_be_run_is_refused(monkeypatch, processes: int, given: dict, named: str):

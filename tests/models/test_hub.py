@@ -67,7 +67,7 @@ def server(hub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     server = Server(args)
     server.RequestHandlerClass = WatchedHandler
     server.requests, server.error = [], None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the clients' pauses between attempts
     use_hub(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path / "cache")
     yield server

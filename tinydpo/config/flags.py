@@ -36,6 +36,11 @@ REFUSED_ALWAYS = {
     "dataloader_drop_last": "but it would leave pairs out of evaluation; leave it out",
     "use_liger_kernel": "but its kernels replace the checked forward of packed rows; leave it out",
 }
+# What shards a model is checked before anything is loaded, from the accelerate file (`launch`).
+REFUSED_ALWAYS |= dict.fromkeys(
+    ("fsdp", "fsdp_config", "deepspeed"),
+    "but the accelerate file decides that; start with accelerate_configs/fsdp.yaml, zero2.yaml or zero3.yaml",
+)
 REFUSED_FOR_PACKED_ROWS = {
     "packing": "but rows are packed already, up to --row_length tokens; leave it out",
     "eval_packing": "but rows are packed already, up to --row_length tokens; leave it out",

@@ -14,32 +14,23 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tinydpo.errors import UserError
+from tinydpo.files import read_yaml
 from tinydpo.models.precision import has_fast_bf16
 from tinydpo.run_folder import RunFolder
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, per how many
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by accelerate's names
-SHARDING_FLAGS = ("fsdp", "fsdp_config", "deepspeed")
 
 
 def fill_defaults(settings: Namespace) -> None:
     """Fill in `use_cpu`, `bf16`, the batch per device and the accumulation where the user left them unset.
 
     Raises:
-        UserError: `pairs_per_step` cannot be split over the processes, or contradicts the accumulation; or a flag
-            would shard the model, which only the accelerate file may ask for.
+        UserError: `pairs_per_step` cannot be split over the processes, or contradicts the accumulation.
     """
     import torch
 
-    for flag in SHARDING_FLAGS:
-        if getattr(settings, flag, None):
-            raise UserError(
-                f"{flag} is {getattr(settings, flag)}, but the accelerate file decides what shards a model; start "
-                "with accelerate_configs/fsdp.yaml, zero2.yaml or zero3.yaml (docs/scaling.md)"
-            )
     asked = read_accelerate_config(settings.accelerate_config)
     on_cpu = settings.use_cpu or _is_set("ACCELERATE_USE_CPU") or asked.get("use_cpu") is True
     settings.use_cpu = on_cpu or not torch.accelerator.is_available()
@@ -86,17 +77,9 @@ def _split_batch(settings: Namespace, processes: int) -> None:
 
 def read_accelerate_config(path: str | None) -> dict[str, Any]:
     """The accelerate file's keys; empty without a file."""
-    if path is None:
-        return {}
-    if not Path(path).is_file():
+    if path is not None and not Path(path).is_file():
         raise UserError(f"--accelerate_config: there is no file {path!r}; see accelerate_configs/")
-    try:
-        asked = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(asked, dict):
-        raise UserError(f"{path} must hold `key: value` lines of accelerate's")
-    return asked
+    return read_yaml(path) if path else {}
 
 
 def _get_mixed_precision(asked: dict[str, Any]) -> str | None:

@@ -16,12 +16,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from tinydpo.config import launch
 from tinydpo.config.arguments import PER_DATASET_FLAGS, DataArguments, as_list, resolve_row_length, unwrap_single
 from tinydpo.errors import UserError
+from tinydpo.files import read_yaml
 from tinydpo.run_folder import RunFolder
 
 # A revision pinned in a recipe belongs to the recipe's own model or dataset: naming another one drops it.
@@ -131,12 +131,14 @@ class _StrictParser(HfArgumentParser):
 
     def parse_recipe(self, path: str, ignored: Iterable[type]) -> dict[str, Any]:
         """A recipe's values as their flags would give them; its `env` goes into the environment."""
+        self.source = path
         recipe = load_recipe(path)
-        for name, value in recipe.pop("env", {}).items():
-            os.environ[name] = str(value)
+        environment = recipe.pop("env", {})
+        if not isinstance(environment, dict):
+            self.error(f"env is {environment!r}, expected a mapping of environment variables")
+        os.environ.update({name: str(value) for name, value in environment.items()})
         skipped = {field.name for kind in ignored for field in fields(kind)} - set(self.actions)
         values = {}
-        self.source = path
         for key, value in recipe.items():
             if key in self.actions and value is None and type(None) in self.kinds[key]:
                 values[key] = None
@@ -229,24 +231,4 @@ def load_recipe(path: str) -> dict[str, Any]:
     """The keys of a recipe (UserError: it cannot be read, or holds a key twice)."""
     if not Path(path).is_file():
         raise UserError(f"--config: there is no file {path!r}; recipes/ holds the recipes")
-    try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _NoDuplicatesLoader)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("env", {}), dict):
-        raise UserError(f"{path} must hold `key: value` lines, and `env` a mapping of environment variables")
-    return recipe
-
-
-class _NoDuplicatesLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which PyYAML silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    return read_yaml(path)
