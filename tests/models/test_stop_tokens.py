@@ -1,4 +1,4 @@
-"""What ends an answer: a model that ends turns with another token than its end token learns to, and is read so."""
+"""What ends an answer: a model whose turns end with another token than its end token learns that, and is read so."""
 
 import copy
 import importlib
@@ -22,12 +22,10 @@ ROWS = [
     {"prompt": ASKED, "chosen": [say("assistant", f"Well, {i}.")], "rejected": [say("assistant", f"Bad, {i} times!")]}
     for i in range(4)
 ]
-# Everything a checkpoint may reshape its own samples with.
+# What a checkpoint may reshape its own samples with.
 SHAPED = {
-    "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "typical_p": 0.9,
-    "repetition_penalty": 1.05, "no_repeat_ngram_size": 3, "suppress_tokens": [7], "begin_suppress_tokens": [8],
-    "forced_eos_token_id": 0, "max_length": 20, "min_length": 2, "bad_words_ids": [[9]],
-    "exponential_decay_length_penalty": [5, 1.5],
+    "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05,
+    "suppress_tokens": [7], "max_length": 20, "bad_words_ids": [[9]],
 }  # fmt: skip
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -38,16 +36,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gemma(tiny_model: Path, rows: Path) -> Path:
-    return write_family(tiny_model, rows.parent / "gemma", GEMMA, **SHAPED)
+def sft(tiny_model: Path, rows: Path) -> Path:
+    gemma = write_family(tiny_model, rows.parent / "gemma", GEMMA, **SHAPED)
+    return train("sft", gemma, rows, rows.parent / "sft")
 
 
-@pytest.fixture(scope="module")
-def sft(gemma: Path, rows: Path) -> Path:
-    return trained("sft", gemma, rows, rows.parent / "sft")
-
-
-def trained(stage: str, model: Path, data: Path, folder: Path, *flags: str) -> Path:
+def train(stage: str, model: Path, data: Path, folder: Path, *flags: str) -> Path:
     run(stage, "--model_name_or_path", model, "--dataset_name", data, "--output_dir", folder, "--max_steps", "1",
         "--pairs_per_step", "2", "--per_device_train_batch_size", "2", "--eval_strategy", "no", *flags)  # fmt: skip
     return folder
@@ -62,42 +56,35 @@ def assert_samples_plainly(folder: Path) -> None:
     assert saved == PLAIN, "the saved model does not sample from its own distribution"
 
 
-def test_what_is_saved_keeps_all_stop_tokens_and_samples_plainly(sft: Path, rows: Path, tmp_path: Path):
+def test_a_saved_model_keeps_all_stop_tokens_and_samples_plainly(sft: Path, rows: Path, tmp_path: Path):
     assert_samples_plainly(sft)
-    assert_samples_plainly(trained("dpo", sft, rows, tmp_path / "dpo"))
-
-
-def test_a_merged_adapter_does_too(gemma: Path, rows: Path, tmp_path: Path):
-    adapter = trained("dpo", gemma, rows, tmp_path / "lora", "--use_peft", "true")
+    adapter = train("dpo", sft, rows, tmp_path / "lora", "--use_peft", "true")
     argv = ["--model_name_or_path", str(adapter), "--output_dir", str(tmp_path / "merged")]
     importlib.import_module("merge").main(argv)
     assert_samples_plainly(tmp_path / "merged")
     assert was_trained_on_chat(str(tmp_path / "merged")), "the playground would ask the merged model in another form"
 
 
-def test_a_run_knows_how_its_rows_were_written(sft: Path, tiny_model: Path, tmp_path: Path):
+def test_a_run_knows_whether_its_rows_were_chat(sft: Path, tiny_model: Path, tmp_path: Path):
     assert was_trained_on_chat(str(sft)) and was_trained_on_chat(str(sft / "checkpoint-1"))
-    assert was_trained_on_chat(str(tiny_model)) is None, "what no run has made has no rows"
-    texts = [
-        {"chosen": f"\n\nHuman: Hi!\n\nAssistant: {i}.", "rejected": "\n\nHuman: Hi!\n\nAssistant: No"} for i in "ab"
-    ]
+    assert was_trained_on_chat(str(tiny_model)) is None, "a model without a run has no rows"
+    texts = [{"prompt": "\n\nHuman: Hi!\n\nAssistant:", "chosen": f" {i}.", "rejected": " No"} for i in "ab"]
     chatml = write_family(tiny_model, tmp_path / "chatml", CHATML)
-    folder = trained("dpo", chatml, write_rows(tmp_path / "texts", texts), tmp_path / "dpo")
+    folder = train("sft", chatml, write_rows(tmp_path / "texts", texts), tmp_path / "run")
     assert was_trained_on_chat(str(folder)) is False, "a chat model trained on HH's texts would be asked in turns"
 
 
 @pytest.mark.parametrize("template", [GEMMA, PHI, CHATML])
 def test_training_ends_an_answer_as_the_template_ends_a_turn(template: str, rows: Path, tiny_tokenizer: Any):
     tokenizer = with_turns(copy.deepcopy(tiny_tokenizer), template)
+    end = "<|im_end|>" if template == CHATML else "<end>"
     pairs = load_pairs(DataArguments(dataset_name=str(rows)), tokenizer, 128)["train"].pairs
     for row, pair in zip(ROWS, pairs, strict=True):
         whole = tokenizer.apply_chat_template([*row["prompt"], *row["chosen"]], tokenize=False)
         ids = tokenizer(whole, add_special_tokens=False).input_ids
-        learnt, end = pair["prompt_ids"] + pair["chosen_ids"], "<|im_end|>" if template == CHATML else "<end>"
+        learnt = pair["prompt_ids"] + pair["chosen_ids"]
         assert learnt == ids[: len(learnt)], "what is learnt is not what the template writes"
-        assert tokenizer.decode(pair["chosen_ids"]) == row["chosen"][0]["content"] + end, (
-            "an answer does not stop where its turn ends"
-        )
+        assert tokenizer.decode(pair["chosen_ids"]) == row["chosen"][0]["content"] + end, "an answer ends elsewhere"
         assert pair["chosen_ids"][-1] in stops_of(tokenizer)
 
 
@@ -110,15 +97,14 @@ def test_an_answer_that_is_cut_has_no_end(rows: Path, tiny_tokenizer: Any):
 
 def test_stop_tokens_come_from_tokenizer_config_and_template(tiny_model: Path, tmp_path: Path):
     folder = write_family(tiny_model, tmp_path / "phi", PHI)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     end = tokenizer.convert_tokens_to_ids("<end>")
-    for listed in (None, 0, [0, end], [end, 5]):
+    for listed, expected in ((None, {0, end}), ([0, end], {0, end}), ([end, 5], {0, end, 5})):
         model.generation_config = GenerationConfig(eos_token_id=listed)
-        assert {*get_stop_token_ids(model, tokenizer)} == {0, end} | ({5} if listed == [end, 5] else set()), (
-            f"with {listed} in the generation config, answers go on after a token that ends them"
-        )
+        assert {*get_stop_token_ids(model, tokenizer)} == expected, f"with {listed} in the generation config"
     assert find_turn_end(tokenizer).token == "<end>"
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} (over)\n{% endfor %}"
     assert find_turn_end(tokenizer) is None, "a template that ends turns in plain text has no token for it"
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert get_stop_token_ids(model, tokenizer) == [0, end, 5], "a template that refuses to be asked ends nothing"
+    assert get_stop_token_ids(model, tokenizer) == [0, end, 5], "a template that raises ends nothing"
