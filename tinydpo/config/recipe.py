@@ -80,7 +80,8 @@ def _parse(
     try:
         if "bf16" in settings:  # a training script
             settings = _fill_training_settings(Namespace(**settings), path, given, command_line)
-        return parser.parse_dict(settings), dict(sorted(settings.items()))
+        settings = dict(sorted(settings.items()))
+        return parser.parse_dict(settings), settings
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:  # the dataclasses' own checks
         raise UserError(str(error)) from None
 
@@ -100,9 +101,8 @@ class _StrictParser(HfArgumentParser):
         for key, action in self.actions.items():  # HfArgumentParser takes only one type of a union
             kinds = self.kinds[key]
             if dict in kinds:
-                action.type = (
-                    _parse_path_or_mapping if str in kinds and not key.endswith("_kwargs") else _parse_mapping
-                )
+                takes_path = str in kinds and not key.endswith("_kwargs")
+                action.type = _parse_path_or_mapping if takes_path else _parse_mapping
             elif str in kinds and kinds & {bool, Literal}:
                 action.type = _parse_bool_or_text
             elif {str, list} <= kinds:
@@ -215,7 +215,8 @@ def _fill_training_settings(
     # transformers renamed these flags: TRL's default for the old name prints a warning at every start, and the old
     # name on the command line would lose against the new one in a recipe.
     for end in ("", "_kwargs"):
-        new, old = f"activation_checkpointing{end}", f"gradient_checkpointing{end}"
+        new = f"activation_checkpointing{end}"
+        old = f"gradient_checkpointing{end}"
         old_wins = old in command_line and new not in command_line
         if getattr(settings, new) is None or old_wins:
             setattr(settings, new, getattr(settings, old))

@@ -1,8 +1,8 @@
-"""What a device computes fast in, and log-probs that carry float32 from the LM head on, whatever the blocks run in.
+"""What a device computes fast in, and float32 from the LM head on, whatever the blocks compute in.
 
 A pretrained GPT-2's logits lie many tens below zero, where bfloat16 has steps of a quarter or a half: rounded to them,
-a pair's margin errs by more than DPO moves it. So weights stay float32, blocks may compute in half precision, under
-autocast, and the LM head gives float32, outside of it. Where hardware multiplies short inputs fast and still sums in
+a pair's margin errs by more than DPO moves it. So weights stay float32, blocks may compute in half precision under
+autocast, and the LM head gives float32 outside of it. Where hardware multiplies short inputs fast and still sums in
 float32 (TF32 on GPUs, bf16 on CPUs with AMX), the head's products use it.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 
 def has_fast_bf16(device: str) -> bool:
-    """Whether bf16 is in the hardware of a device ("cuda" or "cpu") and pays there.
+    """Whether a device ("cuda" or "cpu") has bf16 in hardware and gains from it.
 
-    Before capability 8 GPUs emulate it. CPUs with AMX multiply in it 7 times as fast as in float32, with AVX512-BF16
+    GPUs before capability 8 emulate it. CPUs with AMX multiply in it 7 times as fast as in float32, with AVX512-BF16
     alone 1.5 times, with neither many times slower (docs/performance.md).
     """
     import torch
@@ -31,7 +31,7 @@ def get_compute_dtype(model: Any) -> Any:
 
 
 def set_compute_dtype(model: Any, dtype: Any) -> Any:
-    """Have a model with float32 weights compute its blocks in `dtype` and its head in float32; returns it."""
+    """Make a model with float32 weights compute its blocks in `dtype` and its head in float32; returns it."""
     import torch
 
     model.compute_dtype = dtype
@@ -40,31 +40,33 @@ def set_compute_dtype(model: Any, dtype: Any) -> Any:
     forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` reads its arguments off the signature
-    def under_autocast(*args: Any, **kwargs: Any) -> Any:
+    def forward_under_autocast(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(model.device.type, dtype, enabled=model.compute_dtype == dtype):
             return forward(*args, **kwargs)
 
-    model.forward = under_autocast
+    model.forward = forward_under_autocast
     return use_float32_head(model)
 
 
 def use_float32_head(model: Any) -> Any:
-    """Have a model's head compute in float32, outside autocast, whatever it is given; returns the model.
+    """Make a model's head compute in float32, outside autocast; returns the model.
 
-    A causal LM's, for its own forward and `generate` (TRL's fused head, which trainers use, has an option for it), or
-    a reward model's `score`, where that is one linear layer.
+    The head is a causal LM's output layer (for its own forward and `generate`; trainers use TRL's fused head, which
+    has an option for it), or a reward model's `score`, where that is one linear layer.
     """
     import torch
 
-    head, short = model.get_output_embeddings(), "medium"
-    if head is None:  # a difference of two scores: bfloat16 has steps of 0.03 at a score of 5
-        head, short = getattr(model, "score", None), "highest"
+    head = model.get_output_embeddings()
+    precision = "medium"
+    if head is None:
+        head = getattr(model, "score", None)
+        precision = "highest"  # rewards are differences of two scores, and bfloat16 has steps of 0.03 at a score of 5
         if not isinstance(head, torch.nn.Linear):
             return model
 
     def project(hidden: torch.Tensor) -> torch.Tensor:
         bias = None if head.bias is None else head.bias.float()
-        with torch.autocast(hidden.device.type, enabled=False), matmul_precision(short):
+        with torch.autocast(hidden.device.type, enabled=False), matmul_precision(precision):
             return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
     head.forward = project
@@ -73,20 +75,22 @@ def use_float32_head(model: Any) -> Any:
 
 @contextmanager
 def float32_mode(model: Any) -> Iterator[None]:
-    """Compute in float32, products included, whatever a model was told to compute in."""
+    """Compute in float32, products included, whatever the model computes in otherwise."""
     import torch
 
     before = get_compute_dtype(model)
-    model.compute_dtype, model.is_exact = torch.float32, True
+    model.compute_dtype = torch.float32
+    model.is_exact = True
     try:
         with torch.autocast(model.device.type, enabled=False), matmul_precision("highest"):
             yield
     finally:
-        model.compute_dtype, model.is_exact = before, False
+        model.compute_dtype = before
+        model.is_exact = False
 
 
 def in_float32_mode(model: Any) -> bool:
-    """Whether a model computes `exactly` just now."""
+    """Whether a model is under `float32_mode` just now."""
     return getattr(model, "is_exact", False)
 
 

@@ -1,4 +1,4 @@
-"""What ends an answer, asked in one place: by training data, sampling, figures and the configs that are saved.
+"""What ends an answer, in one place: for training data, sampling, metrics and the configs that are saved.
 
 A model may have several stop tokens. Chat models end a turn with one (Gemma's `<end_of_turn>`, Phi's `<|end|>`) and a
 text with another, the tokenizer's `eos_token`; their generation config lists both.
@@ -21,23 +21,23 @@ class TurnEnd(NamedTuple):
 
 
 def find_turn_end(tokenizer: Any) -> TurnEnd | None:
-    """How the chat template ends an assistant's turn; None where there is none, or it takes no token for that."""
+    """How the chat template ends an assistant's turn; None without a template, or if it uses no token for that."""
     if tokenizer.chat_template is None:
         return None
-    return _turn_end(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
+    return _find_turn_end(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token, len(tokenizer))
 
 
 @lru_cache(maxsize=16)
-def _turn_end(tokenizer: Any, *_: Any) -> TurnEnd | None:
+def _find_turn_end(tokenizer: Any, *cache_key: Any) -> TurnEnd | None:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
-        _, found, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(PROBE)
-    except Exception:  # a template is a program of the model's; whom it refuses is told with the first row
+        _, probe, text = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(PROBE)
+    except Exception:  # a template is a program and may raise anything; the first row that it refuses is named then
         return None
     ids = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    longest_first = "|".join(re.escape(token) for token in sorted(ids, key=len, reverse=True))
-    match = re.search(longest_first or r"(?!)", after)
-    return TurnEnd(after, match.start(), match[0], ids[match[0]]) if found and match else None
+    longest_first = sorted(ids, key=len, reverse=True)
+    match = re.search("|".join(map(re.escape, longest_first)), text) if ids and probe else None
+    return TurnEnd(text, match.start(), match[0], ids[match[0]]) if match else None
 
 
 def get_end_token_id(tokenizer: Any, templated: bool) -> int:
@@ -47,7 +47,7 @@ def get_end_token_id(tokenizer: Any, templated: bool) -> int:
 
 
 def strip_turn_end(tokenizer: Any, text: str) -> str:
-    """An answer as the chat template writes it, up to the token that ends the turn (`end_token` gives that one)."""
+    """An answer as the chat template writes it, up to the token that ends the turn (see `get_end_token_id`)."""
     end = find_turn_end(tokenizer)
     if end and text.endswith(end.text):
         return text[: len(text) - len(end.text) + end.start]
@@ -55,34 +55,35 @@ def strip_turn_end(tokenizer: Any, text: str) -> str:
 
 
 def get_stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """All tokens that end an answer of this model: the tokenizer's end token, those of the checkpoint's generation
-    config, and the one that training data end an answer with."""
+    """All tokens that end an answer of a model: the tokenizer's, the chat template's, and its generation config's."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
-    ends = (tokenizer.eos_token_id, get_end_token_id(tokenizer, templated=True), *listed)
+    ends = [tokenizer.eos_token_id, get_end_token_id(tokenizer, templated=True), *listed]
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def pad_with_end_token(tokenizer: Any, templated: bool) -> Any:
-    """The tokenizer, padding with the token that training puts at the end of an answer (see `end_token`): a reward
-    model then scores an answer by its last word, be it whole or cut."""
+    """The tokenizer, padding with the token that training puts at the end of an answer (see `get_end_token_id`).
+
+    A reward model then scores an answer by its last word, whether it is whole or cut.
+    """
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(get_end_token_id(tokenizer, templated))
     return tokenizer
 
 
 def reset_generation_config(model: Any, tokenizer: Any) -> None:
-    """Have a saved model sample from its own distribution, and stop as it has learned to.
+    """Make a saved model sample from its own distribution, and stop where it has learned to.
 
-    A config made anew: transformers keeps the 50 likeliest tokens by default, and a checkpoint's own may hold a
+    The config is made anew: transformers' default keeps the 50 likeliest tokens, and a checkpoint's own may hold a
     repetition penalty, forced tokens or anything else that reshapes what the model has learned.
     """
     from transformers import GenerationConfig
 
-    stops, before = get_stop_token_ids(model, tokenizer), model.generation_config
-    pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id
+    stops = get_stop_token_ids(model, tokenizer)
+    before = model.generation_config
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else before.pad_token_id
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else before.bos_token_id
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=pad, bos_token_id=bos,
         eos_token_id=stops if len(stops) > 1 else stops[0],
-        pad_token_id=before.pad_token_id if pad is None else pad,
-        bos_token_id=before.bos_token_id if bos is None else bos,
     )  # fmt: skip
