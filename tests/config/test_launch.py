@@ -89,16 +89,12 @@ def refusal(args: SimpleNamespace, file: str | None) -> str:
 # Filling in
 
 
-def test_without_a_gpu_it_is_the_cpu_in_float32():
+@pytest.mark.parametrize(("capability", "bf16"), [(None, False), (7, False), (8, True), (12, True)])
+def test_a_gpu_computes_in_bf16_from_capability_8_on(gpu, capability: int | None, bf16: bool):
+    if capability:
+        gpu(capability)
     got = filled()
-    assert (got.use_cpu, got.bf16, got.fp16) == (True, False, False), "TRL's default of bf16 would be an error here"
-
-
-@pytest.mark.parametrize(("capability", "bf16"), [(7, False), (8, True), (12, True)])
-def test_a_gpu_computes_in_bf16_from_capability_8_on(gpu, capability: int, bf16: bool):
-    gpu(capability)
-    got = filled()
-    assert (got.use_cpu, got.bf16, got.fp16) == (False, bf16, False)
+    assert (got.use_cpu, got.bf16, got.fp16) == (capability is None, bf16, False), "TRL's default is bf16 everywhere"
 
 
 @pytest.mark.parametrize("has", FAST_BF16)
@@ -179,11 +175,6 @@ def test_what_cannot_be_run_is_refused(monkeypatch, processes: int, given: dict,
         filled(**given)
 
 
-def test_without_pairs_per_step_the_batch_is_the_users():
-    got = filled(per_device_train_batch_size=3, gradient_accumulation_steps=5)
-    assert (got.per_device_train_batch_size, got.gradient_accumulation_steps) == (3, 5)
-
-
 # Checking
 
 
@@ -219,17 +210,6 @@ def test_a_gpu_asked_for_and_missing_is_refused():
 def test_fsdp_on_cpus_is_refused(accelerate_file, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "does not shard on CPUs" in refusal(running(), accelerate_file(distributed_type="FSDP", use_cpu=True))
-
-
-@pytest.mark.parametrize("kind", SHARDED)
-def test_sharding_that_does_not_happen_is_refused(accelerate_file, monkeypatch, kind: str):
-    """Started by plain python, or by a launcher that takes one process for none of it."""
-    file = accelerate_file(distributed_type=kind)
-    args = running(use_cpu=False)
-    assert kind in refusal(args, file)
-    for name, value in SHARDED[kind].items():
-        monkeypatch.setenv(name, value)
-    launch.check_launch(args, file)
 
 
 @pytest.mark.parametrize(

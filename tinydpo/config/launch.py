@@ -155,7 +155,6 @@ def check_launch(training_args: Any, accelerate_config: str | None) -> None:
     file = accelerate_config or "the launcher"
     running = training_args.distributed_state.num_processes
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    kind = asked.get("distributed_type")
     if launched != running:
         raise UserError(
             f"{file} started {launched} processes that do not know of each other (there is no GPU for them); set "
@@ -172,10 +171,8 @@ def check_launch(training_args: Any, accelerate_config: str | None) -> None:
             f"{file} asks for a GPU and this run has none; use accelerate_configs/cpu.yaml "
             "(make: ACCELERATE=accelerate_configs/cpu.yaml)"
         )
-    if training_args.use_cpu and kind == "FSDP":
+    if training_args.use_cpu and asked.get("distributed_type") == "FSDP":
         raise UserError(f"{file} asks for FSDP, which does not shard on CPUs; use accelerate_configs/multi_cpu.yaml")
-    if kind in ("FSDP", "DEEPSPEED") and not _is_set(f"ACCELERATE_USE_{kind}"):
-        raise UserError(f"{file} asks for {kind} and this run is without it; start it with `accelerate launch`")
     _check_sharding(training_args, file)
     precision = _get_mixed_precision(asked)
     dtype = _get_dtype(training_args)
