@@ -1,4 +1,4 @@
-"""What all tests share. The environment comes first: `datasets` and `huggingface_hub` read theirs when imported."""
+"""Fixtures of all tests. The environment is set first: `datasets` and `huggingface_hub` read it when imported."""
 
 import atexit
 import os
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CACHE = tempfile.mkdtemp(prefix="tinydpo-tests-")  # no test finds, or leaves, anything in the user's own cache
+CACHE = tempfile.mkdtemp(prefix="tinydpo-tests-")  # tests neither read nor fill the user's own cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = CACHE
 os.environ.pop("TOKENIZERS_PARALLELISM", None)
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background; tests press it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; some tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402 - after the environment
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def float32_by_default() -> Iterator[None]:
-    """On every machine the tests compute in float32, in which the docs promise equalities; `test_bf16.py` does not."""
+    """Tests compute in float32 on every CPU, where results are equal to the last digits; `test_bf16.py` does not."""
     import torch
     from running import FAST_BF16
 
@@ -36,7 +36,7 @@ def float32_by_default() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real pairs and the GPT-2 tokenizer, which stand beside the repository and are no part of it."""
+    """Real pairs and the GPT-2 tokenizer, in a folder beside the repository."""
     folder = ROOT.parent / "shared"
     for needed in ("hh-rlhf", "gpt2-tokenizer"):
         if not (folder / needed).is_dir():
@@ -46,7 +46,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer(shared: Path) -> Any:
-    """The real one: no BOS token, no chat template, `<|endoftext|>` ends."""
+    """The real one: no BOS token, no chat template, `<|endoftext|>` as its end token."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(shared / "gpt2-tokenizer")
@@ -88,7 +88,7 @@ def tiny_model(task: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Matrices this small are multiplied fastest on one thread, several times so while other jobs run."""
+    """One thread is fastest for matrices this small, above all while other jobs run."""
     import torch
 
     before = torch.get_num_threads()
