@@ -20,17 +20,10 @@ from tinydpo.errors import UserError
 from tinydpo.evaluation.metrics import kl_metrics, length_metrics, pair_metrics
 from tinydpo.evaluation.sampling import choose_prompts, cut_answer, cut_prompt, sample_answers, sample_cached
 from tinydpo.evaluation.table import format_samples, format_table
-from tinydpo.models.loading import check_same_vocabulary
 from tinydpo.training.logps import pair_logps, token_logps
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 END = len(BYTES)
-KEYS = {
-    "pairs", "reward_accuracy", "reward_accuracy_ci95", "reward_margin", "dpo_loss", "beta", "nll_chosen_policy",
-    "nll_chosen_ref", "raw_likelihood_accuracy_policy", "raw_likelihood_accuracy_ref", "kl_per_sequence",
-    "kl_per_token", "mean_length_policy", "mean_length_ref", "ended_policy", "ended_ref", "reward_policy",
-    "reward_ref", "win_rate_vs_ref", "settings",
-}  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -210,20 +203,12 @@ def test_prompts_are_chosen_by_seed_and_without_duplicates():
     assert chosen == choose_prompts(texts, 10, 0)["prompt"][:] != choose_prompts(texts, 10, 1)["prompt"][:]
 
 
-def test_different_vocabularies_are_refused():
-    other = byte_tokenizer()
-    check_same_vocabulary(byte_tokenizer(), other)
-    other.add_tokens(["<new>"])
-    with pytest.raises(UserError, match=r"different vocabularies.*<new>"):
-        check_same_vocabulary(byte_tokenizer(), other)
-
-
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_evaluate_writes_figures_samples_pairs_report_and_card(
-    task: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
     for seed, role in enumerate(("policy", "ref")):
@@ -255,7 +240,6 @@ def test_evaluate_writes_figures_samples_pairs_report_and_card(
     assert Path("report.html").is_file()
     results = json.loads(Path("out/eval_results.json").read_text())
     samples, pairs = read_jsonl(Path("out/samples.jsonl")), read_jsonl(Path("out/pairs.jsonl"))
-    assert not KEYS - set(results)
     assert results["pairs"] == len(pairs) == 12 and len(samples) == 8
     assert np.mean([pair["margin"] > 0 for pair in pairs]) == results["reward_accuracy"]
     assert np.mean([len(sample["policy"]) for sample in samples]) == results["reward_policy"]

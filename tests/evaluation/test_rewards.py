@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,6 @@ def test_unknown_reward_function_is_one_sentence(name: str):
     with pytest.raises(UserError, match="--reward_funcs") as caught:
         load_reward(name)
     assert "\n" not in str(caught.value) and name in str(caught.value)
-
-
-def test_reward_function_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "my_rewards_for_test.py").write_text("def one(prompts, completions, **kwargs):\n    return [1.0]\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_reward("my_rewards_for_test.one")(prompts=[""], completions=[""]) == [1.0]
 
 
 def save_classifier(folder: Path, tokenizer: Any, labels: int) -> Any:

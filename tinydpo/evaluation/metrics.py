@@ -84,11 +84,7 @@ def pair_metrics(policy: PairLogps, ref: PairLogps, beta: float) -> dict[str, An
 
 
 def accuracy_by_cut(margins: np.ndarray, whole: Sequence[str]) -> dict[str, Any]:
-    """Reward accuracy of the pairs with both answers whole (`whole` is "both"), and of those that `max_length` cut.
-
-    Returns:
-        `reward_accuracy_whole` and `reward_accuracy_cut`, each with its `_ci95` and `_pairs`; nothing for no pairs.
-    """
+    """Reward accuracy of the pairs whose answers are both whole (`whole` is "both"), and of those with a cut one."""
     both_whole = np.array(whole) == "both"
     results: dict[str, Any] = {}
     for name, mask in (("reward_accuracy_whole", both_whole), ("reward_accuracy_cut", ~both_whole)):
@@ -119,16 +115,7 @@ def group_by_subset(
 def compare_with_reward_model(
     implicit: np.ndarray, explicit: np.ndarray, subsets: Sequence[str] | None
 ) -> dict[str, Any]:
-    """A reward model's accuracy on n pairs beside that of the implicit reward.
-
-    Args:
-        implicit: margins of the implicit reward, (n,).
-        explicit: margins of the reward model, (n,).
-        subsets: each pair's subset, if the data has them.
-
-    Returns:
-        `explicit_accuracy` and `implicit_minus_explicit`, and the same of each subset in `explicit_subsets`.
-    """
+    """`paired_accuracies` from both rewards' margins (n,), and the same of each subset in `explicit_subsets`."""
     results = paired_accuracies(implicit > 0, explicit > 0)
     if subsets is not None:
         results["explicit_subsets"] = group_by_subset(
@@ -138,11 +125,9 @@ def compare_with_reward_model(
 
 
 def paired_accuracies(implicit: np.ndarray, explicit: np.ndarray) -> dict[str, Any]:
-    """The explicit accuracy, and the implicit one minus it with the interval of a paired bootstrap.
+    """A reward model's accuracy, and the implicit reward's minus it with the interval of a paired bootstrap.
 
-    Args:
-        implicit: whether the implicit reward is right, (n,) bool.
-        explicit: whether the reward model is right on the same pairs, (n,) bool.
+    `implicit` and `explicit` are flags (n,): which of the same pairs each of them orders right.
     """
     n = len(explicit)
     differences = implicit.astype(int) - explicit.astype(int)

@@ -45,43 +45,29 @@ def save_evaluation(output_dir: Path, results: dict[str, Any], **tables: Sequenc
 def add_evaluation_to_card(model: Path, results: dict[str, Any]) -> None:
     """Write the headline figures of `eval_results.json` into a policy's model card."""
     settings = results["settings"]
-    lines = [
-        f"{results['pairs']} held-out pairs, {settings['num_prompts']} held-out prompts, β {results['beta']:g}, seed "
-        f"{settings['seed']}; in brackets 95 % intervals.",
-        "",
-        "| | policy | reference | |",
-        "| --- | --- | --- | --- |",
-    ]
-    for row in headline_rows(results):
-        lines.append(f"| {row.label} | {row.policy} | {row.ref or ''} | {_format_meaning(row)} |")
-    _replace_section(model, "## Evaluation", lines)
+    prompts = f"{settings['num_prompts']} held-out prompts, β {results['beta']:g}, seed {settings['seed']}"
+    _replace_section(model, "Evaluation", f"{results['pairs']} held-out pairs, {prompts}", headline_rows(results))
 
 
 def add_win_rates_to_card(model: Path, results: dict[str, Any]) -> None:
     """Write the win rates of `winrate.json`, and how well the judge does, into a policy's model card."""
     settings = results["settings"]
-    lines = [
-        f"{settings['num_prompts']} held-out prompts, seed {settings['seed']}; in brackets 95 % intervals.",
-        "",
-        "| | | |",
-        "| --- | --- | --- |",
-    ]
-    for row in winrate.winrate_rows(results):
-        lines.append(f"| {row.label} | {row.policy} | {_format_meaning(row)} |")
-    _replace_section(model, "## Win rates by a judge", lines)
+    prompts = f"{settings['num_prompts']} held-out prompts, seed {settings['seed']}"
+    _replace_section(model, "Win rates by a judge", prompts, winrate.winrate_rows(results))
 
 
-def _format_meaning(row: Row) -> str:
-    meaning = row.meaning.replace("\n", " ").replace("|", "/")
-    return f"{meaning}; {row.warning()}" if row.says_nothing() else meaning
-
-
-def _replace_section(model: Path, heading: str, lines: Sequence[str]) -> None:
+def _replace_section(model: Path, heading: str, data: str, rows: Sequence[Row]) -> None:
     """Replace a section of the model's card, or add it at the end. A model without a finished run has no such card."""
     run = RunFolder(model)
     if not (run.card_file.is_file() and run.is_finished):
         return
-    before, _, after = run.card_file.read_text(encoding="utf-8").partition(f"{heading}\n")
+    lines = [f"{data}; in brackets 95 % intervals.", "", "| | policy | reference | |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        meaning = row.meaning.replace("\n", " ").replace("|", "/")
+        if row.says_nothing():
+            meaning += f"; {row.warning()}"
+        lines.append(f"| {row.label} | {row.policy} | {row.ref or ''} | {meaning} |")
+    before, _, after = run.card_file.read_text(encoding="utf-8").partition(f"## {heading}\n")
     _, next_heading, rest = after.partition("\n## ")
-    section = "\n".join([before.rstrip("\n"), "", heading, "", *lines, ""])
+    section = "\n".join([before.rstrip("\n"), "", f"## {heading}", "", *lines, ""])
     write_atomic(run.card_file, section + next_heading + rest)

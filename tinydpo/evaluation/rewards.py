@@ -69,8 +69,8 @@ def load_rewards(args: RewardArguments, device: str, batch_size: int, dtype: Any
     """
     functions = [load_reward(name) for name in args.reward_funcs or []]
     if args.reward_model_name_or_path:
-        model = args.reward_model_name_or_path, args.reward_model_revision
-        functions.append(load_reward_model(*model, device, batch_size, dtype))
+        name, revision = args.reward_model_name_or_path, args.reward_model_revision
+        functions.append(RewardModel(name, revision, device, batch_size, dtype))
     return functions
 
 
@@ -94,44 +94,35 @@ def load_reward(name: str) -> RewardFunction:
     return reward
 
 
-def load_reward_model(
-    name: str, revision: str | None, device: str, batch_size: int, dtype: Any = None
-) -> RewardFunction:
-    """A sequence-classification model as a reward function.
-
-    Its blocks compute in `dtype` if its head is one linear layer, else in float32.
-
-    Raises:
-        UserError: it cannot be loaded, has more than one output, or no trained head.
-    """
-    tokenizer = load_tokenizer(name, revision)
-    model, loading = load_pretrained(AutoModelForSequenceClassification, name, revision, device=device)
-    if loading["missing_keys"]:
-        raise UserError(f"--reward_model_name_or_path {name} has no trained head; pass a trained reward model")
-    if model.config.num_labels != 1:
-        outputs = f"{model.config.num_labels} outputs"
-        raise UserError(f"--reward_model_name_or_path {name} has {outputs}; pass a model that gives one reward")
-    if dtype and isinstance(getattr(model, "score", None), torch.nn.Linear):
-        set_compute_dtype(model, dtype)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.truncation_side = "left"  # the answer is at the end
-    tokenizer.padding_side = "right"  # GPT-2 would count padding on the left as positions
-    model.config.pad_token_id = tokenizer.pad_token_id  # the model finds each text's last token by it
-    return RewardModel(model, tokenizer, batch_size)
-
-
 class RewardModel:
-    """A loaded reward model, called like a reward function."""
+    """A sequence-classification model, called like a reward function."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int):
-        """`model` gives one logit per text."""
-        self.model = model
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
+    def __init__(self, name: str, revision: str | None, device: str, batch_size: int, dtype: Any = None):
+        """Load it; its blocks compute in `dtype` if its head is one linear layer, else in float32.
+
+        Raises:
+            UserError: it cannot be loaded, has more than one output, or no trained head.
+        """
+        tokenizer = load_tokenizer(name, revision)
+        model, loading = load_pretrained(AutoModelForSequenceClassification, name, revision, device=device)
+        if loading["missing_keys"]:
+            raise UserError(f"--reward_model_name_or_path {name} has no trained head; pass a trained reward model")
+        outputs = model.config.num_labels
+        if outputs != 1:
+            raise UserError(f"--reward_model_name_or_path {name} has {outputs} outputs; pass a model that gives one")
+        if dtype and isinstance(getattr(model, "score", None), torch.nn.Linear):
+            set_compute_dtype(model, dtype)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.truncation_side = "left"  # the answer is at the end
+        tokenizer.padding_side = "right"  # GPT-2 would count padding on the left as positions
+        model.config.pad_token_id = tokenizer.pad_token_id  # the model finds each text's last token by it
         # scripts/reward.py writes how long its texts were; they stop before the token that ends an answer.
         self.fitted_to = getattr(model.config, "fitted_to", None)
         positions = getattr(model.config, "max_position_embeddings", None) or 4096
         self.max_length = self.fitted_to or min(tokenizer.model_max_length, positions)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
 
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], completions: list[Prompt], **kwargs: object) -> list[float]:
@@ -190,14 +181,9 @@ def score_answers(
     ids: Sequence[Sequence[int]],
     prompts: list[Prompt] | None = None,
 ) -> np.ndarray:
-    """Sum of the functions' rewards of an answer to each row, (n,).
+    """Sum of the functions' rewards (n,) of an answer to each row of `texts` (`FittedSplit.texts`).
 
-    Args:
-        functions: the rewards.
-        texts: n rows as `FittedSplit.texts` has them.
-        answers: an answer to each, as text.
-        ids: its tokens.
-        prompts: by default the rows' own, whole.
+    `ids` are the answers' tokens; `prompts` are by default the rows' own, whole.
 
     Raises:
         UserError: a function fails, or does not return one finite number for each answer.

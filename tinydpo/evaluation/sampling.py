@@ -127,17 +127,8 @@ def sample_answers(
 ) -> Answers:
     """Sample one answer to each prompt, by default from the model's own distribution.
 
-    Args:
-        model: a causal LM in eval mode.
-        tokenizer: the model's.
-        prompts: n token lists, each of at least one token.
-        max_new_tokens: room for an answer, its stop token included.
-        temperature: divides the logits.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens with this much probability.
-        batch_size: prompts in one batch. Other batches draw other random numbers, so it changes the samples.
-        seed: sets torch's global random state.
-        desc: the label of the progress bar.
+    `max_new_tokens` include the stop token; `top_k` 0 and `top_p` 1 keep all tokens. `seed` sets torch's global random
+    state; another `batch_size` draws other random numbers, so it changes the samples.
     """
     stops = get_stop_token_ids(model, tokenizer)
     pad_token_id = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
