@@ -24,8 +24,7 @@ from tinydpo.report import figures
 
 
 def main(argv: list[str] | None = None) -> None:
-    types = (on_policy.PairsArguments, RewardArguments, DataArguments)
-    args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
+    args, reward, data = parse_args(on_policy.PairsArguments, RewardArguments, DataArguments, argv=argv)
     device, dtype = pick_device_and_dtype(args.dtype)
     folder, settings = make_output_folder(args.output_dir), on_policy.get_pairs_settings(args, reward, data)
     if on_policy.has_finished_pairs(folder, settings):

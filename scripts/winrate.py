@@ -27,8 +27,7 @@ from tinydpo.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    types = (winrate.WinrateArguments, JudgeArguments, DataArguments)
-    args, judging, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
+    args, judging, data = parse_args(winrate.WinrateArguments, JudgeArguments, DataArguments, argv=argv)
     output_dir = make_output_folder(args.output_dir)
     judge = Judge(judging, output_dir / "verdicts.jsonl")
     device, dtype = pick_device_and_dtype(args.dtype)
