@@ -89,7 +89,9 @@ def run_models(
     dtype: torch.dtype,
 ) -> tuple[dict[str, PairLogps], dict[str, Answers], dict[str, list[np.ndarray]]]:
     """For policy and reference: log-probs of the pairs, answers to the prompts, log-probs of the policy's answers."""
-    logps, answers, answer_logps = {}, {}, {}
+    logps = {}
+    answers = {}
+    answer_logps = {}
     for index, (role, (name, revision)) in enumerate(args.models.items()):
         model = load_model(name, revision, dtype=dtype, device=device)
         logps[role] = pair_logps(model, pairs, args.batch_size, f"{role}: pairs", args.row_length)

@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 class Row(NamedTuple):
     """A figure of the policy, perhaps with the reference's, and what they mean (line breaks are for the table).
 
-    `chance` is the policy's value if there is no effect; if the interval includes it, readers are told `nothing`.
+    `chance` is the policy's value if there is no effect; if the interval includes it, the texts say `nothing`.
     """
 
     label: str
