@@ -69,8 +69,8 @@ def load_rewards(args: RewardArguments, device: str, batch_size: int, dtype: Any
     """
     functions = [load_reward(name) for name in args.reward_funcs or []]
     if args.reward_model_name_or_path:
-        name, revision = args.reward_model_name_or_path, args.reward_model_revision
-        functions.append(RewardModel(name, revision, device, batch_size, dtype))
+        name = args.reward_model_name_or_path
+        functions.append(RewardModel(name, args.reward_model_revision, device, batch_size, dtype))
     return functions
 
 
@@ -155,7 +155,8 @@ def score_pairs(model: RewardFunction, held_out: FittedSplit, tokenizer: Any) ->
 
     Texts are cut as fitting cut them. A conversation is passed whole, for the model's own template.
     """
-    texts, pairs = held_out.texts, held_out.pairs
+    texts = held_out.texts
+    pairs = held_out.pairs
     cut = {
         part: tokenizer.batch_decode(pairs[f"{part}_ids"][:], skip_special_tokens=True)
         for part in ("prompt", "chosen", "rejected")
