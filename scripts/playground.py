@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("the playground needs gradio; run `make playground` or pip install '.[playground]'") from None
 
     kinds = (EvaluateArguments, DataArguments, PlaygroundArguments)
-    args, data, page = parse_args(*kinds, argv=argv, ignored=(RewardArguments,))
+    args, data, page = parse_args(
+        *kinds, argv=argv, ignored=(RewardArguments,), defaults_from_run="model_name_or_path"
+    )
     tokenizer = args.load_tokenizer()
     device, dtype = pick_device_and_dtype(args.dtype)
     models = []

@@ -89,66 +89,40 @@ def test_a_reward_model_reads_turns_in_its_own_template(
 def test_rewards_figures_and_readers_get_turns(
     gemma: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "recording_reward.py").write_text(RECORDS)
     model = write_reward_model(tiny_model, tmp_path / "reward", CHATML)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    out, scripts = tmp_path / "run" / "evaluation", Path("scripts").absolute()
+    (tmp_path / "recording_reward.py").write_text(RECORDS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "scripts").symlink_to(scripts)
     rewards = ["--reward_funcs", "recording_reward.record", "--reward_model_name_or_path", str(tmp_path / "reward")]
-    script("evaluate", gemma, gemma / "data", "--output_dir", str(out), *rewards)
+    script("evaluate", gemma, gemma / "data", "--output_dir", "run/evaluation", *rewards)
 
-    results = json.loads((out / "eval_results.json").read_text())
+    results = json.loads(Path("run/evaluation/eval_results.json").read_text())
     assert results["ended_policy"] == results["ended_ref"] == 1.0, "answers that have ended count as cut"
     assert results["mean_length_policy"] < 10, "what comes after the end of a turn counts as answer"
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in Path("run/evaluation/samples.jsonl").read_text().splitlines()]
     assert [sample["prompt"] for sample in samples] == SHOWN, "a conversation is not shown as people read it"
     assert {sample["chosen"] for sample in samples} == {"Gladly! Carrots."}
-    words = json.dumps([{**sample, "pieces": None} for sample in samples])
-    for marker in MARKERS:
-        assert marker not in words + capsys.readouterr().out, f"readers see the template's {marker!r}"
-    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    shown = json.dumps([{**sample, "pieces": None} for sample in samples]) + capsys.readouterr().out
+    assert not [marker for marker in MARKERS if marker in shown], "readers see the template's markers"
+
+    seen = [json.loads(line) for line in Path("seen.jsonl").read_text().splitlines()]
     assert [prompt for prompt, *_ in seen] == PROMPTS * 2, "reward functions get no messages, as TRL's do"
     end = AutoTokenizer.from_pretrained(gemma / "policy").convert_tokens_to_ids("<end>")
+    of_reward = AutoTokenizer.from_pretrained(tmp_path / "reward")
     for (prompt, completion, ids), sample in zip(seen[:4], samples, strict=True):
         assert completion == [say("assistant", sample["policy"])] and ids[-1] == end, "an answer is not the policy's"
-        text = AutoTokenizer.from_pretrained(tmp_path / "reward").apply_chat_template(
-            prompt + completion, tokenize=False
-        )
+        text = of_reward.apply_chat_template(prompt + completion, tokenize=False)
         assert sample["reward_policy"] == pytest.approx(reward_score(tmp_path / "reward", model, text), abs=1e-4)
-
-
-def test_texts_stay_texts_for_rewards(gemma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "recording_reward_of_texts.py").write_text(RECORDS)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    (tmp_path / "scripts").symlink_to(Path("scripts").absolute())
-    monkeypatch.chdir(tmp_path)
-    prompt = "\n\nHuman: Soup?\n\nAssistant:"
-    data = write_rows(tmp_path / "data", [{"prompt": prompt, "chosen": " Yes.", "rejected": " No."}] * 2)
-    script(
-        "evaluate", gemma, data, "--output_dir", "run/evaluation", "--reward_funcs", "recording_reward_of_texts.record"
-    )
-    for seen, completion, _ in map(json.loads, (tmp_path / "seen.jsonl").read_text().splitlines()):
-        assert seen == prompt and isinstance(completion, str), "texts reach reward functions as something else"
 
 
 def test_a_judge_reads_a_dialogue(gemma: Path, tmp_path: Path):
     pytest.importorskip("openai", reason="the judge's client is an extra: pip install '.[judge]'")
     with judge_server(lambda *_: "More helpful: A") as server:
-        argv = [
-            "--judge_base_url",
-            server.url,
-            "--judge_model",
-            "scripted",
-            "--output_dir",
-            str(tmp_path / "run/winrate"),
-        ]
-        script("winrate", gemma, gemma / "data", *argv)
+        judge = ["--judge_base_url", server.url, "--judge_model", "scripted"]
+        script("winrate", gemma, gemma / "data", *judge, "--output_dir", str(tmp_path / "run/winrate"))
     assert server.questions
     for question in server.questions:
-        assert any(f"[conversation]\n{shown.strip()}\n" in question for shown in SHOWN), (
-            "the judge reads another prompt"
-        )
+        assert any(f"[conversation]\n{shown.strip()}\n" in question for shown in SHOWN)
         assert not [marker for marker in MARKERS if marker in question], "the judge reads a template's markers"
-    against = [question for question in server.questions if "\nGladly! Carrots.\n" in question]
-    assert len(against) >= 8, "the dataset's answers are not judged as they are"
+    against_chosen = [question for question in server.questions if "\nGladly! Carrots.\n" in question]
+    assert len(against_chosen) >= 8, "the dataset's answers are not judged as they are"

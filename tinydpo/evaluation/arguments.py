@@ -1,28 +1,28 @@
-"""A policy that answers prompts: which one, how many, and how its answers are drawn."""
+"""Flags of the commands that look at a trained policy: which models, which prompts, how answers are sampled.
+
+The scripts parse them with `defaults_from_run`: the policy's own run gives the defaults of its data, `max_length`, β.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tinydpo.config.arguments import RowArguments, resolve_row_length
-from tinydpo.data.trained import trained_share
-from tinydpo.files import read_run_config
 from tinydpo.models.loading import check_same_vocabulary, load_tokenizer
 
 
 @dataclass
 class PolicyArguments:
-    """Who answers how many prompts, and where what comes of it goes."""
+    """A policy, the prompts that it answers, and where the results go."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The policy: folder or Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch, on the Hub."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the results."})
-    max_length: int | None = field(
-        default=None,
+    max_length: int = field(
+        default=128,
         metadata={
-            "help": "Tokens of prompt + completion; a sampled answer gets half. By default the policy run's, or 128."
+            "help": "Tokens of prompt + completion; half of them for a sampled answer. The run's, if it has one."
         },
     )
     num_prompts: int = field(default=512, metadata={"help": "Held-out prompts to answer."})
@@ -30,23 +30,21 @@ class PolicyArguments:
         default=32,
         metadata={"help": "Sequences in one forward pass: memory against speed; another draws other samples."},
     )
-    seed: int = field(default=0, metadata={"help": "Picks the prompts, where there are more, and the samples."})
+    seed: int = field(default=0, metadata={"help": "Chooses the prompts, if there are more, and the samples."})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
         metadata={"help": "What blocks compute in; auto: bfloat16 where the GPU or CPU is fast in it, else float32."},
     )
 
     def __post_init__(self):
-        """Take an open length from the policy's run, and refuse what cannot be meant (ValueError)."""
+        """Check the values (ValueError)."""
         for name in ("model_name_or_path", "output_dir"):
             if not getattr(self, name):
-                raise ValueError(f"--{name} is missing; needed are a policy and an output folder")
-        if self.max_length is None:
-            self.max_length = int(read_run_config(self.model_name_or_path).get("max_length") or 128)
+                raise ValueError(f"--{name} is missing; pass a policy and an output folder")
         self.at_least(max_length=4, num_prompts=1, batch_size=1)
 
     def at_least(self, **bounds: int) -> None:
-        """Refuse a number below its bound (ValueError)."""
+        """Raise a ValueError if a value is below its bound."""
         for name, bound in bounds.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
@@ -54,30 +52,30 @@ class PolicyArguments:
 
 @dataclass
 class SamplingArguments(PolicyArguments):
-    """How answers are drawn from the policy's distribution: as it is, unless these reshape it."""
+    """How answers are sampled: by default from the policy's own distribution."""
 
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits when sampling."})
     top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens only; 0: from all."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this mass; 1: from all."})
 
     def __post_init__(self):
-        """Refuse what cannot be sampled, too (ValueError)."""
+        """Check the values (ValueError)."""
         super().__post_init__()
         self.at_least(top_k=0)
-        if not (self.temperature > 0 and 0 < self.top_p <= 1):
-            raise ValueError(
-                f"temperature must be above 0 and top_p between 0 and 1, got {self.temperature} and {self.top_p}"
-            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """What `sampling.sample_answers` is told of it."""
+        """The keyword arguments of `sampling.sample_answers`."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "batch_size")}
 
 
 @dataclass
 class ComparisonArguments(PolicyArguments):
-    """A policy and its reference, and the held-out prompts that both answer."""
+    """A policy and its reference, which answer the same held-out prompts."""
 
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The reference the policy was trained from (the SFT model): folder or Hub id."}
@@ -87,43 +85,37 @@ class ComparisonArguments(PolicyArguments):
     )
 
     def __post_init__(self):
-        """Refuse a policy without its reference, too (ValueError)."""
+        """Check the values (ValueError)."""
         super().__post_init__()
         if not self.ref_model_name_or_path:
             raise ValueError("--ref_model_name_or_path is missing; pass the model that the policy was trained from")
 
     @property
     def models(self) -> dict[str, tuple[str, str | None]]:
-        """Name and revision of each role, in the order in which to load them."""
+        """Name and revision of the policy ("policy") and of the reference ("ref")."""
         return {
             "policy": (self.model_name_or_path, self.model_revision),
             "ref": (self.ref_model_name_or_path, self.ref_model_revision),
         }
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of both models (UserError: it cannot be loaded, or their vocabularies differ)."""
+        """The policy's tokenizer (UserError: it cannot be loaded, or the reference has another vocabulary)."""
         policy, ref = (load_tokenizer(*model) for model in self.models.values())
         check_same_vocabulary(policy, ref)
         return policy
 
-    def trained_share(self, texts: Dataset) -> float | None:
-        """The share of rows whose prompt the policy was trained on, None where that is not known."""
-        return trained_share(self.model_name_or_path, texts)
-
 
 @dataclass
 class EvaluateArguments(RowArguments, ComparisonArguments, SamplingArguments):
-    """How to compare them."""
+    """How policy and reference are compared."""
 
-    beta: float | None = field(
-        default=None, metadata={"help": "β of implicit reward and loss; by default the policy run's own, or 0.1."}
+    beta: float = field(
+        default=0.1, metadata={"help": "β of the implicit reward and the DPO loss. The run's, if it has one."}
     )
 
     def __post_init__(self):
-        """Take β too from the policy's run, and refuse what cannot be measured (ValueError)."""
+        """Check the values (ValueError), and set the length of packed rows: None without a shared prefix."""
         super().__post_init__()
-        if self.beta is None:
-            self.beta = float(read_run_config(self.model_name_or_path).get("beta") or 0.1)
         if self.beta <= 0:
             raise ValueError(f"beta must be above 0, got {self.beta}")
         self.row_length = resolve_row_length(self.max_length, self.row_length) if self.shared_prefix else None

@@ -1,4 +1,4 @@
-"""Where an evaluation's results go: tables and figures into its folder, the headline into the policy's card."""
+"""Where an evaluation's results go: JSON into its folder, the headline figures into the policy's model card."""
 
 import json
 from collections.abc import Sequence
@@ -9,14 +9,16 @@ import numpy as np
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation import winrate
-from tinydpo.evaluation.table import Row, format_trained_share, headline_rows
+from tinydpo.evaluation.table import Row, headline_rows
 from tinydpo.files import write_atomic, write_json
+from tinydpo.run_folder import RunFolder
 
 
 def make_output_folder(output_dir: str) -> Path:
-    """The folder for results, made if missing; UserError where that cannot be."""
+    """Make the folder for results, if it is missing (UserError: that is not possible)."""
+    folder = Path(output_dir)
     try:
-        (folder := Path(output_dir)).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: {error.strerror}; choose another folder") from None
     return folder
@@ -29,54 +31,43 @@ def columns_to_rows(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def save_evaluation(output_dir: Path, results: dict[str, Any], **tables: Sequence[dict[str, Any]]) -> None:
-    """Write each table as `<name>.jsonl`, then `eval_results.json`: where that one stands, the evaluation is complete.
+    """Write each table as `<name>.jsonl`, then `eval_results.json`, then the headline figures into the policy's card.
 
-    All replace what an earlier run left, whole or not at all. The headline figures go into the policy's card too.
+    An evaluation with `eval_results.json` is complete. Files of an earlier evaluation are replaced.
     """
     for name, rows in tables.items():
-        write_atomic(output_dir / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(output_dir / f"{name}.jsonl", "".join(lines))
     write_json(output_dir / "eval_results.json", results)
     add_evaluation_to_card(Path(results["settings"]["model_name_or_path"]), results)
 
 
-def add_evaluation_to_card(run: Path, results: dict[str, Any]) -> None:
-    """Put an evaluation's headline figures into a policy's model card, in place of an earlier evaluation's.
-
-    Args:
-        run: the policy; where it is no finished run's folder, nothing is written.
-        results: `eval_results.json`.
-    """
+def add_evaluation_to_card(model: Path, results: dict[str, Any]) -> None:
+    """Write the headline figures of `eval_results.json` into a policy's model card."""
     settings = results["settings"]
-    lines = [f"{results['pairs']} held-out pairs, {settings['num_prompts']} held-out prompts, β"]
-    lines[-1] += f" {results['beta']:g}, seed {settings['seed']}; in brackets 95 % intervals."
-    lines += ["", format_trained_share(results)] if format_trained_share(results) else []
-    lines += ["", "| | policy | reference | |", "| --- | --- | --- | --- |"]
-    lines += [f"| {row.label} | {row.policy} | {row.ref or ''} | {_meaning(row)} |" for row in headline_rows(results)]
-    _put_section(run, "## Evaluation", lines)
+    prompts = f"{settings['num_prompts']} held-out prompts, β {results['beta']:g}, seed {settings['seed']}"
+    _replace_section(model, "Evaluation", f"{results['pairs']} held-out pairs, {prompts}", headline_rows(results))
 
 
-def add_win_rates_to_card(run: Path, results: dict[str, Any]) -> None:
-    """Put a judge's win rates, and how far it can be trusted, into a policy's model card, as `add_evaluation` does.
-
-    Args:
-        run: the policy.
-        results: `winrate.json`.
-    """
+def add_win_rates_to_card(model: Path, results: dict[str, Any]) -> None:
+    """Write the win rates of `winrate.json`, and how well the judge does, into a policy's model card."""
     settings = results["settings"]
-    lines = [f"{settings['num_prompts']} held-out prompts, seed {settings['seed']}; in brackets 95 % intervals."]
-    lines += ["", "| | | |", "| --- | --- | --- |"]
-    lines += [f"| {row.label} | {row.policy} | {_meaning(row)} |" for row in winrate.winrate_rows(results)]
-    _put_section(run, "## Win rates by a judge", lines)
+    prompts = f"{settings['num_prompts']} held-out prompts, seed {settings['seed']}"
+    _replace_section(model, "Win rates by a judge", prompts, winrate.winrate_rows(results))
 
 
-def _meaning(row: Row) -> str:
-    return (row.meaning.replace("\n", " ") + f"; {row.nothing}" * row.says_nothing()).replace("|", "/")
-
-
-def _put_section(run: Path, heading: str, lines: Sequence[str]) -> None:
-    card = run / "README.md"
-    if not (card.is_file() and (run / "train_results.json").is_file()):
+def _replace_section(model: Path, heading: str, data: str, rows: Sequence[Row]) -> None:
+    """Replace a section of the model's card, or add it at the end. A model without a finished run has no such card."""
+    run = RunFolder(model)
+    if not (run.card_file.is_file() and run.is_finished):
         return
-    before, _, after = card.read_text(encoding="utf-8").partition(f"{heading}\n")
-    kept = "".join(after.partition("\n## ")[1:])
-    write_atomic(card, "\n".join([before.rstrip("\n"), "", heading, "", *lines]) + "\n" + kept)
+    lines = [f"{data}; in brackets 95 % intervals.", "", "| | policy | reference | |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        meaning = row.meaning.replace("\n", " ").replace("|", "/")
+        if row.says_nothing():
+            meaning += f"; {row.warning()}"
+        lines.append(f"| {row.label} | {row.policy} | {row.ref or ''} | {meaning} |")
+    before, _, after = run.card_file.read_text(encoding="utf-8").partition(f"## {heading}\n")
+    _, next_heading, rest = after.partition("\n## ")
+    section = "\n".join([before.rstrip("\n"), "", f"## {heading}", "", *lines, ""])
+    write_atomic(run.card_file, section + next_heading + rest)
