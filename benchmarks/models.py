@@ -1,4 +1,4 @@
-"""What the benchmarks run on: pairs (the quickstart's, where none are given) and models with random weights."""
+"""What the benchmarks run on: pairs (the toy task's, where none are given) and models with random weights."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ from transformers.utils import logging
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.errors import UserError
-from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.loading import load_tokenizer
 from tinydpo.toy_task import write_task
 
@@ -19,24 +18,26 @@ SHAPES = {
 }
 
 
-def tokenizer_and_data(data: DataArguments, name: str | None, model: str, folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer `name`, or the model's; without a dataset the quickstart's of both, written to `folder`."""
-    logging.disable_progress_bar()  # writing shards: bars of a blink
+def load_tokenizer_and_data(
+    data: DataArguments, name: str | None, model: str, folder: Path
+) -> PreTrainedTokenizerBase:
+    """The tokenizer `name`, or the model's. Without a dataset, the toy task's data and tokenizer, written to `folder`.
+
+    `data.dataset_name` is set to the toy task's folder in that case.
+    """
+    logging.disable_progress_bar()
     if data.dataset_name is None:
         write_task(folder / "data", folder / "base", seed=0)
-        data.dataset_name, name = str(folder / "data"), str(folder / "base")
+        data.dataset_name = str(folder / "data")
+        name = str(folder / "base")
     if name is None and model in SHAPES:
         raise UserError(f"--tokenizer_name is missing: {model} is a shape only; pass a tokenizer's folder or Hub id")
-    return load_tokenizer(name or model, None)
+    return load_tokenizer(name or model)
 
 
 def save_random_model(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
-    """A model of GPT-2's shape `name`, or of the model folder's, with random weights; saved with the tokenizer."""
-    if name in SHAPES:
-        config = GPT2Config(**SHAPES[name])
-    else:
-        with explain_load_errors("model", name, None):
-            config = AutoConfig.from_pretrained(name)
+    """A model of GPT-2's shape `name`, or of that model folder's, with random weights; saved with the tokenizer."""
+    config = GPT2Config(**SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(name)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.bos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id

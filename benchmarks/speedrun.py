@@ -2,10 +2,10 @@
 
     make speedrun                                      (a GPU: GPT-2 Medium, 160,800 pairs; a CPU: a sample of both)
     make speedrun ARGS="--num_train_epochs 3"
-    make speedrun ARGS="--max_length 512"              (the uncut recipe)
+    make speedrun ARGS="--max_length 512"              (the paper's length)
 
 Weights are random, and pairs are drawn with replacement from those given until they are as many as HH's, 160,800 to
-train on and 8,552 to evaluate: times as with the real ones, figures of quality without meaning.
+train on and 8,552 to evaluate. Times are as with the real ones, figures of quality have no meaning.
 """
 
 import random
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from models import save_random_model, tokenizer_and_data
+from models import load_tokenizer_and_data, save_random_model
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.recipe import parse_args
@@ -29,7 +29,6 @@ from tinydpo.files import write_json
 
 RECIPE = "recipes/gpt2-medium-hh"
 HH_TRAIN, HH_TEST = 160_800, 8_552
-EARLIER_HOURS = {128: 7, 512: 208}  # three epochs of the earlier script
 MARK = ".speedrun"  # only a folder that holds this file is emptied
 GPU = torch.cuda.is_available()
 
@@ -59,45 +58,56 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / MARK).touch()
-    given = Path(data.dataset_name).name if data.dataset_name else "the quickstart's"
-    tokenizer = tokenizer_and_data(data, args.tokenizer_name, args.model, folder / "given")
+    drawn_from = Path(data.dataset_name).name if data.dataset_name else "the toy task's"
+    tokenizer = load_tokenizer_and_data(data, args.tokenizer_name, args.model, folder / "given")
     save_random_model(args.model, tokenizer, folder / "base")
     splits = load_pairs(data, tokenizer, args.max_length)
-    for split, count in (("train", args.train_pairs), ("test", args.test_pairs)):
-        resample(splits[split].texts, count, folder / f"data/{split}.jsonl")
+    resample_rows(splits["train"].texts, args.train_pairs, folder / "data/train.jsonl")
+    resample_rows(splits["test"].texts, args.test_pairs, folder / "data/test.jsonl")
 
-    end, sft, dpo = "-512" if args.max_length == 512 else "", folder / "sft", folder / "dpo"
-    start, stages = time.monotonic(), {}
-    stages["SFT"] = stage("sft", end, model_name_or_path=folder / "base", output_dir=sft)
-    epochs = args.num_train_epochs
-    stages["reference pass and DPO"] = stage(
-        "dpo", end, model_name_or_path=sft, output_dir=dpo, num_train_epochs=epochs
-    )
-    stages["evaluation"] = stage(
-        "evaluate", end, model_name_or_path=dpo, ref_model_name_or_path=sft, output_dir=folder / "evaluation",
-        num_prompts=args.num_prompts,
-    )  # fmt: skip
+    seconds = run_stages(args, folder)
     results = {
-        "model": args.model, "max_length": args.max_length, "epochs": epochs, "pairs": args.train_pairs,
-        "test_pairs": args.test_pairs, "drawn_from": given, "device": torch.cuda.get_device_name() if GPU else "CPU",
-        "torch": torch.__version__, "seconds": stages, "total_seconds": time.monotonic() - start,
-    }  # fmt: skip
+        "model": args.model,
+        "max_length": args.max_length,
+        "epochs": args.num_train_epochs,
+        "pairs": args.train_pairs,
+        "test_pairs": args.test_pairs,
+        "drawn_from": drawn_from,
+        "device": torch.cuda.get_device_name() if GPU else "CPU",
+        "torch": torch.__version__,
+        "seconds": seconds,
+        "total_seconds": sum(seconds.values()),
+    }
     write_json(folder / "speedrun.json", results)
-    print(table(results) + f"\nWritten to {folder / 'speedrun.json'}.")
+    print(f"{format_table(results)}\nWritten to {folder / 'speedrun.json'}.")
 
 
-def resample(texts: Dataset, count: int, path: Path) -> None:
+def resample_rows(texts: Dataset, count: int, path: Path) -> None:
     """Write `count` rows drawn with replacement."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = texts.select_columns(["prompt", "chosen", "rejected"])
-    Dataset.from_list(random.Random(0).choices(texts.to_list(), k=count)).to_json(path)
+    rows = texts.select_columns(["prompt", "chosen", "rejected"]).to_list()
+    Dataset.from_list(random.Random(0).choices(rows, k=count)).to_json(path)
 
 
-def stage(script: str, end: str, **flags: Any) -> float:
+def run_stages(args: SpeedrunArguments, folder: Path) -> dict[str, float]:
+    """Run SFT, DPO and evaluation, and return the seconds of each."""
+    sft = ["--model_name_or_path", folder / "base", "--output_dir", folder / "sft"]
+    dpo = ["--model_name_or_path", folder / "sft", "--output_dir", folder / "dpo"]
+    dpo += ["--num_train_epochs", args.num_train_epochs]
+    evaluate = ["--model_name_or_path", folder / "dpo", "--ref_model_name_or_path", folder / "sft"]
+    evaluate += ["--output_dir", folder / "evaluation", "--num_prompts", args.num_prompts]
+    return {
+        "SFT": run_stage("sft", args.max_length, folder / "data", sft),
+        "reference pass and DPO": run_stage("dpo", args.max_length, folder / "data", dpo),
+        "evaluation": run_stage("evaluate", args.max_length, folder / "data", evaluate),
+    }
+
+
+def run_stage(script: str, max_length: int, data: Path, flags: list[Any]) -> float:
     """Run one of the project's scripts as a user would, and return its seconds."""
-    command = [sys.executable, f"scripts/{script}.py", "--config", f"{RECIPE}/{script}{end}.yaml"]
-    data = Path(flags["output_dir"]).parent / "data"
-    command += [part for k, v in {**flags, "dataset_name": data}.items() for part in (f"--{k}", str(v))]
+    recipe = f"{RECIPE}/{script}-512.yaml" if max_length == 512 else f"{RECIPE}/{script}.yaml"
+    command = [sys.executable, f"scripts/{script}.py", "--config", recipe, "--dataset_name", str(data)]
+    command += map(str, flags)
     print(f"\n$ python {' '.join(command[1:])}", flush=True)
     start = time.monotonic()
     if subprocess.run(command, check=False).returncode:
@@ -105,22 +115,20 @@ def stage(script: str, end: str, **flags: Any) -> float:
     return time.monotonic() - start
 
 
-def table(results: dict[str, Any]) -> str:
+def format_table(results: dict[str, Any]) -> str:
     """The times as Markdown."""
     full = (results["pairs"], results["test_pairs"]) == (HH_TRAIN, HH_TEST)
-    what = f"{results['model']}, {results['max_length']} tokens, {results['epochs']} DPO epoch(s)"
     size = "HH's full size" if full else f"{results['pairs']:,} pairs, not HH's full size"
     lines = [
-        f"\n{what}, {results['device']}; {size}, drawn with replacement from {results['drawn_from']} pairs, "
-        "random weights: timing only",
+        f"\n{results['model']}, {results['max_length']} tokens, {results['epochs']} DPO epoch(s), "
+        f"{results['device']}; {size}, drawn with replacement from {results['drawn_from']} pairs, random weights: "
+        "timing only",
         "",
         "| stage | minutes |",
         "| --- | --- |",
         *(f"| {name} | {seconds / 60:.1f} |" for name, seconds in results["seconds"].items()),
         f"| all | {results['total_seconds'] / 60:.1f} |",
     ]
-    if full and results["device"] != "CPU" and results["model"] == "gpt2-medium":
-        lines.append(f"\nThe earlier script took {EARLIER_HOURS[results['max_length']]} hours for three epochs.")
     return "\n".join(lines)
 
 

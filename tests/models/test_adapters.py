@@ -26,10 +26,10 @@ from tinydpo.errors import UserError
 from tinydpo.models.loading import hash_weights, load_model, merge_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LORA, QLORA = (
-    ["--config", f"recipes/gpt2-medium-hh/{name}.yaml", "--dataloader_num_workers", "0", "--warmup_steps", "0"]
-    for name in ("dpo-lora", "dpo-qlora")
-)
+SHORT = ["--dataloader_num_workers", "0", "--warmup_steps", "0"]
+LORA = ["--config", "recipes/gpt2-medium-hh/dpo-lora.yaml", *SHORT]
+QLORA = ["--config", "recipes/gpt2-medium-hh/dpo-qlora.yaml", *SHORT]
+ADAM8 = ["--config", "recipes/gpt2-medium-hh/dpo.yaml", "--optim", "adamw_8bit", *SHORT]
 IDS = torch.arange(40).reshape(2, 20)
 
 
