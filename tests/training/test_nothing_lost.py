@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(command: list[Any],
         pytest.skip("needs the right to mount a small file system")
     try:
         told = refused(command, tmp_path)
-        assert "the disk takes no more" in told and "run the same command again" in told
+        assert "the disk is full" in told and "run the same command again" in told
         subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path / "run")], check=True)
         assert "Going on from" in again(command, tmp_path), "the last good checkpoint was lost"
         assert_same(tmp_path, whole)

@@ -56,9 +56,6 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
         stage: "sft", "dpo" or "reward".
         settings: every key of the run with its value.
         configs: the libraries' dataclasses, or instances of them, that the flags come from.
-
-    Raises:
-        UserError: naming the flag, its value, and what to do instead.
     """
     defaults = {field.name: _get_default(field) for config in configs for field in fields(config)}
     refused = REFUSED_ALWAYS | _refuse_for_rows(settings) | _refuse_for_adapters(stage, settings)

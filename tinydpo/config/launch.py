@@ -24,11 +24,7 @@ DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by accelera
 
 
 def fill_defaults(settings: Namespace) -> None:
-    """Fill in `use_cpu`, `bf16`, the batch per device and the accumulation where the user left them unset.
-
-    Raises:
-        UserError: `pairs_per_step` cannot be split over the processes, or contradicts the accumulation.
-    """
+    """Fill in `use_cpu`, `bf16`, the batch per device and the accumulation where the user left them unset."""
     import torch
 
     asked = read_accelerate_config(settings.accelerate_config)
@@ -93,11 +89,7 @@ def _get_mixed_precision(asked: dict[str, Any]) -> str | None:
 
 
 def prepare_process(training_args: Any, model_args: Any, accelerate_config: str | None) -> None:
-    """Before a training script loads anything: check what runs, print it, and tell TRL how to load models.
-
-    Raises:
-        UserError: what runs is not what the accelerate file asks for.
-    """
+    """Before a training script loads anything: check what runs, print it, and tell TRL how to load models."""
     import torch
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -142,11 +134,7 @@ def _quiet_libraries() -> None:
 
 
 def check_launch(training_args: Any, accelerate_config: str | None) -> None:
-    """Compare what runs with what the accelerate file asks for.
-
-    Args:
-        training_args: transformers' `TrainingArguments`, after it has set up the processes.
-        accelerate_config: the file given to `accelerate launch`; without it only the launcher's environment is known.
+    """Compare what runs with what the accelerate file asks for; without the file, with the launcher's environment.
 
     Raises:
         UserError: they differ, or the run would end without its model.

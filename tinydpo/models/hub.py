@@ -11,6 +11,7 @@ from typing import Any
 from tinydpo.errors import UserError, is_disk_full, iter_causes
 
 OTHERWISE = "check the name and the network, give a local path, or run `make quickstart`, which needs neither"
+TRAIN_FIRST = "check the name, or train it first: `make sft`, `make dpo`, `make reward` or `make quickstart`"
 
 
 @contextmanager
@@ -52,8 +53,9 @@ def _explain(error: Exception, kind: str, name: str, revision: str | None) -> st
     if caused_by(hub.GatedRepoError):
         return f"{kind} {name} is gated: accept its terms on the Hub and log in with `hf auth login`"
     if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) and not is_local:
-        train = "" if kind == "dataset" else " (a run's folder: train it first)"
-        return f"there is no {kind} {name!r} on the Hub and no such local path{train}; {OTHERWISE}"
+        # What cannot be a Hub id, such as runs/recipe/sft, was meant as a path.
+        advice = TRAIN_FIRST if kind == "model" and caused_by(hub.HFValidationError) else OTHERWISE
+        return f"there is no {kind} {name!r} on the Hub and no such local path; {advice}"
     if caused_by(hub.RevisionNotFoundError):
         return f"{kind} {name} has no revision {revision!r}; check --{kind}_revision"
     if caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):

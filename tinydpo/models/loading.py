@@ -28,9 +28,6 @@ def load_model(name: str, revision: str | None = None, dtype: Any = None, device
         revision: commit, tag or branch on the Hub.
         dtype: torch dtype that its blocks compute in, float32 by default; the LM head computes in float32.
         device: torch device, the CPU by default.
-
-    Raises:
-        UserError: it cannot be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -48,14 +45,7 @@ def load_pretrained(
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model in float32 and eval mode, and transformers' report of missing and unexpected weights.
 
-    Args:
-        architecture: an auto class of transformers.
-        name: Hub id or local folder.
-        revision: commit, tag or branch on the Hub.
-        device: torch device, the CPU by default.
-
-    Raises:
-        UserError: it cannot be loaded.
+    `architecture` is one of transformers' auto classes; the rest is as in `load_model`.
     """
     import torch
     from transformers.utils import logging
