@@ -1,8 +1,10 @@
 """The flags beyond TRL's own: which pairs, how they lie in rows, and how a recipe runs on any number of devices."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+from transformers.hf_argparser import HfArg
 
 # What a column of the data can be, and a key of its messages.
 COLUMNS = (
@@ -27,55 +29,45 @@ class Source(NamedTuple):
 class DataArguments:
     """Which preference pairs, and how they are fitted to the token budget (`max_length`, TRL's own flag)."""
 
-    dataset_name: list[str] | None = field(
+    dataset_name: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Hub id, local folder, or a .jsonl, .jsonl.gz, .json or .parquet file. Several are read in "
-            "turn; the flags below then hold for all of them, or have one value for each."
-        },
+        help="Hub id, local folder, or a .jsonl, .jsonl.gz, .json or .parquet file. Several are read in turn; the "
+        "flags below then hold for all of them, or have one value for each.",
     )
-    dataset_config: list[str] | None = field(default=None, metadata={"help": "Name of the dataset's configuration."})
-    dataset_revision: list[str] | None = field(
-        default=None, metadata={"help": "Commit, tag or branch of a dataset on the Hub."}
+    dataset_config: list[str] | None = HfArg(default=None, help="Name of the dataset's configuration.")
+    dataset_revision: list[str] | None = HfArg(default=None, help="Commit, tag or branch of a dataset on the Hub.")
+    dataset_data_dir: list[str] | None = HfArg(
+        default=None, help="Folder inside the dataset to read, for example harmless-base."
     )
-    dataset_data_dir: list[str] | None = field(
-        default=None, metadata={"help": "Folder inside the dataset to read, for example harmless-base."}
+    dataset_weights: list[float] | None = HfArg(
+        default=None, help="Share of each dataset's rows to train on, above 0 and up to 1."
     )
-    dataset_weights: list[float] | None = field(
-        default=None, metadata={"help": "Share of each dataset's rows to train on, above 0 and up to 1."}
+    max_train_pairs: int | None = HfArg(
+        default=None, help="Rows to draw from the train split, the same in every stage: for a first try."
     )
-    max_train_pairs: int | None = field(
-        default=None, metadata={"help": "Rows to draw from the train split, the same in every stage: for a first try."}
+    max_test_pairs: int | None = HfArg(default=None, help="Held-out rows to draw, likewise.")
+    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
+    dataset_test_split: str = HfArg(
+        default="test", help="Held-out split; where there is none, --test_split_size is held out of train."
     )
-    max_test_pairs: int | None = field(default=None, metadata={"help": "Held-out rows to draw, likewise."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="test",
-        metadata={"help": "Held-out split; where there is none, --test_split_size is held out of train."},
-    )
-    test_split_size: float = field(
+    test_split_size: float = HfArg(
         default=0.05,
-        metadata={
-            "help": "Share of the train split to hold out when there is no test split: the same rows in SFT, DPO and "
-            "evaluation, whatever the --seed."
-        },
+        help="Share of the train split to hold out when there is no test split: the same rows in SFT, DPO and "
+        "evaluation, whatever the --seed.",
     )
-    column: list[str] | None = field(
+    column: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Columns, or keys of messages: THEIRS=OURS, one or more, such as question=prompt, or "
-            "conversations=messages from=role value=content."
-        },
+        help="Columns, or keys of messages: THEIRS=OURS, one or more, such as question=prompt, or "
+        "conversations=messages from=role value=content.",
     )
-    role: list[str] | None = field(
-        default=None,
-        metadata={"help": "Roles in messages: THEIRS=OURS, one or more, such as human=user gpt=assistant."},
+    role: list[str] | None = HfArg(
+        default=None, help="Roles in messages: THEIRS=OURS, one or more, such as human=user gpt=assistant."
     )
-    max_question_length: int = field(
-        default=64, metadata={"help": "Tokens of the last human turn that are always kept in the prompt."}
+    max_question_length: int = HfArg(
+        default=64, help="Tokens of the last human turn that are always kept in the prompt."
     )
-    on_bad_row: Literal["stop", "skip"] = field(
-        default="stop", metadata={"help": "stop: a broken row ends the run; skip: it is dropped and counted."}
+    on_bad_row: Literal["stop", "skip"] = HfArg(
+        default="stop", help="stop: a broken row ends the run; skip: it is dropped and counted."
     )
 
     def __post_init__(self):
@@ -146,16 +138,13 @@ def unwrap_single(values: list) -> Any:
 class RowArguments:
     """How pairs lie in the rows that a model computes."""
 
-    shared_prefix: bool = field(
+    shared_prefix: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Compute each pair's prompt once, in rows without padding; same results to rounding. false: the "
-            "plain padded forward, for models whose attention does not allow it."
-        },
+        help="Compute each pair's prompt once, in rows without padding; same results to rounding. false: the plain "
+        "padded forward, for models whose attention does not allow it.",
     )
-    row_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens in such a row: by default 512, or twice --max_length if that is more."},
+    row_length: int | None = HfArg(
+        default=None, help="Most tokens in such a row: by default 512, or twice --max_length if that is more."
     )
 
 
@@ -180,19 +169,14 @@ def resolve_row_length(max_length: int, row_length: int | None) -> int:
 class RunArguments(RowArguments):
     """How the same recipe runs on any number of devices."""
 
-    pairs_per_step: int | None = field(
+    pairs_per_step: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Pairs (SFT: examples) per optimizer step over all devices. The batch is the largest one up to "
-            "--per_device_train_batch_size that divides a device's share; accumulation does the rest."
-        },
+        help="Pairs (SFT: examples) per optimizer step over all devices. The batch is the largest one up to "
+        "--per_device_train_batch_size that divides a device's share; accumulation does the rest.",
     )
-    eval_pairs: int = field(
-        default=512, metadata={"help": "Held-out pairs, drawn once, that evaluation during training uses."}
-    )
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={"help": "The file given to `accelerate launch`, to check that what it asks for is what runs."},
+    eval_pairs: int = HfArg(default=512, help="Held-out pairs, drawn once, that evaluation during training uses.")
+    accelerate_config: str | None = HfArg(
+        default=None, help="The file given to `accelerate launch`, to check that what it asks for is what runs."
     )
 
     def __post_init__(self):
@@ -205,13 +189,10 @@ class RunArguments(RowArguments):
 class ReferenceArguments:
     """The reference of a DPO run, where it is not the model that training starts from."""
 
-    ref_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "The reference: folder or Hub id; by default the model that training starts from."},
+    ref_model_name_or_path: str | None = HfArg(
+        default=None, help="The reference: folder or Hub id; by default the model that training starts from."
     )
-    ref_model_revision: str | None = field(
-        default=None, metadata={"help": "Commit, tag or branch of a reference on the Hub."}
-    )
+    ref_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reference on the Hub.")
 
     def __post_init__(self):
         """Check the values (ValueError)."""
