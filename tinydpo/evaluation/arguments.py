@@ -3,10 +3,11 @@
 The scripts parse them with `defaults_from_run`: the policy's own run gives the defaults of its data, `max_length`, β.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from tinydpo.config.arguments import RowArguments, resolve_row_length
 from tinydpo.models.loading import check_same_vocabulary, load_tokenizer
@@ -16,24 +17,19 @@ from tinydpo.models.loading import check_same_vocabulary, load_tokenizer
 class PolicyArguments:
     """A policy, the prompts that it answers, and where the results go."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The policy: folder or Hub id."})
-    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch, on the Hub."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for the results."})
-    max_length: int = field(
-        default=128,
-        metadata={
-            "help": "Tokens of prompt + completion; half of them for a sampled answer. The run's, if it has one."
-        },
+    model_name_or_path: str | None = HfArg(default=None, help="The policy: folder or Hub id.")
+    model_revision: str | None = HfArg(default=None, help="Commit, tag or branch, on the Hub.")
+    output_dir: str | None = HfArg(default=None, help="Folder for the results.")
+    max_length: int = HfArg(
+        default=128, help="Tokens of prompt + completion; half of them for a sampled answer. The run's, if it has one."
     )
-    num_prompts: int = field(default=512, metadata={"help": "Held-out prompts to answer."})
-    batch_size: int = field(
-        default=32,
-        metadata={"help": "Sequences in one forward pass: memory against speed; another draws other samples."},
+    num_prompts: int = HfArg(default=512, help="Held-out prompts to answer.")
+    batch_size: int = HfArg(
+        default=32, help="Sequences in one forward pass: memory against speed; another draws other samples."
     )
-    seed: int = field(default=0, metadata={"help": "Chooses the prompts, if there are more, and the samples."})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto",
-        metadata={"help": "What blocks compute in; auto: bfloat16 where the GPU or CPU is fast in it, else float32."},
+    seed: int = HfArg(default=0, help="Chooses the prompts, if there are more, and the samples.")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(
+        default="auto", help="What blocks compute in; auto: bfloat16 where the GPU or CPU is fast in it, else float32."
     )
 
     def __post_init__(self):
@@ -54,9 +50,9 @@ class PolicyArguments:
 class SamplingArguments(PolicyArguments):
     """How answers are sampled: by default from the policy's own distribution."""
 
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits when sampling."})
-    top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens only; 0: from all."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this mass; 1: from all."})
+    temperature: float = HfArg(default=1.0, help="Divides the logits when sampling.")
+    top_k: int = HfArg(default=0, help="Sample from the k most likely tokens only; 0: from all.")
+    top_p: float = HfArg(default=1.0, help="Sample from the likeliest tokens of this mass; 1: from all.")
 
     def __post_init__(self):
         """Check the values (ValueError)."""
@@ -77,12 +73,10 @@ class SamplingArguments(PolicyArguments):
 class ComparisonArguments(PolicyArguments):
     """A policy and its reference, which answer the same held-out prompts."""
 
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The reference the policy was trained from (the SFT model): folder or Hub id."}
+    ref_model_name_or_path: str | None = HfArg(
+        default=None, help="The reference the policy was trained from (the SFT model): folder or Hub id."
     )
-    ref_model_revision: str | None = field(
-        default=None, metadata={"help": "Commit, tag or branch of a reference on the Hub."}
-    )
+    ref_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reference on the Hub.")
 
     def __post_init__(self):
         """Check the values (ValueError)."""
@@ -109,9 +103,7 @@ class ComparisonArguments(PolicyArguments):
 class EvaluateArguments(RowArguments, ComparisonArguments, SamplingArguments):
     """How policy and reference are compared."""
 
-    beta: float = field(
-        default=0.1, metadata={"help": "β of the implicit reward and the DPO loss. The run's, if it has one."}
-    )
+    beta: float = HfArg(default=0.1, help="β of the implicit reward and the DPO loss. The run's, if it has one.")
 
     def __post_init__(self):
         """Check the values (ValueError), and set the length of packed rows: None without a shared prefix."""

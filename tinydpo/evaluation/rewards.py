@@ -9,7 +9,7 @@ texts. A reward model reads messages in its own chat template, not the policy's.
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
+from transformers.hf_argparser import HfArg
 
 from tinydpo.data.pairs import FittedSplit
 from tinydpo.data.text import Prompt, format_dialogue, get_prompts
@@ -34,20 +35,15 @@ RewardFunction = Callable[..., list[float]]
 class RewardArguments:
     """Which rewards are summed."""
 
-    reward_funcs: list[str] | None = field(
+    reward_funcs: list[str] | None = HfArg(
+        default=None, help="Rewards as module.function, in TRL's form f(prompts, completions, **kwargs); summed."
+    )
+    reward_model_name_or_path: str | None = HfArg(
         default=None,
-        metadata={"help": "Rewards as module.function, in TRL's form f(prompts, completions, **kwargs); summed."},
+        help="A sequence-classification model of one output that scores prompt + answer, a conversation in its own "
+        "chat template: folder or Hub id.",
     )
-    reward_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "A sequence-classification model of one output that scores prompt + answer, a conversation in its "
-            "own chat template: folder or Hub id."
-        },
-    )
-    reward_model_revision: str | None = field(
-        default=None, metadata={"help": "Commit, tag or branch of a reward model on the Hub."}
-    )
+    reward_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reward model on the Hub.")
 
     def names(self) -> list[str]:
         """Short names: of a function without its module, of a model the last part of its path."""

@@ -6,9 +6,11 @@ A LoRA adapter counts as a model: it is merged into its base's weights as it is 
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers.hf_argparser import HfArg
 
 from tinydpo.errors import UserError
 from tinydpo.models.hub import download_files, explain_load_errors
@@ -177,12 +179,12 @@ def _check_base(folder: Path, base: str, revision: str | None) -> None:
 class MergeArguments:
     """Which adapter, and where the plain checkpoint goes."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The adapter: folder or Hub id."})
-    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch, on the Hub."})
-    base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Its base, in full precision; by default the one that the adapter names."}
+    model_name_or_path: str | None = HfArg(default=None, help="The adapter: folder or Hub id.")
+    model_revision: str | None = HfArg(default=None, help="Commit, tag or branch, on the Hub.")
+    base_model_name_or_path: str | None = HfArg(
+        default=None, help="Its base, in full precision; by default the one that the adapter names."
     )
-    output_dir: str | None = field(default=None, metadata={"help": "A new or empty folder for the checkpoint."})
+    output_dir: str | None = HfArg(default=None, help="A new or empty folder for the checkpoint.")
 
     def __post_init__(self):
         """Check the values (ValueError)."""
