@@ -18,8 +18,9 @@ import yaml
 from trl import TrlParser
 
 from tinydpo.config import launch as machine
-from tinydpo.config.arguments import PER_DATASET_FLAGS, as_list, resolve_row_length, unwrap_single
+from tinydpo.config.arguments import PER_DATASET_FLAGS, DataArguments, as_list, resolve_row_length, unwrap_single
 from tinydpo.errors import UserError
+from tinydpo.run_folder import RunFolder
 
 # A revision pinned in a recipe belongs to the recipe's own id: naming another id drops it.
 REVISIONS = {
@@ -34,9 +35,10 @@ COMMAND_LINE = "command line:"
 class RecipeParser(TrlParser):
     """TRL's parser, strict: nothing is guessed, ignored or left for a later traceback."""
 
-    def __init__(self, types: Iterable[type], ignored: Iterable[type] = ()):
+    def __init__(self, types: Iterable[type], ignored: Iterable[type] = (), defaults_from_run: str | None = None):
         """Take the flags from `types`; the YAML may hold those of `ignored` too, without effect."""
         super().__init__(list(types), allow_abbrev=False)
+        self.defaults_from_run = defaults_from_run
         self.options = {}
         for action in self._actions:
             self.options.setdefault(action.dest, action)  # the first is the flag itself, a later one its --no_ twin
@@ -97,6 +99,9 @@ class RecipeParser(TrlParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Refuse what is unknown, drop a revision pinned for another id, and fill in what the user left unset."""
         namespace, unknown = super().parse_known_args(args, namespace)
+        if self.defaults_from_run:
+            self.set_defaults(**self.read_run_defaults(namespace))
+            namespace, unknown = super().parse_known_args(args)
         if unknown:
             flag = unknown[0].split("=")[0]
             if flag.strip("-") and flag.startswith("-"):
@@ -124,6 +129,22 @@ class RecipeParser(TrlParser):
         self.resolved = dict(sorted(vars(namespace).items()))
         return namespace, unknown
 
+    def read_run_defaults(self, namespace: argparse.Namespace) -> dict[str, Any]:
+        """Settings of the run that made the model, where the recipe has none: budget, β, and its data.
+
+        If other data is named, the run's data settings (its columns, its split) say nothing about it.
+        """
+        run = RunFolder.of_model(getattr(namespace, self.defaults_from_run) or "").read_config()
+        named = as_list(namespace.dataset_name)
+        names = ["max_length", "max_question_length", "beta"]
+        if not named or named == as_list(run.get("dataset_name")):
+            names += [field.name for field in fields(DataArguments)]
+        return {
+            name: run[name]
+            for name in names
+            if run.get(name) is not None and name in self.options and name not in self.config
+        }
+
     def fill(self, namespace: argparse.Namespace, given: set[str]) -> None:
         """Fill what a training script's user left unset."""
         if namespace.output_dir is None:
@@ -147,26 +168,35 @@ class RecipeParser(TrlParser):
         machine.fill_defaults(namespace)
 
 
-def parse_args(*types: type, argv: Sequence[str] | None = None, ignored: Iterable[type] = ()) -> tuple:
+def parse_args(
+    *types: type,
+    argv: Sequence[str] | None = None,
+    ignored: Iterable[type] = (),
+    defaults_from_run: str | None = None,
+) -> tuple:
     """Parse the command line and the `--config` YAML into one instance of each dataclass.
 
     Args:
         types: dataclasses whose fields are the flags.
         argv: arguments, by default the process's own.
         ignored: dataclasses whose fields the YAML may hold without effect (a training recipe read by another script).
+        defaults_from_run: the flag that names a model; its run gives the defaults of data settings, max_length, beta.
 
     Raises:
         UserError: for an unknown key, a value of the wrong type or an unreadable YAML, named in one sentence.
     """
-    return parse_training_args(*types, argv=argv, ignored=ignored)[0]
+    return parse_training_args(*types, argv=argv, ignored=ignored, defaults_from_run=defaults_from_run)[0]
 
 
 def parse_training_args(
-    *types: type, argv: Sequence[str] | None = None, ignored: Iterable[type] = ()
+    *types: type,
+    argv: Sequence[str] | None = None,
+    ignored: Iterable[type] = (),
+    defaults_from_run: str | None = None,
 ) -> tuple[tuple, dict]:
     """`parse`, and beside it every key with the value that it came to (plain YAML values)."""
     argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
-    parser = RecipeParser(types, ignored)
+    parser = RecipeParser(types, ignored, defaults_from_run)
     if "--config" in argv:
         if argv.count("--config") > 1:
             raise UserError(f"{COMMAND_LINE} --config is given twice; give one recipe, and flags for what differs")
