@@ -33,17 +33,14 @@ def main(argv: list[str] | None = None) -> None:
     start = first
     for round_folder in round_folders:
         pairs = round_folder / "pairs"
-        policy = {"model_name_or_path": round_folder / "dpo"}
+        policy = round_folder / "dpo"
         run_stage(args, sample_pairs, "pairs", **start, **data, output_dir=pairs)
-        trained = {"dataset_name": pairs, "output_dir": round_folder / "dpo"}
-        run_stage(args, dpo, "dpo-on-policy", **start, **as_reference(first), **trained)
-        # The evaluation against the first model comes last, because a policy's card keeps the last one.
-        references = {"evaluation-before": start, "evaluation": first} if start != first else {"evaluation": first}
-        for name, reference in references.items():
-            if not is_evaluated(round_folder / "dpo", round_folder / name):
-                output = {"output_dir": round_folder / name}
-                run_stage(args, evaluate, "evaluate", **policy, **as_reference(reference), **data, **output)
-        start = policy
+        run_stage(args, dpo, "dpo-on-policy", **start, **as_reference(first), dataset_name=pairs, output_dir=policy)
+        if start != first:
+            evaluate_policy(args, policy, start, round_folder / "evaluation-before", **data)
+        # Last the one against the first model: a policy's card keeps its last evaluation.
+        evaluate_policy(args, policy, first, round_folder / "evaluation", **data)
+        start = {"model_name_or_path": str(policy)}
 
     results = collect_rounds(round_folders)
     write_json(folder / "rounds.json", results)
@@ -75,10 +72,13 @@ def as_reference(model: dict[str, str]) -> dict[str, str]:
     return {f"ref_{key}": value for key, value in model.items()}
 
 
-def is_evaluated(policy: Path, evaluation: Path) -> bool:
-    """Whether an evaluation is newer than the policy."""
-    results = evaluation / "eval_results.json"
-    return results.exists() and results.stat().st_mtime >= RunFolder(policy).results_file.stat().st_mtime
+def evaluate_policy(args: RoundArguments, policy: Path, reference: dict[str, str], folder: Path, **data: str) -> None:
+    """Evaluate a policy against a reference, unless the folder holds an evaluation that is newer than the policy."""
+    results = folder / "eval_results.json"
+    if results.exists() and results.stat().st_mtime >= RunFolder(policy).results_file.stat().st_mtime:
+        return
+    models = {"model_name_or_path": policy, **as_reference(reference)}
+    run_stage(args, evaluate, "evaluate", **models, **data, output_dir=folder)
 
 
 def run_stage(args: RoundArguments, script: ModuleType, recipe: str, **flags: object) -> None:

@@ -27,9 +27,8 @@ from tinydpo.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, judging, data = parse_args(
-        WinrateArguments, JudgeArguments, DataArguments, argv=argv, defaults_from_run="model_name_or_path"
-    )
+    types = (WinrateArguments, JudgeArguments, DataArguments)
+    args, judging, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     output_dir = make_output_folder(args.output_dir)
     judge = Judge(judging, output_dir / "verdicts.jsonl")
     device, dtype = pick_device_and_dtype(args.dtype)

@@ -141,18 +141,20 @@ def test_wrong_arguments_are_named(wrong: dict):
 def argv(task: Path, tiny_model: Path, tmp_path: Path) -> list[str]:
     """A frontier of seconds: four steps of sixteen pairs a run."""
     shutil.copytree(tiny_model, tmp_path / "sft")
+    (tmp_path / "sft/run_config.yaml").write_text(yaml.safe_dump({"dataset_name": str(task / "data")}))
+    (tmp_path / "sft/train_results.json").write_text("{}")
     recipe = (ROOT / "recipes/quickstart/dpo.yaml").read_text().replace("num_train_epochs: 1", "max_steps: 4")
     (tmp_path / "dpo.yaml").write_text(recipe)
     return [
-        "--dpo_config", str(tmp_path / "dpo.yaml"), "--model_name_or_path", str(tmp_path / "sft"), "--dataset_name",
-        str(task / "data"), "--output_dir", str(tmp_path / "frontier"), "--reward_funcs",
-        "tinydpo.toy_task.gold_reward", "--losses", "sigmoid", "conservative", "--betas", "0.1", "--best_of", "2",
-        "--checkpoints", "2", "--num_prompts", "4",
+        "--dpo_config", str(tmp_path / "dpo.yaml"), "--model_name_or_path", str(tmp_path / "sft"),
+        "--output_dir", str(tmp_path / "frontier"), "--reward_funcs", "tinydpo.toy_task.gold_reward",
+        "--losses", "sigmoid", "conservative", "--betas", "0.1", "--best_of", "2", "--checkpoints", "2",
+        "--num_prompts", "4",
     ]  # fmt: skip
 
 
 def test_a_frontier_from_end_to_end(
-    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    argv: list[str], task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     folder = tmp_path / "frontier"
     broken = folder / "sigmoid-beta0.1-seed0"
@@ -174,6 +176,7 @@ def test_a_frontier_from_end_to_end(
         (curve, step) for curve in ("DPO", "conservative DPO", "shuffled labels") for step in (2, 4)
     ]
     assert all(math.isfinite(point["reward"]) and point["kl_se"] >= 0 for point in result["points"])
+    assert result["settings"]["dataset_name"] == str(task / "data"), "not the data of the reference's run"
     assert result["sft"]["kl"] == 0 and [point["n"] for point in result["best_of_n"]] == [1, 2]
     assert not result["failed"]
     assert (folder / "frontier.png").stat().st_size > 5_000 and (tmp_path / "report.html").is_file()

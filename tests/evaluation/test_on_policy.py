@@ -52,11 +52,13 @@ def policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sample(policy: Path, data: Path, folder: Path, *flags: str) -> dict[str, list[dict[str, Any]]]:
+def sample(policy: Path, data: Path | None, folder: Path, *flags: str) -> dict[str, list[dict[str, Any]]]:
     """The rows that scripts/sample_pairs.py writes, by split."""
-    given = {"model_name_or_path": policy, "dataset_name": data, "output_dir": folder, "num_prompts": 24,
-             "samples_per_prompt": 4, "test_split_size": 0.25, "max_length": 96}  # fmt: skip
+    given = {"model_name_or_path": policy, "output_dir": folder, "num_prompts": 24, "samples_per_prompt": 4,
+             "test_split_size": 0.25, "max_length": 96}  # fmt: skip
     argv = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    if data:
+        argv += ["--dataset_name", str(data)]
     if "--reward_funcs" not in flags:
         argv += ["--reward_funcs", "tinydpo.toy_task.gold_reward"]
     sample_pairs.main([*argv, *flags])
@@ -163,7 +165,8 @@ def test_messages_stay_messages(template: str | None, policy: Path, tmp_path: Pa
     yes, no = ([{"role": "assistant", "content": word}] for word in ("Yes.", "No."))
     lines = [json.dumps({"prompt": prompt, "chosen": yes, "rejected": no}) for prompt in asked]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    rows = sample(policy, tmp_path / "data.jsonl", tmp_path / "pairs", "--reward_funcs", "my_rewards.words")
+    (policy / "run_config.yaml").write_text(yaml.safe_dump({"dataset_name": str(tmp_path / "data.jsonl")}))
+    rows = sample(policy, None, tmp_path / "pairs", "--reward_funcs", "my_rewards.words")  # the policy's own data
     for row in (*rows["train"], *rows["test"]):
         assert row["prompt"] in asked, "a conversation became a text"
         for side in ("chosen", "rejected"):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import winrate as winrate_script
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import Script, judge_server, make_reply
@@ -338,25 +339,36 @@ def test_chosen_answers_get_the_room_of_sampled_ones(tiny_tokenizer: Any):
     assert cut == [tiny_tokenizer.decode(ids[:3]), " one"]
 
 
-def get_flags(task: Path, model: Path, out: Path, url: str) -> list[str]:
+@pytest.fixture
+def policy(task: Path, tiny_model: Path, tmp_path: Path) -> Path:
+    """A finished run, which gives the data and the budget."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "policy"))
+    (folder / "README.md").write_text("# Card\n\n## Evaluation\n\nfigures\n\n## Content notice\n\nkept\n")
+    (folder / "train_results.json").write_text("{}")
+    settings = {"dataset_name": str(task / "data"), "max_length": 64, "max_question_length": 32}
+    (folder / "run_config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def get_flags(task: Path, policy: Path, out: Path, url: str) -> list[str]:
     flags = {
-        "model_name_or_path": model, "ref_model_name_or_path": task / "base", "dataset_name": task / "data",
-        "output_dir": out, "max_length": 64, "max_question_length": 32, "num_prompts": 6,
+        "model_name_or_path": policy, "ref_model_name_or_path": task / "base", "output_dir": out, "num_prompts": 6,
         "judge_base_url": url, "judge_model": "scripted",
     }  # fmt: skip
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
-def test_the_script_from_end_to_end(task: Path, tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_the_script_from_end_to_end(task: Path, policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     out = tmp_path / "run" / "winrate"
     with judge_server(lambda *_: "More helpful: tie") as server:
-        argv = [*get_flags(task, tiny_model, out, server.url), "--temperatures", "0.5", "1.0"]
+        argv = [*get_flags(task, policy, out, server.url), "--temperatures", "0.5", "1.0"]
         winrate_script.main(argv)
         first = json.loads((out / "winrate.json").read_text())
         asked = len(server.questions)
         winrate_script.main(argv)
         assert len(server.questions) == asked, "the same command pays again"
     again = json.loads((out / "winrate.json").read_text())
+    assert first["settings"]["dataset_name"] == str(task / "data") and first["settings"]["max_length"] == 64
     compared = [(comparison["opponent"], comparison["temperature"]) for comparison in first["comparisons"]]
     assert compared == [("chosen", 0.5), ("ref", 0.5), ("chosen", 1.0), ("ref", 1.0)]
     assert all(c["prompts"] == c["ties"] == 6 and c["win_rate"] == 0.5 for c in first["comparisons"])
@@ -370,14 +382,11 @@ def test_the_script_from_end_to_end(task: Path, tiny_model: Path, tmp_path: Path
 
 
 def test_the_judge_is_judged_by_the_labels_first(
-    task: Path, tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    task: Path, policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     """One judge knows the labels, one goes by the order, one is against the labels, one cannot be read."""
     rows = [json.loads(line) for line in (task / "data/test.jsonl").read_text().splitlines()]
     labels = {tuple(row[side].rpartition("Assistant:")[2].strip() for side in ("chosen", "rejected")) for row in rows}
-    policy = Path(shutil.copytree(tiny_model, tmp_path / "policy"))
-    (policy / "README.md").write_text("# Card\n\n## Evaluation\n\nfigures\n\n## Content notice\n\nkept\n")
-    (policy / "train_results.json").write_text("{}")
 
     def run(choose: Callable[[bool, bool], str], name: str, *flags: str) -> tuple[dict, list[bool], str]:
         """The results, for each question whether it was about a labelled pair, and what was printed."""
@@ -424,7 +433,7 @@ def test_the_judge_is_judged_by_the_labels_first(
 
 
 @pytest.mark.slow
-def test_a_real_server_and_model_judge(task: Path, tiny_model: Path, tmp_path: Path):
+def test_a_real_server_and_model_judge(task: Path, policy: Path, tmp_path: Path):
     """SmolLM2-135M may write nothing that can be read as a verdict; then that must be the error."""
     pytest.importorskip("uvicorn", reason="needs pip install 'transformers[serving]'")
     pytest.importorskip("fastapi", reason="needs pip install 'transformers[serving]'")
@@ -438,7 +447,7 @@ def test_a_real_server_and_model_judge(task: Path, tiny_model: Path, tmp_path: P
         port = str(free.getsockname()[1])
     command = [Path(sys.executable).parent / "transformers", "serve", "--host", "127.0.0.1", "--port", port, model]
     out = tmp_path / "run" / "winrate"
-    argv = [*get_flags(task, tiny_model, out, f"http://127.0.0.1:{port}/v1"), "--judge_model", str(model)]
+    argv = [*get_flags(task, policy, out, f"http://127.0.0.1:{port}/v1"), "--judge_model", str(model)]
     argv += ["--num_prompts", "1", "--calibration_pairs", "0", "--judge_concurrency", "1", "--judge_timeout", "600"]
     with (tmp_path / "serve.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
