@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import dpo
+from stages import train_missing_model
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     functions = load_rewards(reward, device, args.batch_size, dtype)
     if not functions:
         raise UserError("a frontier needs a reward: pass --reward_funcs or --reward_model_name_or_path")
+    if train_missing_model(args.model_name_or_path, args.dpo_config):
+        args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     measure = FrontierMeasure(args, data, recipe, functions, device, dtype)
 
     folder = make_output_folder(args.output_dir)  # not before everything that measures is loaded

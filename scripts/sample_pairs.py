@@ -8,6 +8,8 @@
 import io
 import json
 
+from stages import get_config_path, train_missing_model
+
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
 from tinydpo.config.recipe import parse_args
@@ -23,13 +25,10 @@ from tinydpo.report.figures import draw_reward_histogram
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, reward, data = parse_args(
-        on_policy.PairsArguments,
-        RewardArguments,
-        DataArguments,
-        argv=argv,
-        defaults_from_run="model_name_or_path",
-    )
+    types = (on_policy.PairsArguments, RewardArguments, DataArguments)
+    args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
+    if train_missing_model(args.model_name_or_path, get_config_path(argv)):
+        args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     folder = make_output_folder(args.output_dir)
     settings = on_policy.get_pairs_settings(args, reward, data)
     if on_policy.has_finished_pairs(folder, settings):
