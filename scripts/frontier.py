@@ -8,7 +8,6 @@ A finished run is never trained again: run the same command again after an inter
 import gc
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from typing import Any
 
 import dpo
 from stages import train_missing_model
@@ -60,20 +59,15 @@ def main(argv: list[str] | None = None) -> None:
     write_shuffled_data(data, folder / "shuffled-data")
 
     failed: list[dict[str, str]] = []
-
-    def write_results() -> dict[str, Any]:
-        points = {"points": order_points(measured), "failed": failed}
-        results = {"settings": settings, "reward": reward.name(), **reference, **points}
-        write_json(folder / "frontier.json", results)
-        return results
-
-    results = write_results()
+    results = {"settings": settings, "reward": reward.name(), **reference}
+    results |= {"points": order_points(measured), "failed": failed}
+    write_json(folder / "frontier.json", results)
     start = time.monotonic()
     for number, run in enumerate(missing, 1):
         try:
-            recipe_file = write_run_recipe(run, args, data, recipe, folder)
+            run_recipe = write_run_recipe(run, args, data, recipe, folder)
             with open(folder / f"{run.name}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
-                dpo.main(["--config", str(recipe_file)])
+                dpo.main(["--config", str(run_recipe)])
             points = measure_run(run, folder / run.name, measure)
             measured[run.name] = points
             outcome = f"KL {points[-1]['kl']:.2f} nats, reward {points[-1]['reward']:.2f}"
@@ -81,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
             outcome = str(error) or repr(error)
             failed.append({"name": run.name, "error": outcome})
         gc.collect()  # a trainer's model and optimizer refer to each other
-        results = write_results()
+        results["points"] = order_points(measured)
+        write_json(folder / "frontier.json", results)
         minutes_left = (time.monotonic() - start) / number * (len(missing) - number) / 60
         print(f"[{number}/{len(missing)}] {run.name}: {outcome}; about {minutes_left:.0f} min left", flush=True)
 

@@ -10,6 +10,9 @@ Several temperatures, as in the DPO paper's Figure 3: add `--temperatures 0.25 0
 import gc
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
@@ -36,32 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     held_out = load_split(data, tokenizer, args.max_length, "test")
     calibration = calibrate_judge(judge, held_out.texts, tokenizer, args.calibration_pairs, args.seed)
     texts, prompts = prepare_prompts(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
-    max_new_tokens = args.max_length // 2
-
-    # One model in memory at a time, each with a seed of its own. The settings are those of scripts/evaluate.py: with
-    # as many prompts, its cached answers are the ones that are judged.
-    answers = {}
-    for index, (role, (name, revision)) in enumerate(args.models.items()):
-        model = load_model(name, revision, dtype=dtype, device=device)
-        for temperature in args.temperatures:
-            sampled = sample_cached(
-                model,
-                tokenizer,
-                prompts,
-                max_new_tokens,
-                f"{role}: answers",
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                batch_size=args.batch_size,
-                seed=args.seed + index,
-            )
-            answers[role, temperature] = sampled.texts(tokenizer)
-        del model
-        gc.collect()
+    answers = sample_all_answers(args, tokenizer, prompts, device, dtype)
 
     readable = get_readable_columns(texts, tokenizer)
-    chosen = cut_answers(readable["chosen"], tokenizer, max_new_tokens)
+    chosen = cut_answers(readable["chosen"], tokenizer, args.max_length // 2)
     comparisons = []
     for temperature in args.temperatures:
         policy = answers["policy", temperature]
@@ -84,6 +65,35 @@ def main(argv: list[str] | None = None) -> None:
     write_json(output_dir / "winrate.json", results)
     add_win_rates_to_card(Path(args.model_name_or_path), results)
     print(f"Report: {write_report(output_dir.parent)}")
+
+
+def sample_all_answers(
+    args: WinrateArguments, tokenizer: Any, prompts: list[list[int]], device: str, dtype: torch.dtype
+) -> dict[tuple[str, float], list[str]]:
+    """The answers of policy and reference, by role and temperature.
+
+    The settings are those of scripts/evaluate.py, so that with as many prompts its cached answers are judged.
+    """
+    answers = {}
+    for index, (role, (name, revision)) in enumerate(args.models.items()):  # one model in memory at a time
+        model = load_model(name, revision, dtype=dtype, device=device)
+        for temperature in args.temperatures:
+            sampled = sample_cached(
+                model,
+                tokenizer,
+                prompts,
+                args.max_length // 2,
+                f"{role}: answers",
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                batch_size=args.batch_size,
+                seed=args.seed + index,
+            )
+            answers[role, temperature] = sampled.texts(tokenizer)
+        del model
+        gc.collect()
+    return answers
 
 
 if __name__ == "__main__":

@@ -200,6 +200,6 @@ def test_without_a_usable_reward_there_is_one_sentence_and_no_folder(argv: list[
     cut = argv.index("--reward_funcs")
     with pytest.raises(UserError, match="--reward_funcs or --reward_model_name_or_path"):
         frontier.main(argv[:cut] + argv[cut + 2 :])
-    with pytest.raises(UserError, match=r"no model 'runs/recipe/reward'.*train it first: .*`make reward`") as error:
+    with pytest.raises(UserError, match=r"no model 'runs/recipe/reward'") as error:
         frontier.main([*argv, "--reward_model_name_or_path", "runs/recipe/reward"])
     assert "\n" not in str(error.value) and not (tmp_path / "frontier").exists()

@@ -41,7 +41,9 @@ class PairsArguments(SamplingArguments):
     samples_per_prompt: int = field(default=8, metadata={"help": "Answers to each; more lie further apart."})
     pair_by: Literal["best_worst", "all"] = field(
         default="best_worst",
-        metadata={"help": "best_worst: a prompt's best answer against its worst; all: every two that score unlike."},
+        metadata={
+            "help": "best_worst: a prompt's best answer against its worst; all: every two that score differently."
+        },
     )
 
     def __post_init__(self):
@@ -84,7 +86,8 @@ def has_finished_pairs(folder: Path, settings: dict[str, Any]) -> bool:
 
 def sample_several(model: Any, tokenizer: Any, prompts: list[list[int]], args: PairsArguments) -> Answers:
     """`samples_per_prompt` answers to each of n prompts, the answers to one prompt side by side."""
-    ids, ended = [], []
+    ids: list[list[int]] = []
+    ended: list[bool] = []
     weights = hash_module(model)
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         batch = prompts[start : start + PROMPTS_AT_ONCE]

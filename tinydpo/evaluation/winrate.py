@@ -1,4 +1,4 @@
-"""Win rates by a judge: raw, and length-controlled, which answers the question at equal length."""
+"""Win rates by a judge: raw, and length-controlled (what the rate would be between answers of equal length)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -143,7 +143,10 @@ def winrate_rows(results: dict[str, Any]) -> list[Row]:
     rows = []
     calibration = results.get("calibration")
     if calibration:
-        meaning = f"{judge} {describe_judge(calibration)}"
+        meaning = (
+            f"how often {judge} sides with the data's labels on {calibration['pairs']} held-out pairs, ties half; "
+            f"{calibration['turned_share']:.0%} of its verdicts change with the order"
+        )
         agreement = Estimate(calibration["agreement"], *calibration["agreement_ci95"])
         rows.append(Row("the judge's agreement", meaning, agreement, chance=0.5))
     for comparison in results["comparisons"]:
