@@ -1,48 +1,94 @@
-"""On-policy rounds: the last policy answers, its answers become pairs, DPO goes on from it, and it is measured.
+"""On-policy rounds: the last policy answers, its answers become pairs, DPO continues from it, and it is evaluated.
 
     python scripts/round.py --recipe recipes/quickstart --rounds 2
 
-`make round` runs the same, and the SFT before it where that is missing. The stages are the real scripts, their
-commands are printed; what is made is not made again, so that the same command goes on wherever it was cut short.
+The stages are the other scripts, and their commands are printed. A finished stage is not run again: after an
+interruption, run the same command again.
 """
 
 import gc
-import importlib
+from pathlib import Path
+from types import ModuleType
 
-from tinydpo.config.recipe import parse_args
-from tinydpo.errors import report_errors
-from tinydpo.evaluation import on_policy as rounds
+import dpo
+import evaluate
+import sample_pairs
+
+from tinydpo.config.recipe import load_recipe, parse_args
+from tinydpo.errors import UserError, report_errors
+from tinydpo.evaluation.on_policy import RoundArguments, add_rounds_to_frontier, collect_rounds, format_rounds
 from tinydpo.evaluation.results import make_output_folder
 from tinydpo.files import read_json, write_json
 from tinydpo.report import figures
-
-
-def stage(script: str, argv: list[str]) -> None:
-    print(f"\n$ python scripts/{script}.py {' '.join(argv)}", flush=True)
-    importlib.import_module(script).main(argv)
-    gc.collect()  # a trainer's model and optimizer hold each other
+from tinydpo.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = parse_args(rounds.RoundArguments, argv=argv)
-    plan, folder = rounds.plan_rounds(args), make_output_folder(args.output_dir)
-    for one in plan:
-        stage("sample_pairs", one.pairs_flags())
-        stage("dpo", one.dpo_flags())
-        for made, flags in one.evaluations().items():
-            if not one.is_evaluated(made):
-                stage("evaluate", flags)
-    made = rounds.collect_rounds(plan)
-    write_json(folder / "rounds.json", made)
-    told = f"Figures: {folder / 'rounds.json'}"
-    if made["reward"]:
-        known = read_json(folder / "frontier/frontier.json", "points", "reward")
-        figures.draw_frontier(rounds.add_rounds_to_frontier(known, made)).savefig(folder / "rounds.png", dpi=150)
-        told += f", drawn: {folder / 'rounds.png'}"
-    if "rewards" in made["rounds"][0]:
-        figures.draw_rewards_over_rounds(made["rounds"]).savefig(folder / "rewards.png", dpi=150)
-        told += f" and {folder / 'rewards.png'}"
-    print(f"\n{rounds.format_rounds(made['rounds'])}\n{told}")
+    (args,) = parse_args(RoundArguments, argv=argv)
+    first = find_first_model(args)
+    data = {"dataset_name": args.dataset_name} if args.dataset_name else {}
+    folder = make_output_folder(args.output_dir)
+    round_folders = [folder / f"round-{number}" for number in range(1, args.rounds + 1)]
+
+    start = first
+    for round_folder in round_folders:
+        pairs = round_folder / "pairs"
+        policy = round_folder / "dpo"
+        run_stage(args, sample_pairs, "pairs", **start, **data, output_dir=pairs)
+        run_stage(args, dpo, "dpo-on-policy", **start, **as_reference(first), dataset_name=pairs, output_dir=policy)
+        if start != first:
+            evaluate_policy(args, policy, start, round_folder / "evaluation-before", **data)
+        # Last the one against the first model: a policy's card keeps its last evaluation.
+        evaluate_policy(args, policy, first, round_folder / "evaluation", **data)
+        start = {"model_name_or_path": str(policy)}
+
+    results = collect_rounds(round_folders)
+    write_json(folder / "rounds.json", results)
+    print(f"\n{format_rounds(results['rounds'])}\nFigures: {folder / 'rounds.json'}")
+    if results["reward"]:
+        frontier = read_json(folder / "frontier/frontier.json", "points", "reward")
+        figures.draw_frontier(add_rounds_to_frontier(frontier, results)).savefig(folder / "rounds.png", dpi=150)
+        print(f"Drawn: {folder / 'rounds.png'}")
+    if "rewards" in results["rounds"][0]:
+        figures.draw_rewards_over_rounds(results["rounds"]).savefig(folder / "rewards.png", dpi=150)
+        print(f"Drawn: {folder / 'rewards.png'}")
+
+
+def find_first_model(args: RoundArguments) -> dict[str, str]:
+    """The model that the first round starts from, as flags; it is the reference of all rounds."""
+    recipes = {stage: load_recipe(f"{args.recipe}/{stage}.yaml") for stage in ("dpo-on-policy", "pairs", "evaluate")}
+    for stage in ("pairs", "evaluate"):  # by default they would take the data of the policy, which are its own pairs
+        if not (args.dataset_name or "dataset_name" in recipes[stage]):
+            raise UserError(f"{args.recipe}/{stage}.yaml names no dataset; pass --dataset_name")
+    if args.model_name_or_path:
+        return {"model_name_or_path": args.model_name_or_path}
+    named = {key: recipes["dpo-on-policy"].get(key) for key in ("model_name_or_path", "model_revision")}
+    if not named["model_name_or_path"]:
+        raise UserError(f"{args.recipe}/dpo-on-policy.yaml names no model to start from; pass --model_name_or_path")
+    return {key: value for key, value in named.items() if value}
+
+
+def as_reference(model: dict[str, str]) -> dict[str, str]:
+    return {f"ref_{key}": value for key, value in model.items()}
+
+
+def evaluate_policy(args: RoundArguments, policy: Path, reference: dict[str, str], folder: Path, **data: str) -> None:
+    """Evaluate a policy against a reference, unless the folder holds an evaluation that is newer than the policy."""
+    results = folder / "eval_results.json"
+    if results.exists() and results.stat().st_mtime >= RunFolder(policy).results_file.stat().st_mtime:
+        return
+    models = {"model_name_or_path": policy, **as_reference(reference)}
+    run_stage(args, evaluate, "evaluate", **models, **data, output_dir=folder)
+
+
+def run_stage(args: RoundArguments, script: ModuleType, recipe: str, **flags: object) -> None:
+    argv = ["--config", f"{args.recipe}/{recipe}.yaml"]
+    for name, value in flags.items():
+        argv += [f"--{name}", str(value)]
+    argv += ["--seed", str(args.seed)]
+    print(f"\n$ python scripts/{script.__name__}.py {' '.join(argv)}", flush=True)
+    script.main(argv)
+    gc.collect()  # a trainer's model and optimizer refer to each other
 
 
 if __name__ == "__main__":

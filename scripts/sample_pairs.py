@@ -2,12 +2,13 @@
 
     python scripts/sample_pairs.py --config recipes/quickstart/pairs.yaml --samples_per_prompt 16
 
-`make pairs` runs the same, and the SFT before it where that is missing. What it writes is what `--dataset_name` takes
-(docs/on-policy.md). Cut short, the same command goes on.
+`--dataset_name` reads what it writes (docs/on-policy.md). After an interruption, run the same command again.
 """
 
 import io
 import json
+
+from stages import get_config_path, train_missing_model
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
@@ -20,38 +21,49 @@ from tinydpo.evaluation.rewards import RewardArguments, load_rewards
 from tinydpo.evaluation.sampling import prepare_prompts
 from tinydpo.files import write_atomic, write_json
 from tinydpo.models.loading import load_model, load_tokenizer
-from tinydpo.report import figures
+from tinydpo.report.figures import draw_reward_histogram
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, reward, data = parse_args(on_policy.PairsArguments, RewardArguments, DataArguments, argv=argv)
-    device, dtype = pick_device_and_dtype(args.dtype)
-    folder, settings = make_output_folder(args.output_dir), on_policy.get_pairs_settings(args, reward, data)
+    types = (on_policy.PairsArguments, RewardArguments, DataArguments)
+    args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
+    if train_missing_model(args.model_name_or_path, get_config_path(argv)):
+        args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
+    folder = make_output_folder(args.output_dir)
+    settings = on_policy.get_pairs_settings(args, reward, data)
     if on_policy.has_finished_pairs(folder, settings):
+        print(f"{folder} holds these pairs already; delete the folder to make them again.")
         return
-    if not (functions := load_rewards(reward, device, args.batch_size, dtype)):
+    device, dtype = pick_device_and_dtype(args.dtype)
+    functions = load_rewards(reward, device, args.batch_size, dtype)
+    if not functions:
         raise UserError("pairs need a reward: pass --reward_funcs or --reward_model_name_or_path")
-    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
-    texts = load_split(data, tokenizer, args.max_length, "train").texts
-    texts, prompts = prepare_prompts(texts, tokenizer, args.max_length, args.num_prompts, args.seed)
-    model = load_model(args.model_name_or_path, args.model_revision, dtype=dtype, device=device)
-    answers = on_policy.score_samples(
-        functions, texts, on_policy.sample_several(model, tokenizer, prompts, args), tokenizer
-    )
 
+    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
+    train_texts = load_split(data, tokenizer, args.max_length, "train").texts
+    texts, prompts = prepare_prompts(train_texts, tokenizer, args.max_length, args.num_prompts, args.seed)
+    model = load_model(args.model_name_or_path, args.model_revision, dtype=dtype, device=device)
+    samples = on_policy.sample_several(model, tokenizer, prompts, args)
+    answers = on_policy.score_samples(functions, texts, samples, tokenizer)
     rows = on_policy.make_rows(texts, answers, args.pair_by, data.test_split_size)
     counts = on_policy.count_answers(answers, rows, args.pair_by)
+
     for split, pairs in rows.items():
-        lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
         write_atomic(folder / f"{split}.jsonl", "".join(lines))
-    both = [*rows["train"], *rows["test"]]
-    columns = ([row[name] for row in both] for name in ("reward_chosen", "reward_rejected"))
-    every = [answer.reward for scored in answers for answer in scored]
-    figures.draw_reward_histogram(every, *columns, reward.name()).savefig(png := io.BytesIO(), format="png", dpi=150)
+    pairs = [*rows["train"], *rows["test"]]
+    png = io.BytesIO()
+    draw_reward_histogram(
+        [answer.reward for scored in answers for answer in scored],
+        [pair["reward_chosen"] for pair in pairs],
+        [pair["reward_rejected"] for pair in pairs],
+        reward.name(),
+    ).savefig(png, format="png", dpi=150)
     write_atomic(folder / "rewards.png", png.getvalue())
     write_atomic(folder / "README.md", on_policy.render_pairs_card(folder, settings, reward, counts))
     write_json(folder / on_policy.PAIRS_RESULTS, {"settings": settings, "counts": counts})
-    print("\n".join(f"{name.replace('_', ' '):<28}{value:>10,.6g}" for name, value in counts.items()))
+    for name, value in counts.items():
+        print(f"{name.replace('_', ' '):<28}{value:>10,.6g}")
     print(f"Done: {folder} holds train.jsonl, test.jsonl, their card (README.md) and rewards.png.")
 
 

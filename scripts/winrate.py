@@ -1,4 +1,4 @@
-"""Have a judge compare a policy's answers with the dataset's chosen ones and its reference's, and judge the judge.
+"""Let a judge compare a policy's answers with the dataset's and with its reference's; the judge is judged first.
 
     export JUDGE_API_KEY=…    # a local server needs none
     python scripts/winrate.py --config recipes/<recipe folder>/winrate.yaml \
@@ -10,6 +10,9 @@ Several temperatures, as in the DPO paper's Figure 3: add `--temperatures 0.25 0
 import gc
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
@@ -17,17 +20,18 @@ from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import report_errors
-from tinydpo.evaluation import winrate
 from tinydpo.evaluation.judge import Judge, JudgeArguments, calibrate_judge
 from tinydpo.evaluation.results import add_win_rates_to_card, make_output_folder
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
+from tinydpo.evaluation.winrate import WinrateArguments, cut_answers, format_winrates, summarize_verdicts
 from tinydpo.files import write_json
 from tinydpo.models.loading import load_model
 from tinydpo.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, judging, data = parse_args(winrate.WinrateArguments, JudgeArguments, DataArguments, argv=argv)
+    types = (WinrateArguments, JudgeArguments, DataArguments)
+    args, judging, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     output_dir = make_output_folder(args.output_dir)
     judge = Judge(judging, output_dir / "verdicts.jsonl")
     device, dtype = pick_device_and_dtype(args.dtype)
@@ -35,36 +39,61 @@ def main(argv: list[str] | None = None) -> None:
     held_out = load_split(data, tokenizer, args.max_length, "test")
     calibration = calibrate_judge(judge, held_out.texts, tokenizer, args.calibration_pairs, args.seed)
     texts, prompts = prepare_prompts(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
-    room = args.max_length // 2
+    answers = sample_all_answers(args, tokenizer, prompts, device, dtype)
 
-    # One model in memory at a time, each under a seed of its own. The settings are those of scripts/evaluate.py, so
-    # that with as many prompts its cached answers are the ones that are judged.
-    answers = {}
-    for index, (role, (name, revision)) in enumerate(args.models.items()):
-        model = load_model(name, revision, dtype=dtype, device=device)
-        for temperature in args.temperatures:
-            sampled = sample_cached(
-                model, tokenizer, prompts, room, f"{role}: answers", temperature=temperature, top_k=0, top_p=1.0,
-                batch_size=args.batch_size, seed=args.seed + index,
-            )  # fmt: skip
-            answers[role, temperature] = sampled.texts(tokenizer)
-        del model
-        gc.collect()
-
-    asked, comparisons = get_readable_columns(texts, tokenizer), []
-    chosen = winrate.cut_answers(asked["chosen"], tokenizer, room)
+    readable = get_readable_columns(texts, tokenizer)
+    chosen = cut_answers(readable["chosen"], tokenizer, args.max_length // 2)
+    comparisons = []
     for temperature in args.temperatures:
         policy = answers["policy", temperature]
         for opponent, others in (("chosen", chosen), ("ref", answers["ref", temperature])):
-            comparisons.append(winrate.judge_answers(judge, asked["prompt"], policy, others, opponent, temperature))
+            verdicts = judge.compare(
+                readable["prompt"], policy, others, f"judge: against {opponent} at {temperature:g}"
+            )
+            figures = summarize_verdicts(verdicts, policy, others)
+            comparisons.append({"opponent": opponent, "temperature": temperature, **figures})
 
-    settings = asdict(data) | asdict(judging) | asdict(args) | {"num_prompts": len(prompts), "dtype": str(dtype)[6:]}
-    results = {"settings": settings, "judge": judging.judge_model, "calibration": calibration}
-    results |= {"comparisons": comparisons, "tokens": judge.tokens()}
-    print(winrate.format_winrates(results))
+    used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}
+    results = {
+        "settings": asdict(data) | asdict(judging) | asdict(args) | used,
+        "judge": judging.judge_model,
+        "calibration": calibration,
+        "comparisons": comparisons,
+        "tokens": judge.count_tokens(),
+    }
+    print(format_winrates(results))
     write_json(output_dir / "winrate.json", results)
     add_win_rates_to_card(Path(args.model_name_or_path), results)
     print(f"Report: {write_report(output_dir.parent)}")
+
+
+def sample_all_answers(
+    args: WinrateArguments, tokenizer: Any, prompts: list[list[int]], device: str, dtype: torch.dtype
+) -> dict[tuple[str, float], list[str]]:
+    """The answers of policy and reference, by role and temperature.
+
+    The settings are those of scripts/evaluate.py, so that with as many prompts its cached answers are judged.
+    """
+    answers = {}
+    for index, (role, (name, revision)) in enumerate(args.models.items()):  # one model in memory at a time
+        model = load_model(name, revision, dtype=dtype, device=device)
+        for temperature in args.temperatures:
+            sampled = sample_cached(
+                model,
+                tokenizer,
+                prompts,
+                args.max_length // 2,
+                f"{role}: answers",
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                batch_size=args.batch_size,
+                seed=args.seed + index,
+            )
+            answers[role, temperature] = sampled.texts(tokenizer)
+        del model
+        gc.collect()
+    return answers
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A scripted judge that speaks OpenAI's chat protocol on 127.0.0.1: the faults that a real one has only at times."""
+"""A scripted judge that speaks OpenAI's chat protocol on 127.0.0.1, with faults on demand."""
 
 import json
 import threading
@@ -12,27 +12,29 @@ Script = Callable[[str, int], Any]
 
 
 class Server(ThreadingHTTPServer):
-    """What it was asked, by whom, and how many questions it had at once at most."""
+    """Records what it was asked, with which keys, and how many questions it had at once."""
 
     daemon_threads = True
 
     def __init__(self, script: Script):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.lock = script, threading.Lock()
+        self.script = script
+        self.lock = threading.Lock()
         self.questions: list[str] = []
         self.keys: set[str | None] = set()
-        self.at_once = self.most_at_once = 0
+        self.at_once = 0
+        self.most_at_once = 0
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that gave up waiting are part of the script."""
+        """Clients that stop waiting are part of the script."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as `Server.script(question, times it was asked before)` says.
+    """Answers with `Server.script(question, times it was asked before)`.
 
     A text is the judge's reply, a dict the JSON body (and its `status`), bytes a body that is no JSON, and a number an
-    HTTP status, with an error that repeats the key.
+    HTTP status, with an error message that repeats the key.
     """
 
     protocol_version = "HTTP/1.1"
@@ -48,20 +50,23 @@ class Handler(BaseHTTPRequestHandler):
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
         try:
-            said = server.script(question, before)
+            answer = server.script(question, before)
         finally:
             with server.lock:
                 server.at_once -= 1
-        if isinstance(said, str):
-            said = reply(said)
-        elif isinstance(said, int):
-            said = {"status": said, "error": {"message": f"scripted, asked with {self.headers.get('Authorization')}"}}
-        status = said.get("status", 200) if isinstance(said, dict) else 200
-        data = said if isinstance(said, bytes) else json.dumps(said).encode()
+        status = 200
+        if isinstance(answer, str):
+            answer = make_reply(answer)
+        elif isinstance(answer, int):
+            status = answer
+            answer = {"error": {"message": f"scripted, asked with {self.headers.get('Authorization')}"}}
+        elif isinstance(answer, dict):
+            status = answer.get("status", 200)
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("retry-after-ms", "5")  # the client would wait half a second and more
+        self.send_header("retry-after-ms", "5")  # otherwise the client waits half a second or more
         self.end_headers()
         self.wfile.write(data)
 
@@ -69,13 +74,16 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
 
-def reply(content: str | None, refusal: str | None = None, finish_reason: str = "stop") -> dict[str, Any]:
+def make_reply(content: str | None, refusal: str | None = None, finish_reason: str = "stop") -> dict[str, Any]:
     message = {"role": "assistant", "content": content, "refusal": refusal}
     return {
-        "id": "1", "object": "chat.completion", "created": int(time.time()), "model": "scripted",
+        "id": "1",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": "scripted",
         "choices": [{"index": 0, "finish_reason": finish_reason, "message": message}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
-    }  # fmt: skip
+    }
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The reward–KL frontier (DPO paper, arXiv 2305.18290, Figure 2): which runs make it.
+"""The reward-KL frontier (DPO paper, arXiv 2305.18290, Figure 2): which runs, how each is trained and measured.
 
-`scripts/frontier.py` trains over losses and β, and `frontier_points` measures every checkpoint on the way. Two
-controls stand beside: DPO on shuffled labels, which must not rise, and best-of-N samples of the reference.
+`scripts/frontier.py` trains DPO over losses and β and measures every checkpoint. There are two controls: DPO on
+shuffled labels, which must not rise, and best-of-N samples of the reference.
 """
 
 import gc
@@ -9,20 +9,20 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl.trainer.utils import hash_module
 
 from tinydpo.config.arguments import DataArguments, resolve_row_length
-from tinydpo.config.launch import pick_device_and_dtype
 from tinydpo.config.recipe import load_recipe
 from tinydpo.data.pairs import load_split
 from tinydpo.data.rows import BrokenRow, ColumnNames, decode_row, rename_columns
@@ -30,7 +30,7 @@ from tinydpo.data.splits import load_records
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import UserError
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
-from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, load_rewards, score_answers
+from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, score_answers
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
 from tinydpo.files import find_difference, read_json, write_atomic, write_json
 from tinydpo.models.loading import load_model, load_tokenizer
@@ -46,13 +46,14 @@ class FrontierArguments:
     """Which runs make the frontier, and how their checkpoints are measured."""
 
     dpo_config: str | None = field(
-        default=None, metadata={"help": "The DPO recipe of every run, whose data and model give way to these here."}
+        default=None,
+        metadata={"help": "The DPO recipe of every run; its data and its model are replaced by those given here."},
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "The SFT reference: folder or Hub id."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the runs, frontier.json and the PNG."})
     losses: list[str] = field(
         default_factory=lambda: list(CURVES),
-        metadata={"help": "A curve each, of sigmoid, ipo, hinge, conservative (DPO with label smoothing)."},
+        metadata={"help": "A curve each: sigmoid, ipo, hinge, conservative (DPO with label smoothing)."},
     )
     betas: list[float] = field(
         default_factory=lambda: [0.05, 0.1, 1.0, 5.0], metadata={"help": "A run each, for every loss (the paper's)."}
@@ -72,26 +73,20 @@ class FrontierArguments:
     sample_seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
 
     def __post_init__(self):
-        """Refuse what cannot be meant (ValueError)."""
+        """Check what is needed and the numbers (ValueError)."""
         for name in ("dpo_config", "model_name_or_path", "output_dir", "losses", "betas", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing; recipes/quickstart/frontier.yaml shows what a frontier needs")
-        if unknown := set(self.losses) - set(CURVES):
+        unknown = set(self.losses) - set(CURVES)
+        if unknown:
             raise ValueError(f"--losses {', '.join(sorted(unknown))}: not one of {', '.join(CURVES)}")
-        if min(self.checkpoints, self.best_of, self.num_prompts, self.batch_size) < 1 or min(self.betas) <= 0:
-            raise ValueError(
-                "checkpoints, best_of, num_prompts and batch_size must be at least 1 and every beta above 0"
-            )
-        if min(self.learning_rates or [1.0]) <= 0:
-            raise ValueError(f"learning_rates must be above 0, got {self.learning_rates}")
-        for axis in ("losses", "betas", "learning_rates", "seeds"):
-            setattr(self, axis, list(dict.fromkeys(getattr(self, axis) or ())) or None)
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
+        for name in ("checkpoints", "best_of", "num_prompts", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class FrontierRun(NamedTuple):
-    """One training; `loss` is a key of `CURVES`, and a `learning_rate` of None is the recipe's."""
+    """One training run; `loss` is a key of `CURVES`, and a `learning_rate` of None is the recipe's."""
 
     name: str
     curve: str
@@ -101,24 +96,26 @@ class FrontierRun(NamedTuple):
     learning_rate: float | None = None
 
 
-def plan_runs(args: FrontierArguments) -> Iterator[FrontierRun]:
-    """The runs: every loss, β, rate and seed, and the paper's loss at the lowest β on shuffled labels."""
+def plan_runs(args: FrontierArguments) -> list[FrontierRun]:
+    """Every loss, β, learning rate and seed, and beside them DPO at the lowest β on shuffled labels."""
+    lowest = min(args.betas)
+    runs = []
     for seed in args.seeds:
         for rate in args.learning_rates or [None]:
-            end = f"-seed{seed}" if rate is None else f"-lr{rate:g}-seed{seed}"
+            end = f"seed{seed}" if rate is None else f"lr{rate:g}-seed{seed}"
             for loss in args.losses:
                 for beta in args.betas:
-                    yield FrontierRun(f"{loss}-beta{beta:g}{end}", CURVES[loss], loss, beta, seed, rate)
-            lowest = min(args.betas)
-            yield FrontierRun(f"shuffled-beta{lowest:g}{end}", SHUFFLED, "sigmoid", lowest, seed, rate)
+                    runs.append(FrontierRun(f"{loss}-beta{beta:g}-{end}", CURVES[loss], loss, beta, seed, rate))
+            runs.append(FrontierRun(f"shuffled-beta{lowest:g}-{end}", SHUFFLED, "sigmoid", lowest, seed, rate))
+    return list(dict.fromkeys(runs))  # a value given twice is one run
 
 
 def get_loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
     """TRL's flags for a loss.
 
-    Conservative DPO is −(1 − ε) log σ(x) − ε log σ(−x) (arXiv 2305.18290's authors' note on noisy labels, ε =
-    `label_smoothing`). TRL's sigmoid loss ignores the smoothing; its robust loss, over (1 − 2ε), has the second term's
-    sign turned, so that 2(1 − ε) sigmoid − (1 − 2ε) robust is it.
+    Conservative DPO is −(1 − ε) log σ(x) − ε log σ(−x) (the DPO authors' note on noisy labels, ε = `label_smoothing`).
+    TRL's sigmoid loss ignores the smoothing. Its robust loss, divided by (1 − 2ε), has the second term with the other
+    sign, so that 2(1 − ε) sigmoid − (1 − 2ε) robust is conservative DPO.
     """
     if loss != "conservative":
         return {"loss_type": [loss]}
@@ -126,210 +123,151 @@ def get_loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
     return {"loss_type": ["sigmoid", "robust"], "loss_weights": weights, "label_smoothing": label_smoothing}
 
 
-def get_dpo_flags(run: FrontierRun, args: FrontierArguments, data: DataArguments, folder: Path) -> list[str]:
-    """The command line of scripts/dpo.py for a run, by `folder`/dpo.yaml; shuffled labels are in its shuffled-data."""
-    if run.curve == SHUFFLED:
-        same = ("max_question_length", "on_bad_row", "max_train_pairs", "max_test_pairs")
-        kept = {flag: getattr(data, flag) for flag in same}
-        data = DataArguments(dataset_name=str(folder / "shuffled-data"), **kept)
-    flags = {
-        "config": folder / "dpo.yaml", "model_name_or_path": args.model_name_or_path, "output_dir": folder / run.name,
-        **{name: value for name, value in asdict(data).items() if value is not None},
-        "beta": run.beta, "seed": run.seed, **({"learning_rate": run.learning_rate} if run.learning_rate else {}),
-        **get_loss_flags(run.loss, args.label_smoothing),
-        "eval_strategy": "no", "save_strategy": "steps", "save_steps": min(0.999999, 1 / args.checkpoints),
-        "save_total_limit": args.checkpoints + 1, "disable_tqdm": True,
-    }  # fmt: skip
-    return [str(p) for k, v in flags.items() for p in (f"--{k}", *(v if isinstance(v, list) else [v]))]
-
-
 def load_dpo_recipe(path: str) -> dict[str, Any]:
-    """The keys that all runs share: a DPO recipe's, without its data.
-
-    Raises:
-        UserError: it cannot be read, or leaves the token budget open.
-    """
+    """The keys that all runs share: a DPO recipe without its data (UserError: it sets no token budget)."""
     recipe = load_recipe(path)
     if not isinstance(recipe.get("max_length"), int):
         raise UserError(f"{path} sets no max_length; a frontier needs the token budget of its runs")
-    of_data = {field.name for field in fields(DataArguments)}
-    return {key: value for key, value in recipe.items() if key not in of_data}
+    data_keys = {field.name for field in fields(DataArguments)}
+    return {key: value for key, value in recipe.items() if key not in data_keys}
 
 
-def get_frontier_settings(
-    args: FrontierArguments, reward: RewardArguments, data: DataArguments, recipe: dict[str, Any]
-) -> dict[str, Any]:
-    """All that was given that a point depends on, besides its run, as JSON holds it."""
-    of_runs = ("output_dir", "losses", "betas", "learning_rates", "seeds", "best_of")
-    kept = {name: value for name, value in asdict(args).items() if name not in of_runs}
-    return json.loads(json.dumps(kept | asdict(reward) | asdict(data) | {"recipe": recipe}))
-
-
-def write_frontier_data(data: DataArguments, recipe: dict[str, Any], folder: Path) -> None:
-    """Write what the runs read: the recipe to `folder`/dpo.yaml, and the rows with shuffled labels.
-
-    In `folder`/shuffled-data chosen and rejected of each training row are exchanged by the toss of a coin.
-    """
-    write_atomic(folder / "dpo.yaml", yaml.safe_dump(recipe))
-    rng, folder = random.Random(0), folder / "shuffled-data"
+def write_shuffled_data(data: DataArguments, folder: Path) -> None:
+    """Write the data's rows, with chosen and rejected of each training row exchanged with probability one half."""
+    rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     for split, records in load_records(data).items():
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for record in records["record"]:
                 try:
                     row = rename_columns(decode_row(record), ColumnNames.of(data))
-                except BrokenRow:  # the runs before have stopped at it, or skipped it
+                except BrokenRow:  # the runs before stopped at it, or skipped it
                     continue
                 if split == "train" and rng.random() < 0.5:
                     row["chosen"], row["rejected"] = row.get("rejected"), row.get("chosen")
                 file.write(json.dumps(row) + "\n")
 
 
-@dataclass
+def write_run_recipe(
+    run: FrontierRun, args: FrontierArguments, data: DataArguments, recipe: dict[str, Any], folder: Path
+) -> Path:
+    """Write what scripts/dpo.py needs for a run into `folder`; runs on shuffled labels read `folder`/shuffled-data."""
+    data_keys = {key: value for key, value in asdict(data).items() if value is not None}
+    if run.curve == SHUFFLED:  # all that the other keys do to the rows is done
+        kept = ("max_question_length", "on_bad_row", "max_train_pairs", "max_test_pairs")
+        data_keys = {key: value for key, value in data_keys.items() if key in kept}
+        data_keys["dataset_name"] = str(folder / "shuffled-data")
+    keys = {
+        **recipe,
+        **data_keys,
+        **get_loss_flags(run.loss, args.label_smoothing),
+        "model_name_or_path": args.model_name_or_path,
+        "output_dir": str(folder / run.name),
+        "beta": run.beta,
+        "seed": run.seed,
+        "eval_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": min(0.999999, 1 / args.checkpoints),  # a share of all steps; 1 would mean every step
+        "save_total_limit": args.checkpoints + 1,
+        "disable_tqdm": True,
+    }
+    keys.pop("model_revision", None)  # of the recipe's own model
+    if run.learning_rate:
+        keys["learning_rate"] = run.learning_rate
+    path = folder / f"{run.name}.yaml"
+    write_atomic(path, yaml.safe_dump(keys))
+    return path
+
+
 class FrontierMeasure:
-    """What all points have in common: the reference, the prompts and the reward."""
+    """Measures policies: KL from the reference, and reward of sampled answers to the same held-out prompts."""
 
-    ref: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    texts: Dataset
-    prompts: list[list[int]]
-    functions: list[RewardFunction]
-    max_new_tokens: int
-    row_length: int | None
-    batch_size: int
-    seed: int
+    def __init__(
+        self,
+        args: FrontierArguments,
+        data: DataArguments,
+        recipe: dict[str, Any],
+        functions: list[RewardFunction],
+        device: str,
+        dtype: torch.dtype,
+    ):
+        """Load the reference and the prompts (UserError: one of them cannot be loaded)."""
+        max_length = recipe["max_length"]
+        self.functions = functions
+        self.batch_size = args.batch_size
+        self.seed = args.sample_seed
+        self.max_new_tokens = max_length // 2
+        self.row_length = resolve_row_length(max_length, None) if recipe.get("shared_prefix", True) else None
+        self.tokenizer = load_tokenizer(args.model_name_or_path)
+        held_out = load_split(data, self.tokenizer, max_length, "test").texts
+        self.texts, self.prompts = prepare_prompts(held_out, self.tokenizer, max_length, args.num_prompts, self.seed)
+        self.ref = load_model(args.model_name_or_path, dtype=dtype, device=device)
 
-    def fingerprint(self) -> dict[str, str]:
-        """What the names in a recipe do not tell: weights, prompts and rewards may change behind them."""
+    def get_fingerprint(self) -> dict[str, str]:
+        """What may change behind the names in a recipe: weights, prompts and rewards."""
         chosen = get_readable_columns(self.texts, self.tokenizer)["chosen"]
         ids = self.tokenizer(chosen, add_special_tokens=False, verbose=False).input_ids
-        scores = score_answers(self.functions, self.texts, chosen, ids)
-        known = {
+        parts = {
             "reference's weights": hash_module(self.ref),
             "dtype or device": (get_compute_dtype(self.ref), self.ref.device.type),
+            "set of prompts": self.prompts,
+            "reward": score_answers(self.functions, self.texts, chosen, ids).tolist(),
         }
-        known |= {"set of prompts": self.prompts, "reward": scores.tolist()}
-        return {name: Hasher.hash(value) for name, value in known.items()}
+        return {name: Hasher.hash(value) for name, value in parts.items()}
 
-    def policy(self, name: str) -> dict[str, float]:
-        """KL from the reference (nats an answer) and reward of the policy `name`, each with its standard error."""
-        model = load_model(name, dtype=get_compute_dtype(self.ref), device=self.ref.device)
-        ids, scores = self._answers(model, 1)
-        logps = [token_logps(m, self.prompts, ids, self.batch_size, "KL", self.row_length) for m in (model, self.ref)]
-        kl = kl_metrics(*logps)
-        del model
+    def measure_policy(self, name: str) -> dict[str, float]:
+        """KL from the reference (nats an answer) and reward of a checkpoint, each with its standard error."""
+        policy = load_model(name, dtype=get_compute_dtype(self.ref), device=self.ref.device)
+        ids, rewards = self._sample(policy, 1)
+        policy_logps = token_logps(policy, self.prompts, ids, self.batch_size, "KL", self.row_length)
+        ref_logps = token_logps(self.ref, self.prompts, ids, self.batch_size, "KL", self.row_length)
+        kl = kl_metrics(policy_logps, ref_logps)
+        del policy
         gc.collect()
-        point = {"kl": kl["kl_per_sequence"], "kl_se": kl["kl_per_sequence_se"]}
-        return point | {"reward": float(scores.mean()), "reward_se": standard_error(scores[:, 0])}
+        return {
+            "kl": kl["kl_per_sequence"],
+            "kl_se": kl["kl_per_sequence_se"],
+            "reward": float(rewards.mean()),
+            "reward_se": standard_error(rewards[:, 0]),
+        }
 
-    def reference(self, samples: int) -> dict[str, Any]:
-        """The reference's own point, `sft`, and `best_of_n` for N up to `samples`."""
-        _, scores = self._answers(self.ref, samples)
-        best = best_of_n(scores)
+    def measure_reference(self, samples: int) -> dict[str, Any]:
+        """The reference's own point (`sft`), and best of N for N up to `samples` (`best_of_n`)."""
+        _, rewards = self._sample(self.ref, samples)
+        best = best_of_n(rewards)
         return {"sft": {"kl": 0.0, "reward": best[0]["reward"], "reward_se": best[0]["reward_se"]}, "best_of_n": best}
 
-    def _answers(self, model: PreTrainedModel, samples: int) -> tuple[list[list[int]], np.ndarray]:
+    def _sample(self, model: PreTrainedModel, samples: int) -> tuple[list[list[int]], np.ndarray]:
+        """Token ids of sampled answers, and their rewards, (prompts, samples)."""
         answers = sample_cached(
-            model, self.tokenizer, self.prompts * samples, self.max_new_tokens, "answers",
-            batch_size=self.batch_size, seed=self.seed,
-        )  # fmt: skip
+            model,
+            self.tokenizer,
+            self.prompts * samples,
+            self.max_new_tokens,
+            "answers",
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
         texts = concatenate_datasets([self.texts] * samples)
-        scores = score_answers(self.functions, texts, answers.texts(self.tokenizer), answers.ids)
-        return answers.ids, scores.reshape(samples, -1).T
-
-
-def load_measure(
-    args: FrontierArguments, reward: RewardArguments, data: DataArguments, recipe: dict[str, Any]
-) -> FrontierMeasure:
-    """Load the reference, the reward and the held-out prompts.
-
-    Raises:
-        UserError: one of them cannot be loaded, or there is no reward.
-    """
-    dtype = "float32" if recipe.get("bf16") is False else "auto"  # as the runs compute
-    (device, dtype), max_length = pick_device_and_dtype(dtype), recipe["max_length"]
-    functions = load_rewards(reward, device, args.batch_size, dtype)
-    if not functions:
-        raise UserError("a frontier needs a reward: pass --reward_funcs or --reward_model_name_or_path")
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    held_out = load_split(data, tokenizer, max_length, "test").texts
-    texts, prompts = prepare_prompts(held_out, tokenizer, max_length, args.num_prompts, args.sample_seed)
-    rows = resolve_row_length(max_length, None) if recipe.get("shared_prefix", True) else None
-    ref = load_model(args.model_name_or_path, dtype=dtype, device=device)
-    return FrontierMeasure(
-        ref, tokenizer, texts, prompts, functions, max_length // 2, rows, args.batch_size, args.sample_seed
-    )
-
-
-def check_frontier_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse to add to a `frontier.json` whose points were measured under other settings (UserError)."""
-    before = read_json(path, "settings").get("settings", settings)
-    if key := find_difference(before, settings):
-        raise UserError(f"{path} was measured with another {key}; pass another --output_dir, or delete its folder")
-
-
-def read_finished_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Points of the runs in `folder` that are done, by the run's name."""
-    runs = {path.parent.name: read_json(path, "points", "done") for path in sorted(folder.glob("*/points.json"))}
-    return {name: run["points"] for name, run in runs.items() if run["done"]}
-
-
-def get_run_key(point: dict[str, Any]) -> tuple[str, float, float, int]:
-    """What tells a point's run from others: its curve, learning rate (0 for the recipe's), β and seed."""
-    return point["curve"], point.get("learning_rate") or 0.0, point["beta"], point["seed"]
-
-
-def order_points(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The points of all runs, method by method."""
-    curves = [*CURVES.values(), SHUFFLED]
-    points = (point for run in runs.values() for point in run)
-    return sorted(points, key=lambda p: (curves.index(p["curve"]), *get_run_key(p)[1:], p["step"]))
-
-
-def measure_run(
-    run: FrontierRun, folder: Path, train: Callable[[FrontierRun], None], measure: FrontierMeasure
-) -> list[dict[str, Any]]:
-    """Train a run and measure its checkpoints, or what of it is not done yet; measured checkpoints are deleted.
-
-    Args:
-        run: which.
-        folder: of the run; `points.json` in it holds what was measured.
-        train: trains a run into its folder, or goes on where it was cut short.
-        measure: see `Measure`.
-    """
-    path = folder / "points.json"
-    saved = read_json(path, "points", "done") or {"points": [], "done": False}
-    train(run)
-    measured = {point["step"] for point in saved["points"]}
-    steps = sorted(int(checkpoint.name.split("-")[1]) for checkpoint in folder.glob("checkpoint-*"))
-    for step in (step for step in steps if step not in measured):
-        point = {"curve": run.curve, "loss": run.loss, "beta": run.beta, "seed": run.seed, "step": step}
-        point |= {"learning_rate": run.learning_rate} if run.learning_rate else {}
-        saved["points"].append(point | measure.policy(str(folder / f"checkpoint-{step}")))
-        write_json(path, saved)
-    if not saved["points"]:
-        raise UserError(f"{folder} holds a finished run and no checkpoints to measure; delete it to train again")
-    write_json(path, saved | {"done": True})
-    for step in steps:
-        shutil.rmtree(folder / f"checkpoint-{step}")
-    return saved["points"]
+        rewards = score_answers(self.functions, texts, answers.texts(self.tokenizer), answers.ids)
+        return answers.ids, rewards.reshape(samples, -1).T
 
 
 def best_of_n(rewards: np.ndarray) -> list[dict[str, float]]:
     """Best of N = 1, 2, 4 … of n reference samples to each of m prompts.
 
-    The mean of the best of N takes every subset of the n samples (an unbiased estimate; WebGPT, arXiv 2112.09332,
-    appendix I). The KL is log N − (N − 1)/N, which the true one does not exceed (arXiv 2401.01879).
+    The mean of the best of N is taken over every subset of the n samples (an unbiased estimate; WebGPT, arXiv
+    2112.09332, appendix I). The KL in nats is log N − (N − 1)/N, an upper bound of the true one (arXiv 2401.01879).
 
     Args:
         rewards: (m, n).
-
-    Returns:
-        A mapping of `n`, `kl` (nats), `reward` and `reward_se` for each N.
     """
-    ordered, count = np.sort(rewards, axis=1), rewards.shape[1]
+    count = rewards.shape[1]
+    ordered = np.sort(rewards, axis=1)
     points = []
-    for n in (2**power for power in range(count.bit_length())):
+    for power in range(count.bit_length()):
+        n = 2**power
+        # The i-th lowest sample is the best of C(i, n - 1) of the C(count, n) subsets.
         weights = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
         best = ordered @ np.array(weights)
         kl = math.log(n) - (n - 1) / n
@@ -337,16 +275,70 @@ def best_of_n(rewards: np.ndarray) -> list[dict[str, float]]:
     return points
 
 
+def measure_run(run: FrontierRun, folder: Path, measure: FrontierMeasure) -> list[dict[str, Any]]:
+    """Measure every checkpoint of a trained run, write `points.json` into its folder, and delete the checkpoints."""
+    checkpoints = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
+    if not checkpoints:
+        raise UserError(f"{folder} holds a finished run and no checkpoints to measure; delete it to train again")
+    points = []
+    for step, checkpoint in sorted(checkpoints.items()):
+        point = {"curve": run.curve, "loss": run.loss, "beta": run.beta, "seed": run.seed, "step": step}
+        if run.learning_rate:
+            point["learning_rate"] = run.learning_rate
+        points.append(point | measure.measure_policy(str(checkpoint)))
+    write_json(folder / "points.json", {"points": points, "done": True})
+    for checkpoint in checkpoints.values():
+        shutil.rmtree(checkpoint)
+    return points
+
+
+def read_finished_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The points of the runs in `folder` that are measured, by the run's name."""
+    runs = {path.parent.name: read_json(path, "points", "done") for path in sorted(folder.glob("*/points.json"))}
+    return {name: run["points"] for name, run in runs.items() if run["done"]}
+
+
+def get_frontier_settings(
+    args: FrontierArguments, reward: RewardArguments, data: DataArguments, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    """All settings that a point depends on, besides those of its run."""
+    of_runs = ("output_dir", "losses", "betas", "learning_rates", "seeds", "best_of")
+    settings = {name: value for name, value in asdict(args).items() if name not in of_runs}
+    return settings | asdict(reward) | asdict(data) | {"recipe": recipe}
+
+
+def check_frontier_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to add to a `frontier.json` whose points were measured under other settings (UserError)."""
+    before = read_json(path, "settings").get("settings", settings)
+    key = find_difference(before, settings)
+    if key:
+        raise UserError(f"{path} was measured with another {key}; pass another --output_dir, or delete its folder")
+
+
+def get_run_key(point: dict[str, Any]) -> tuple[str, float, float, int]:
+    """What tells a point's run from the others: curve, learning rate (0 for the recipe's), β and seed."""
+    return point["curve"], point.get("learning_rate") or 0.0, point["beta"], point["seed"]
+
+
+def order_points(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The points of all runs, curve by curve."""
+    curves = [*CURVES.values(), SHUFFLED]
+    points = [point for run in runs.values() for point in run]
+    return sorted(points, key=lambda point: (curves.index(point["curve"]), *get_run_key(point)[1:], point["step"]))
+
+
 def format_frontier(points: Sequence[dict[str, Any]], sft: dict[str, Any]) -> str:
-    """The last point of each run, beside the reference."""
-    lines = [f"{'':<18}{'β':>6}{'steps':>7}{'KL, nats':>16}{'reward':>16}"]
-    lines.append(
-        f"{'SFT reference':<18}{'':>6}{'':>7}{0:>9.2f}{'':>7}{sft['reward']:>9.2f} ± {Z95 * sft['reward_se']:.2f}"
-    )
-    for p in {get_run_key(point): point for point in points}.values():
-        rate = f"  learning rate {p['learning_rate']:g}" if "learning_rate" in p else ""
+    """A table of the reference and the last point of each run."""
+    lines = [
+        f"{'':<18}{'β':>6}{'steps':>7}{'KL, nats':>16}{'reward':>16}",
+        f"{'SFT reference':<18}{'':>6}{'':>7}{0:>9.2f}{'':>7}{sft['reward']:>9.2f} ± {Z95 * sft['reward_se']:.2f}",
+    ]
+    last_points = {get_run_key(point): point for point in points}
+    for point in last_points.values():
+        rate = f"  learning rate {point['learning_rate']:g}" if "learning_rate" in point else ""
         lines.append(
-            f"{p['curve']:<18}{p['beta']:>6g}{p['step']:>7}{p['kl']:>9.2f} ± {Z95 * p['kl_se']:.2f}"
-            f"{p['reward']:>9.2f} ± {Z95 * p['reward_se']:.2f}{rate}"
+            f"{point['curve']:<18}{point['beta']:>6g}{point['step']:>7}"
+            f"{point['kl']:>9.2f} ± {Z95 * point['kl_se']:.2f}"
+            f"{point['reward']:>9.2f} ± {Z95 * point['reward_se']:.2f}{rate}"
         )
     return "\n".join(lines)

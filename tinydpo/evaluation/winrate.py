@@ -1,4 +1,4 @@
-"""Win rates: which answers are judged, and what the outcomes say, with a rate that length has no part in."""
+"""Win rates by a judge: raw, and length-controlled (what the rate would be between answers of equal length)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from tinydpo.evaluation.arguments import ComparisonArguments
-from tinydpo.evaluation.judge import Judge
+from tinydpo.evaluation.judge import get_outcome
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 from tinydpo.evaluation.table import Estimate, Row
 from tinydpo.files import public_name
 
 OPPONENTS = {"chosen": "the dataset's chosen answers", "ref": "the reference's answers"}
-MOST_INVALID = 0.05  # of the pairs, unsaid; more of them may be of one kind, which the rate then lacks
-RIDGE = 0.01  # a prior of standard deviation 10 on the logits: felt only where the data alone would say infinity
+MOST_INVALID = 0.05  # a larger share of invalid pairs is mentioned beside the win rate
+RIDGE = 0.01  # a prior of standard deviation 10 on the logits: matters only where the data alone would say infinity
 
 
 @dataclass
@@ -30,59 +30,36 @@ class WinrateArguments(ComparisonArguments):
     )
 
     def __post_init__(self):
-        """Refuse what cannot be sampled, too (ValueError)."""
+        """Check the numbers too (ValueError)."""
         super().__post_init__()
         if not self.temperatures or min(self.temperatures) <= 0:
             raise ValueError(f"temperatures must be above 0, got {self.temperatures}")
         self.temperatures = sorted(set(self.temperatures))
-        if self.calibration_pairs < 0:
-            raise ValueError(f"calibration_pairs must be at least 0, got {self.calibration_pairs}")
+        self.at_least(calibration_pairs=0)
 
 
-def cut_answers(texts: Sequence[str], tokenizer: Any, room: int) -> list[str]:
-    """Answers cut to the `room` tokens that a sampled answer has; whole, the dataset's would have an advantage."""
+def cut_answers(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> list[str]:
+    """Answers cut to the tokens that a sampled one may have; the dataset's whole answers would have an advantage."""
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-    return tokenizer.batch_decode([one[:room] for one in ids], skip_special_tokens=True)
+    return tokenizer.batch_decode([answer[:max_tokens] for answer in ids], skip_special_tokens=True)
 
 
-def judge_answers(
-    judge: Judge,
-    prompts: Sequence[str],
-    policy: Sequence[str],
-    others: Sequence[str],
-    opponent: str,
-    temperature: float,
+def summarize_verdicts(
+    verdicts: Sequence[tuple[str, str]], policy: Sequence[str], opponent: Sequence[str]
 ) -> dict[str, Any]:
-    """The `comparison` of the policy's answers with an opponent's (a key of `OPPONENTS`), asked of a judge.
-
-    Raises:
-        UserError: the judge cannot be asked, or none of its verdicts can be read.
-    """
-    outcomes = judge.compare(prompts, policy, others, f"judge: against {opponent} at {temperature:g}")
-    if (figures := summarize_outcomes(outcomes, policy, others)) is None:
-        raise judge.unreadable(f"{len(outcomes)} pairs against {opponent}")
-    return {"opponent": opponent, "temperature": temperature, **figures}
-
-
-def summarize_outcomes(
-    outcomes: Sequence[float | None], policy: Sequence[str], opponent: Sequence[str]
-) -> dict[str, Any] | None:
-    """The figures of n judged pairs of answers.
+    """The figures of n judged pairs of answers: counts, both win rates (ties half), and mean lengths in words.
 
     Args:
-        outcomes: 1, 0.5 or 0 for the policy's answer; None (invalid) is counted and left out of every rate.
-        policy: its answers.
+        verdicts: with the policy's answer as A, then as B. Invalid pairs, not all of them, are left out of the rates.
+        policy: the policy's answers.
         opponent: the other answers.
-
-    Returns:
-        Counts, both win rates (ties half) with 95 % intervals, and mean lengths in words; None if none is valid.
     """
-    valid = np.array([value is not None for value in outcomes])
-    if not valid.any():
-        return None
-    words = np.array([[len(text.split()) for text in pair] for pair in zip(policy, opponent, strict=True)])
-    scores = np.array(outcomes, dtype=object)[valid].astype(float)
-    rate, *interval = length_controlled_rate(scores, words[valid, 0] - words[valid, 1])
+    outcomes = [get_outcome(*pair) for pair in verdicts]
+    valid = np.array([outcome is not None for outcome in outcomes])
+    scores = np.array([outcome for outcome in outcomes if outcome is not None])
+    policy_words = np.array([len(text.split()) for text in policy])
+    opponent_words = np.array([len(text.split()) for text in opponent])
+    rate, low, high = length_controlled_rate(scores, (policy_words - opponent_words)[valid])
     return {
         "prompts": len(outcomes),
         "wins": int((scores == 1).sum()),
@@ -92,9 +69,9 @@ def summarize_outcomes(
         "win_rate": float(scores.mean()),
         "win_rate_ci95": list(wilson_interval(float(scores.sum()), len(scores))),
         "length_controlled_win_rate": rate,
-        "length_controlled_ci95": interval,
-        "mean_length_policy": float(words[:, 0].mean()),
-        "mean_length_opponent": float(words[:, 1].mean()),
+        "length_controlled_ci95": [low, high],
+        "mean_length_policy": float(policy_words.mean()),
+        "mean_length_opponent": float(opponent_words.mean()),
     }
 
 
@@ -103,9 +80,9 @@ def length_controlled_rate(outcomes: np.ndarray, differences: np.ndarray) -> tup
 
     A logistic regression of the outcome on the length difference, read at difference 0: the idea of length-controlled
     AlpacaEval (arXiv 2404.04475), whose terms for model and instruction are left out here. The interval is that of
-    the intercept, by the curvature of the likelihood; like Wilson's for the raw rate it takes a tie for as noisy as a
-    win or loss, so it is rather too wide than too narrow. Where one side is always the longer, equal length lies
-    outside the data, and the interval says so by its width.
+    the intercept, by the curvature of the likelihood. Like Wilson's for the raw rate it takes a tie for as noisy as a
+    win or loss, so it is too wide rather than too narrow. If one side is always longer, equal length lies outside the
+    data, and the interval is wide.
 
     Args:
         outcomes: n ≥ 1 values of 1, 0.5 or 0, (n,).
@@ -122,13 +99,13 @@ def length_controlled_rate(outcomes: np.ndarray, differences: np.ndarray) -> tup
         p = _sigmoid(x @ w)
         curvature = (x.T * (p * (1 - p))) @ x + RIDGE * np.eye(2)
         step = np.linalg.solve(curvature, x.T @ (p - outcomes) + RIDGE * w)
-        while loss(w - step) > loss(w) + 1e-9:  # Newton's full step can overshoot where answers separate
+        while loss(w - step) > loss(w) + 1e-9:  # Newton's full step can overshoot if lengths separate the outcomes
             step /= 2
         w = w - step
         if np.abs(step).max() < 1e-8:
             break
     half = Z95 * np.sqrt(np.linalg.inv(curvature)[0, 0])
-    return tuple(float(_sigmoid(value)) for value in (w[0], w[0] - half, w[0] + half))
+    return float(_sigmoid(w[0])), float(_sigmoid(w[0] - half)), float(_sigmoid(w[0] + half))
 
 
 def _sigmoid(z: np.ndarray) -> np.ndarray:
@@ -136,87 +113,78 @@ def _sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def format_caveats(results: dict[str, Any], comparison: dict[str, Any]) -> str:
-    """What a reader of a comparison's rates has to know beside them, each after a semicolon."""
-    invalid = comparison["invalid"] / comparison["prompts"]
-    told = [f"{invalid:.0%} of the pairs are invalid"] if invalid > MOST_INVALID else []
-    if calibration := results.get("calibration"):
-        low, high = calibration["agreement_ci95"]
+    """What a reader of a comparison's win rates has to know beside them, each part after a semicolon."""
+    caveats = []
+    invalid_share = comparison["invalid"] / comparison["prompts"]
+    if invalid_share > MOST_INVALID:
+        caveats.append(f"{invalid_share:.0%} of the pairs are invalid")
+    if results.get("calibration"):
+        low, high = results["calibration"]["agreement_ci95"]
         if high < 0.5:
-            told.append("the judge sides against the data's labels")
+            caveats.append("the judge sides against the labels")
         elif low <= 0.5:
-            told.append("the judge is not told apart from a coin")
-    return "".join(f"; {one}" for one in told)
-
-
-def _format_invalid_bounds(comparison: dict[str, Any]) -> str:
-    n, invalid = comparison["prompts"], comparison["invalid"]
-    if invalid <= MOST_INVALID * n:
-        return ""
-    won = comparison["wins"] + comparison["ties"] / 2
-    return f"; all for one side they would make it {won / n:.3f} or {(won + invalid) / n:.3f}"
+            caveats.append("the judge's agreement with the labels includes 0.5: inconclusive")
+    return "".join(f"; {caveat}" for caveat in caveats)
 
 
 def describe_judge(calibration: dict[str, Any]) -> str:
-    """What a calibration says of the judge, in words that follow its name."""
-    c, (low, high) = calibration, calibration["agreement_ci95"]
+    """What a calibration says about the judge, in words that follow its name."""
+    low, high = calibration["agreement_ci95"]
     return (
-        f"sides with the data's labels on {c['agreement']:.3f} of {c['pairs']} held-out pairs (ties half, 95 % "
-        f"between {low:.3f} and {high:.3f}); {c['turned_share']:.0%} of its verdicts turn with the order, "
-        f"{c['invalid']} pairs are invalid"
+        f"sides with the data's labels on {calibration['agreement']:.3f} of {calibration['pairs']} held-out pairs "
+        f"(ties half, 95 % between {low:.3f} and {high:.3f}); {calibration['turned_share']:.0%} of its verdicts "
+        f"change with the order, {calibration['invalid']} pairs are invalid"
     )
 
 
 def winrate_rows(results: dict[str, Any]) -> list[Row]:
-    """The figures of `winrate.json` for those who read no table: the judge's own, then a win rate a comparison."""
-    judge, rows = public_name(results["judge"]), []
-    if c := results.get("calibration"):
-        rows.append(
-            Row(
-                "the judge's agreement",
-                f"how often {judge} sides with the data's labels on {c['pairs']} held-out pairs, ties half; "
-                f"{c['turned_share']:.0%} of its verdicts turn with the order",
-                Estimate(c["agreement"], *c["agreement_ci95"]),
-                chance=0.5,
-                nothing="it is not told apart from a coin",
-            )
+    """`winrate.json` as rows of a report: how far the judge can be trusted, then a win rate for each comparison."""
+    judge = public_name(results["judge"])
+    rows = []
+    calibration = results.get("calibration")
+    if calibration:
+        meaning = (
+            f"how often {judge} sides with the data's labels on {calibration['pairs']} held-out pairs, ties half; "
+            f"{calibration['turned_share']:.0%} of its verdicts change with the order"
         )
-    for c in results["comparisons"]:
-        controlled = Estimate(c["length_controlled_win_rate"], *c["length_controlled_ci95"])
-        rows.append(
-            Row(
-                f"win rate against {OPPONENTS.get(c['opponent'], c['opponent'])}",
-                f"how often {judge} prefers the policy's answer at temperature {c['temperature']:g}, ties half; "
-                f"judges like length: length-controlled it is {controlled}{format_caveats(results, c)}",
-                Estimate(c["win_rate"], *c["win_rate_ci95"]),
-                chance=0.5,
-            )
+        agreement = Estimate(calibration["agreement"], *calibration["agreement_ci95"])
+        rows.append(Row("the judge's agreement", meaning, agreement, chance=0.5))
+    for comparison in results["comparisons"]:
+        controlled = Estimate(comparison["length_controlled_win_rate"], *comparison["length_controlled_ci95"])
+        meaning = (
+            f"how often {judge} prefers the policy's answer at temperature {comparison['temperature']:g}, ties half; "
+            f"judges like length: length-controlled it is {controlled}{format_caveats(results, comparison)}"
         )
+        label = f"win rate against {OPPONENTS.get(comparison['opponent'], comparison['opponent'])}"
+        rows.append(Row(label, meaning, Estimate(comparison["win_rate"], *comparison["win_rate_ci95"]), chance=0.5))
     return rows
 
 
 def format_winrates(results: dict[str, Any]) -> str:
-    """`winrate.json` as text; where an interval holds one half, it says that no winner can be named."""
-    settings, tokens = results["settings"], results["tokens"]
-    room = settings["max_length"] // 2
+    """`winrate.json` as text. A rate whose interval includes one half is called inconclusive."""
+    settings = results["settings"]
+    tokens = results["tokens"]
     lines = [
         f"policy     {settings['model_name_or_path']}",
         f"reference  {settings['ref_model_name_or_path']}",
         f"judge      {results['judge']}, asked in both orders; ties, and verdicts that go by the order, count half",
-        f"answers    at most {room} tokens, the dataset's chosen ones cut there too",
     ]
-    if calibration := results.get("calibration"):
-        first, more = describe_judge(calibration).split("; ")
-        lines[3:3] = [f"           {first};", f"           {more}"]
-    for c in results["comparisons"]:
-        beside = format_caveats(results, c)
+    if results.get("calibration"):
+        lines.append(f"           It {describe_judge(results['calibration'])}.")
+    lines.append(f"answers    at most {settings['max_length'] // 2} tokens, the dataset's chosen ones cut there too")
+    for comparison in results["comparisons"]:
+        caveats = format_caveats(results, comparison)
+        raw = _format_rate(comparison["win_rate"], comparison["win_rate_ci95"])
+        controlled = _format_rate(comparison["length_controlled_win_rate"], comparison["length_controlled_ci95"])
         lines += [
             "",
-            f"against {OPPONENTS[c['opponent']]}, temperature {c['temperature']:g}",
-            f"  win rate           {_rate(c['win_rate'], c['win_rate_ci95'])}{beside}",
-            f"  length-controlled  {_rate(c['length_controlled_win_rate'], c['length_controlled_ci95'])}{beside}",
-            f"  {c['prompts']} prompts: {c['wins']} wins, {c['ties']} ties, {c['losses']} losses, "
-            f"{c['invalid']} invalid (left out{_format_invalid_bounds(c)})",
-            f"  mean length {c['mean_length_policy']:.1f} words, the others' {c['mean_length_opponent']:.1f}",
+            f"against {OPPONENTS[comparison['opponent']]}, temperature {comparison['temperature']:g}",
+            f"  win rate           {raw}{caveats}",
+            f"  length-controlled  {controlled}{caveats}",
+            f"  {comparison['prompts']} prompts: {comparison['wins']} wins, {comparison['ties']} ties, "
+            f"{comparison['losses']} losses, {comparison['invalid']} invalid (left out)",
+            f"  mean length {comparison['mean_length_policy']:.1f} words, the others' "
+            f"{comparison['mean_length_opponent']:.1f}",
         ]
     lines += [
         "",
@@ -226,7 +194,7 @@ def format_winrates(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rate(rate: float, interval: Sequence[float]) -> str:
+def _format_rate(rate: float, interval: Sequence[float]) -> str:
     low, high = interval
-    verdict = ": no winner can be named" * (low <= 0.5 <= high)
+    verdict = ", includes 0.5: inconclusive" if low <= 0.5 <= high else ""
     return f"{rate:.3f}  (95 % between {low:.3f} and {high:.3f}{verdict})"
