@@ -9,6 +9,8 @@ act, here and in the recipe, or are refused (--help).
 
 from functools import partial
 
+from stages import get_config_path, train_missing_model
+
 from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArguments
 from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import report_errors
@@ -20,6 +22,9 @@ def main(argv: list[str] | None = None) -> None:
 
     types = (DataArguments, RunArguments, DPOConfig, ModelConfig, ReferenceArguments)
     (data, run, training, model, _), resolved = parse_training_args(*types, argv=argv)
+    if train_missing_model(model.model_name_or_path, get_config_path(argv), run.accelerate_config):
+        # Its trainer has replaced the state of the processes, which `training` holds: make that anew.
+        (data, run, training, model, _), resolved = parse_training_args(*types, argv=argv)
 
     from tinydpo.models import loading as adapters
     from tinydpo.training.setup import build_trainer, load_reference, prepare_training

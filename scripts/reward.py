@@ -9,6 +9,8 @@ act, here and in the recipe, or are refused (--help). What it saves is what --re
 
 from functools import partial
 
+from stages import get_config_path, train_missing_model
+
 from tinydpo.config.arguments import DataArguments, RunArguments
 from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import report_errors
@@ -20,6 +22,9 @@ def main(argv: list[str] | None = None) -> None:
 
     types = (DataArguments, RunArguments, RewardConfig, ModelConfig)
     (data, run, training, model), resolved = parse_training_args(*types, argv=argv)
+    if train_missing_model(model.model_name_or_path, get_config_path(argv), run.accelerate_config):
+        # Its trainer has replaced the state of the processes, which `training` holds: make that anew.
+        (data, run, training, model), resolved = parse_training_args(*types, argv=argv)
 
     from tinydpo.models.stop_tokens import pad_with_end_token
     from tinydpo.training.reward_trainer import FittedRewardTrainer, PackedRewardTrainer
