@@ -30,8 +30,8 @@ def train_missing_model(
         accelerate_config: passed on to the SFT run, which gets no other flag of the command.
 
     Returns:
-        Whether it trained. A training script must then parse its arguments again: they hold the state of the processes,
-        which the other trainer has replaced.
+        Whether it trained. A training script must then parse its arguments again: they hold the state of the
+        processes, which the other trainer has replaced.
 
     Raises:
         UserError: the toy task's model is missing, which no recipe alone can make.

@@ -236,7 +236,7 @@ def test_what_is_left_as_it_is_is_not_refused():
         config = next(config for name, config in CONFIGS.items() if path.name.startswith(name))
         types = (DataArguments, RunArguments, config, ModelConfig)
         _, resolved = parse_training_args(*types, argv=["--config", str(path)])
-        check_flags(resolved, config, ModelConfig)
+        check_flags(path.stem.split("-")[0], resolved, config, ModelConfig)
     for flags in (
         "--eval_packing false",
         "--lora_dropout 0 --use_peft true",
@@ -245,7 +245,7 @@ def test_what_is_left_as_it_is_is_not_refused():
         _, resolved = parse_training_args(
             DataArguments, RunArguments, SFTConfig, ModelConfig, argv=["--output_dir", "x", *flags.split()]
         )
-        check_flags(resolved, SFTConfig, ModelConfig)
+        check_flags("sft", resolved, SFTConfig, ModelConfig)
 
 
 @pytest.mark.parametrize("name", [*INTEGRATION_TO_CALLBACK, "wandbb"])

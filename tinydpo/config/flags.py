@@ -260,10 +260,11 @@ REFUSED = (
 )
 
 
-def check_flags(run: Run, *configs: Any) -> None:
+def check_flags(stage: str, run: Run, *configs: Any) -> None:
     """Refuse a run that sets what would have no effect, or a wrong one.
 
     Args:
+        stage: "sft", "dpo" or "reward".
         run: every key of the run with its value.
         configs: the libraries' dataclasses, or instances of them, that the flags come from.
 
