@@ -274,11 +274,6 @@ def test_8_bit_adam_trains_and_keeps_8_bits(base: Path, task: Path, tmp_path: Pa
     assert moments.count(torch.uint8) == 8, "a matrix of the blocks has moments of more than 8 bits"
 
 
-def test_a_run_that_learns_nothing_stops_at_its_first_real_step(base: Path, task: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"^step 2 changed no weight"):  # the first step of a warm-up has rate 0
-        dpo(base, task, tmp_path / "run", "--loss_weights", "0", "--warmup_steps", "2", "--learning_rate", "1e-3")
-
-
 def test_the_record_of_a_base_is_its_weights(adapter: Path, base: Path, tmp_path: Path):
     assert json.loads((adapter / "environment.json").read_text())["base_sha256"] == hash_weights(base)
     assert hash_weights(other_base(base, tmp_path / "other")) != hash_weights(base)
