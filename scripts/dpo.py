@@ -7,7 +7,7 @@
 those of TRL's DPOConfig and ModelConfig and our own (--help); a flag that could have no effect here is refused.
 """
 
-from stages import get_config_path, train_missing_model
+from stages import end_processes, get_config_path, train_missing_model
 
 from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArguments
 from tinydpo.config.recipe import parse_training_args
@@ -55,3 +55,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     with report_errors():
         main()
+        end_processes()

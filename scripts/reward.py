@@ -8,7 +8,7 @@ are those of TRL's RewardConfig and ModelConfig and our own (--help); a flag tha
 Evaluation takes the result as --reward_model_name_or_path.
 """
 
-from stages import get_config_path, train_missing_model
+from stages import end_processes, get_config_path, train_missing_model
 
 from tinydpo.config.arguments import DataArguments, RunArguments
 from tinydpo.config.recipe import parse_training_args
@@ -56,3 +56,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     with report_errors():
         main()
+        end_processes()

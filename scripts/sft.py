@@ -7,6 +7,8 @@
 could have no effect here is refused.
 """
 
+from stages import end_processes
+
 from tinydpo.config.arguments import DataArguments, RunArguments
 from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import report_errors
@@ -50,3 +52,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     with report_errors():
         main()
+        end_processes()

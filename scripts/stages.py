@@ -1,4 +1,4 @@
-"""Train the SFT model that a recipe starts from, where it is missing."""
+"""Several stages in one process: the SFT model that a recipe starts from is trained where it is missing."""
 
 import argparse
 import gc
@@ -63,3 +63,11 @@ def train_missing_model(
     sft.main(argv)
     gc.collect()  # model and optimizer refer to each other
     return True
+
+
+def end_processes() -> None:
+    """Leave the group of processes, at the very end of a script: the same ones could not form a second group."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -67,8 +67,8 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
     # gloo's threads let go of the last tensors while this process waits. At exit they would need Python's lock, which
     # would wait for them: a deadlock.
     trainer.accelerator.wait_for_everyone()
-    trainer.end()
     if stopped:
+        trainer.end()
         step = trainer.state.global_step
         raise Stopped(
             f"stopped by {stop.reason} after step {step}; the same command goes on from {run.path}/checkpoint-{step}"
