@@ -32,32 +32,22 @@ def select_panels(log_history: list[dict[str, Any]]) -> list[Panel]:
 
 
 def draw_panel(axes: Any, panel: Panel, log_history: list[dict[str, Any]]) -> None:
-    """Draw a panel's lines over optimizer steps, each named where it ends, on matplotlib axes."""
+    """Draw a panel's lines over optimizer steps on matplotlib axes."""
     title, unit, lines = panel
-    drawn = []
     for key, name, colour in lines:
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
-            marker = "o" if len(points) < 12 else None
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3)
-            drawn.append((points[-1], name, colour))
-    drawn.sort(key=lambda line: line[0][1])
-    for place, (end, name, colour) in enumerate(drawn):
-        shift = 6 * (2 * place - len(drawn) + 1)  # keeps names apart where two lines end at the same height
-        style = {"textcoords": "offset points", "color": colour, "va": "center", "annotation_clip": False}
-        axes.annotate(name, end, (4, shift), **style)
+            steps, values = zip(*points, strict=True)
+            marker = "o" if len(points) < 12 else None  # a line of few points would hardly be seen
+            axes.plot(steps, values, color=colour, marker=marker, markersize=3, label=name)
+    axes.legend(frameon=False)
     axes.set(title=title, xlabel="optimizer step", ylabel=unit)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
 
 
 def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss and, where the run has them, reward accuracy, margin and rewards over steps, to a PNG.
-
-    Args:
-        log_history: `trainer.state.log_history`.
-        path: the PNG to write.
-    """
+    """Draw every panel of a trainer's `state.log_history` side by side, to a PNG."""
     from matplotlib.figure import Figure
 
     panels = select_panels(log_history)
