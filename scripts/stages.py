@@ -53,7 +53,8 @@ def train_missing_model(
     if recipe_name == "quickstart":
         raise UserError(f"{model} is not there or not finished; `make quickstart` makes it, with its data")
     if not get_rank():
-        print(f"{model} is not there yet: training it first with {recipe} (this command's flags do not apply to it).")
+        state = "unfinished" if run.is_started else "not there"
+        print(f"{model} is {state}: training it first with {recipe} (this command's flags do not apply to it).")
 
     import sft
 

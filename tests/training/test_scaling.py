@@ -137,8 +137,8 @@ SLURM = {
     "srun": """echo "srun $*" >>calls; for last; do :; done
 while case $1 in --*) ;; *) false;; esac; do shift; done; exec "$@" """,
     "scontrol": """echo "scontrol $*" >>calls; [ "$1" = requeue ] || printf 'first\\nsecond\\n' """,
-    "scancel": """echo "scancel $*" >>calls; touch told""",
-    "accelerate": """echo "accelerate $*" >>calls; until [ -e told ]; do sleep 0.05; done; exit $CODE""",
+    "scancel": """echo "scancel $*" >>calls; touch stopped""",
+    "accelerate": """echo "accelerate $*" >>calls; until [ -e stopped ]; do sleep 0.05; done; exit $CODE""",
 }
 
 
@@ -161,12 +161,12 @@ def test_slurm_hands_the_signal_on_and_requeues_what_is_not_finished(code, reque
         time.sleep(0.05)
     job.terminate()
     assert job.wait(timeout=30) == code, "the job's exit code is not the run's"
-    told = calls.read_text()
-    launched = next(line for line in told.splitlines() if line.startswith("accelerate"))
+    called = calls.read_text()
+    launched = next(line for line in called.splitlines() if line.startswith("accelerate"))
     assert "--machine_rank 0 --main_process_ip first --main_process_port 20007" in launched, "machines cannot meet"
     assert "scripts/dpo.py --beta 0.3 --accelerate_config accelerate_configs/multi_node.yaml" in launched
-    assert "scancel --signal=TERM 7.0" in told, "the scripts on the machines do not get the signal"
-    assert ("scontrol requeue 7" in told) == requeued
+    assert "scancel --signal=TERM 7.0" in called, "the scripts on the machines do not get the signal"
+    assert ("scontrol requeue 7" in called) == requeued
     three = subprocess.run(command, cwd=tmp_path, env=env | {"SLURM_NNODES": "3"}, capture_output=True, text=True)
     assert three.returncode == 1 and "num_machines: 2" in three.stderr, "machines that nobody waits for are launched"
 
@@ -189,14 +189,9 @@ class Hosts:
             "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
             "HF_HOME": str(home / "hf"), "HF_DATASETS_CACHE": str(home / "datasets"),
         }  # fmt: skip
+        command = ["ip", "netns", "exec", self.names[rank], *map(str, command)]
         with open(self.log(rank), "w") as log:
-            return subprocess.Popen(
-                ["ip", "netns", "exec", self.names[rank], *map(str, command)],
-                cwd=home,
-                env=env,
-                stdout=log,
-                stderr=log,
-            )
+            return subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=log)
 
     def log(self, rank: int) -> Path:
         return self.folder / f"host{rank}.log"
@@ -258,14 +253,14 @@ def test_two_hosts_with_nothing_shared_train_like_one_process(hosts, cpu_runs, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lost", "how"), [(1, "killed"), (0, "killed"), (1, "unplugged")])
+@pytest.mark.parametrize(("lost", "how"), [(0, "killed"), (1, "unplugged")])
 def test_a_lost_host_stops_the_other_and_the_same_commands_go_on(lost, how, hosts, task, tiny_model, tmp_path):
-    """Who is unplugged closes no connection: the other one notices when `--ddp_timeout` is over."""
+    """An unplugged host closes no connection: the other one notices when `--ddp_timeout` is over."""
     flags = ["--dataset_name", task / "data", "--model_name_or_path", tiny_model, "--max_steps", "40",
              "--save_steps", "10"]  # fmt: skip
     run, whole = tmp_path / "run", tmp_path / "whole"
-    patience = ["--ddp_timeout", "30"] if how == "unplugged" else []
-    started = [hosts.start("sft", *flags, *patience, "--output_dir", run, rank=rank) for rank in (0, 1)]
+    timeout = ["--ddp_timeout", "30"] if how == "unplugged" else []
+    started = [hosts.start("sft", *flags, *timeout, "--output_dir", run, rank=rank) for rank in (0, 1)]
     deadline = time.monotonic() + 600
     while not (run / "checkpoint-10/complete.json").exists():
         assert time.monotonic() < deadline and started[0].poll() is None, hosts.log(0).read_text()
