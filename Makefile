@@ -1,4 +1,4 @@
-# tinydpo: `make` lists the targets. Each is a thin cover over a command that it prints before running it.
+# tinydpo: `make` lists the targets. Each one runs a command that it prints first.
 RECIPE     ?= recipes/gpt2-medium-hh
 ACCELERATE ?= accelerate_configs/$(if $(shell command -v nvidia-smi),single_gpu,cpu).yaml
 ARGS       ?=
@@ -6,34 +6,34 @@ ARGS       ?=
 NODE       ?=
 SEED       ?= 0
 ROUNDS     ?= 2
-SHELL      := /bin/bash
 PYTHON     := .venv/bin/python
-# Said outright, because accelerate otherwise says at every start on a CPU that it chose the number itself.
-ASKED       = $(or $(shell sed -n 's/^$(1): *\([0-9]*\).*/\1/p' $(ACCELERATE) 2>/dev/null),1)
-THREADS     = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) * $(call ASKED,num_machines) / $(call ASKED,num_processes) )); echo $$(( n > 1 ? n : 1 )))
-LAUNCH      = $(if $(wildcard $(ACCELERATE)),,$(error ACCELERATE=$(ACCELERATE): there is no such file, see accelerate_configs/)).venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE) $(NODE)
+RUNS        = runs/$(notdir $(RECIPE))
+
+ifeq ($(wildcard $(ACCELERATE)),)
+$(error ACCELERATE=$(ACCELERATE): there is no such file, see accelerate_configs/)
+endif
+# The cores, shared out among the processes. accelerate's own default counts those of the machine, not of a container.
+PROCESSES   = $(or $(shell sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' $(ACCELERATE)),1)
+THREADS     = $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(PROCESSES) \| 1)
+LAUNCH      = .venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE) $(NODE)
 TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE) $(ARGS)
-# The model that a DPO or reward recipe starts from, unless ARGS name another.
-START       = $(if $(findstring --model_name_or_path,$(ARGS)),,$(shell sed -n 's/^model_name_or_path: *\([^ ]*\).*/\1/p' $(RECIPE)/$(STAGE).yaml 2>/dev/null))
-
-# That model, trained first where it is missing; a run that was cut short there (run_config.yaml, no results) goes on.
-NEEDS_START = case "$(START)" in runs/*) test -e "$(START)/train_results.json" || { test ! -e "$(START)/run_config.yaml" && compgen -G "$(START)/*.safetensors" > /dev/null; } || $(MAKE) --no-print-directory $(if $(filter %/quickstart,$(RECIPE)),quickstart,sft STAGE=$(notdir $(START)) ARGS=) ;; esac
-
 # DeepSpeed is installed for the accelerate files that ask for it.
 LAUNCHER   := $(if $(shell grep -s DEEPSPEED $(ACCELERATE)),.venv/deepspeed,install)
+INSTALL     = $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
+# The recipe file of each target: $(RECIPE)/$(STAGE).yaml
 sft inspect:         STAGE = sft
 dpo:                 STAGE = dpo
 reward:              STAGE = reward
 evaluate playground: STAGE = evaluate
 frontier:            STAGE = frontier
 pairs:               STAGE = pairs
-round:               STAGE = dpo-on-policy
 winrate:             STAGE = winrate
 merge:               STAGE = dpo-lora
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft dpo reward merge pairs round evaluate frontier winrate report playground inspect bench speedrun test test-all lint clean
+.PHONY: help install quickstart sft dpo reward merge pairs round evaluate frontier winrate report playground
+.PHONY: inspect bench speedrun test test-all lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,13 +43,13 @@ help: ## List every target
 install: .venv/installed ## Create .venv and install; again only when pyproject.toml or constraints.txt changed
 
 .venv/installed: pyproject.toml constraints.txt
-	python3 -c 'import sys; sys.exit("error: tinydpo needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@python3 -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: tinydpo needs Python 3.11 or newer")'
 	test -x $(PYTHON) || python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	@touch $@
 
 .venv/judge .venv/playground .venv/browser .venv/deepspeed: .venv/installed
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(@F)]'
+	$(INSTALL) '.[$(@F)]'
 	@touch $@
 
 quickstart: install ## SFT, DPO and evaluation on the toy task, on a CPU in minutes (SEED=1 for another)
@@ -58,37 +58,32 @@ quickstart: install ## SFT, DPO and evaluation on the toy task, on a CPU in minu
 sft: $(LAUNCHER) ## Fine-tune GPT-2 Medium on HH's preferred answers
 	$(LAUNCH) scripts/sft.py $(TRAIN)
 
-dpo: $(LAUNCHER) ## Preference-tune it with DPO (runs the SFT it starts from first if that is missing)
-	+@$(NEEDS_START)
+dpo: $(LAUNCHER) ## Preference-tune it with DPO (runs the SFT that it starts from first if that is missing)
 	$(LAUNCH) scripts/dpo.py $(TRAIN)
 
-reward: $(LAUNCHER) ## Train a reward model on the same pairs, to hold the implicit reward against
-	+@$(NEEDS_START)
+reward: $(LAUNCHER) ## Train a reward model on the same pairs, to compare the implicit reward with
 	$(LAUNCH) scripts/reward.py $(TRAIN)
 
 pairs: install ## The policy's own answers, scored and paired: on-policy data for `make dpo`
-	+@$(NEEDS_START)
 	$(PYTHON) scripts/sample_pairs.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
 round: install ## On-policy rounds (ROUNDS=2): pairs, DPO, evaluation, and a table
-	+@$(NEEDS_START)
 	$(PYTHON) scripts/round.py --recipe $(RECIPE) --rounds $(ROUNDS) $(ARGS)
 
 merge: install ## Put a LoRA adapter into its base's weights: a plain checkpoint
-	$(PYTHON) scripts/merge.py --model_name_or_path runs/$(notdir $(RECIPE))/$(STAGE) --output_dir runs/$(notdir $(RECIPE))/$(STAGE)-merged $(ARGS)
+	$(PYTHON) scripts/merge.py --model_name_or_path $(RUNS)/$(STAGE) --output_dir $(RUNS)/$(STAGE)-merged $(ARGS)
 
-evaluate: install ## Hold the policy against its reference: pairs, sampled answers, KL
+evaluate: install ## Compare the policy with its reference: pairs, sampled answers, KL
 	$(PYTHON) scripts/evaluate.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
 frontier: install ## Reward against KL over losses and betas: the paper's Figure 2
-	+@$(NEEDS_START)
 	$(PYTHON) scripts/frontier.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
 winrate: .venv/judge ## Win rates by a judge behind an OpenAI-compatible endpoint
 	$(PYTHON) scripts/winrate.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
 report: install ## Everything measured so far on one page, runs/<recipe folder>/report.html
-	$(PYTHON) scripts/report.py runs/$(notdir $(RECIPE)) $(ARGS)
+	$(PYTHON) scripts/report.py $(RUNS) $(ARGS)
 
 playground: .venv/playground ## Talk to reference and policy side by side in the browser, and vote
 	$(PYTHON) scripts/playground.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
@@ -96,7 +91,7 @@ playground: .venv/playground ## Talk to reference and policy side by side in the
 inspect: install ## See what the token budget does to the pairs, before any training
 	$(PYTHON) scripts/inspect_data.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
-bench: install ## Hold the engine's speed and memory against stock TRL's and the earlier script's
+bench: install ## Compare speed and memory of training with stock TRL's
 	$(PYTHON) benchmarks/throughput.py $(ARGS)
 
 speedrun: install ## SFT, DPO and evaluation against the clock
@@ -114,5 +109,6 @@ lint: install ## Check format, style and the order of the rooms
 	.venv/bin/lint-imports --no-cache
 	.venv/bin/shellcheck .ci/run accelerate_configs/slurm.sbatch
 
-clean: ## Delete runs/ and .venv
-	rm -rf runs .venv
+clean: ## Delete .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache
+	@echo 'runs/ is kept: delete it by hand.'

@@ -1,11 +1,12 @@
-"""Runs a script as its own main program, with FSDP2 splitting models on CPUs.
+"""Runs a script as its own main program, with FSDP2 sharding models on CPUs.
 
-PyTorch's FSDP2 does that with gloo; accelerate, told to use it on CPUs, goes over to plain data parallelism without a
-word. Here several processes on CPUs pass for several GPUs at the one place where accelerate makes up its mind.
+PyTorch's FSDP2 can do that with gloo, but accelerate silently turns it into plain data parallelism there. So several
+processes on CPUs pass for several GPUs at the one place where accelerate decides.
 """
 
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 from accelerate.state import PartialState
@@ -22,4 +23,5 @@ def like_gpus(self: PartialState, *args: Any, **kwargs: Any) -> None:
 
 PartialState.__init__ = like_gpus
 sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")

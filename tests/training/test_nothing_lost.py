@@ -1,410 +1,296 @@
-"""Runs that are killed, told to stop, starved or damaged: the same command goes on and ends with the same weights."""
+"""Runs that are killed, stopped, starved or damaged: the same command goes on and ends with the same weights."""
 
+import json
+import os
+import pickle
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import crashes
+import datasets.config
 import pytest
-from crashes import KILLED, run, start
+import torch
+from running import FLOAT32, SMALL, run
+from safetensors.torch import load_file, save_file
+
+from tinydpo.errors import UserError, report_errors
+from tinydpo.run_folder import RunFolder
+from tinydpo.training.checkpoints import find_last_complete
+from tinydpo.training.setup import lock_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = "model.safetensors"
+STAGES = ("sft", "dpo", "reward")
 
 
 @pytest.fixture(scope="module")
-def command(task: Path, tiny_model: Path) -> list[Any]:
-    """Twelve DPO steps with a checkpoint every fourth, of which the last two stay."""
-    return [
-        *("--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--max_length", "128"),
-        *("--pairs_per_step", "16", "--per_device_train_batch_size", "8", "--learning_rate", "3e-3", "--seed", "0"),
-        *("--max_steps", "12", "--save_steps", "4", "--save_total_limit", "2", "--eval_strategy", "no"),
-        *("--logging_steps", "1", "--report_to", "none", "--precompute_ref_log_probs", "true"),
-        *("--precompute_ref_batch_size", "16", "--activation_checkpointing", "false"),
-    ]
+def flags(task: Path, tiny_model: Path) -> list[Any]:
+    """Twelve steps with a checkpoint every fourth, of which the last two stay; an epoch has six."""
+    return ["--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--learning_rate", "3e-3",
+            "--max_steps", "12", "--eval_strategy", "no", *FLOAT32]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def whole(command: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing interrupted."""
+def whole(flags: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`sft`, `dpo` and `reward`, which nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    code = run("dpo", [*command, "--output_dir", folder / "run"], folder / "log")
-    assert code == 0, (folder / "log").read_text()
-    return folder / "run"
-
-
-def again(command: list[Any], folder: Path) -> str:
-    """The same command once more; what it printed."""
-    log = folder / "log.again"
-    code = run("dpo", [*command, "--output_dir", folder / "run"], log)
-    assert code == 0, f"the same command does not go on:\n{log.read_text()}"
-    return log.read_text()
-
-
-def assert_same(folder: Path, whole: Path) -> None:
-    assert (folder / "run" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes(), (
-        "the run that went on ends with other weights than one that was never interrupted"
-    )
-    assert (folder / "run/train_results.json").is_file(), "the run is not marked as finished"
-
-
-@pytest.mark.parametrize("place", KILLED)
-def test_killed_anywhere_it_goes_on(place: str, command: list[Any], whole: Path, tmp_path: Path):
-    code = run("dpo", [*command, "--output_dir", tmp_path / "run"], tmp_path / "log", KILLED[place])
-    assert code == -signal.SIGKILL, f"it was not killed {place}:\n{(tmp_path / 'log').read_text()}"
-    assert not (tmp_path / "run/train_results.json").exists(), "a killed run counts as finished"
-    told = again(command, tmp_path)
-    assert_same(tmp_path, whole)
-    if "reference" not in place and "cached" not in place:
-        assert "Going on from" in told, "a killed run starts again from nothing"
-
-
-@pytest.fixture(scope="module")
-def cut_short(command: list[Any], whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two whole checkpoints, 8 and 12, that did not come to its end."""
-    folder = tmp_path_factory.mktemp("cut-short")
-    shutil.copytree(whole, folder / "run")
-    shutil.copytree(whole.parent / "cache", folder / "cache")
-    for name in (WEIGHTS, "train_results.json"):
-        (folder / "run" / name).unlink()
+    for stage in STAGES:
+        run(stage, *flags, *flags_of(stage), "--output_dir", folder / stage)
     return folder
 
 
-FILES = [WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"]
+def flags_of(stage: str) -> list[str]:
+    return ["--precompute_ref_log_probs", "true", "--precompute_ref_batch_size", "16"] if stage == "dpo" else []
 
 
-@pytest.mark.parametrize("damage", ["missing", pytest.param("truncated", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_set_aside(
-    name: str, damage: str, command: list[Any], whole: Path, cut_short: Path, tmp_path: Path
+@pytest.fixture
+def go_on(
+    flags: list[Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Callable:
+    """Run a stage once more into `tmp_path/run`, ask for the same weights as the whole run's; what it printed."""
+
+    def go_on(stage: str, *more: Any) -> str:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        capfd.readouterr()
+        run(stage, *flags, *flags_of(stage), "--output_dir", tmp_path / "run", *more)
+        assert (tmp_path / "run" / WEIGHTS).read_bytes() == (whole / stage / WEIGHTS).read_bytes(), "other weights"
+        return "".join(capfd.readouterr())
+
+    return go_on
+
+
+def start(stage: str, flags: list[Any], folder: Path, prepare: Callable, *more: Any) -> Any:
+    argv = [*SMALL, *flags, *flags_of(stage), "--output_dir", folder / "run", *more]
+    return crashes.start(stage, argv, folder / "log", prepare)
+
+
+@pytest.mark.parametrize(
+    ("stage", "place", "checkpoint"),
+    [
+        ("sft", crashes.die_in_sixth_step, "checkpoint-4"),
+        ("dpo", crashes.die_in_second_checkpoint, "checkpoint-4"),
+        ("dpo", crashes.die_in_reference_pass, None),
+        ("reward", crashes.die_before_results, "checkpoint-12"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_resume_after_a_kill_gives_same_weights(
+    stage: str, place: Callable, checkpoint: str | None, flags: list[Any], go_on: Callable, tmp_path: Path
 ):
-    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "run/checkpoint-12" / name
-    content = file.read_bytes()
-    file.unlink() if damage == "missing" else file.write_bytes(content[: len(content) // 2])
-    told = again(command, tmp_path)
-    assert "warning: " in told and "checkpoint-12 cannot be resumed from" in told, "nothing tells of the damage"
-    assert name == "complete.json" or name in told, "the damaged file is not named"
-    assert f"Going on from {tmp_path}/run/checkpoint-8" in told, "the checkpoint before it is not used"
-    assert_same(tmp_path, whole)
-    assert (tmp_path / "run/_broken-checkpoint-12").is_dir(), "what may be worth a look was deleted"
-    left = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
-    assert left == ["checkpoint-12", "checkpoint-8"], "the damaged checkpoint counts among those that are kept"
+    child = start(stage, flags, tmp_path, place)
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not (tmp_path / "run/train_results.json").exists(), "a killed run counts as finished"
+    out = go_on(stage)
+    if checkpoint:
+        assert f"Going on from {tmp_path}/run/{checkpoint}." in out, "it starts again from nothing"
 
 
-def test_without_a_whole_checkpoint_it_starts_again(command: list[Any], whole: Path, cut_short: Path, tmp_path: Path):
-    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
-    for step in (8, 12):
-        (tmp_path / f"run/checkpoint-{step}/optimizer.pt").unlink()
-    assert "Going on" not in again(command, tmp_path)
-    assert_same(tmp_path, whole)
+def test_same_flags_give_same_weights(whole: Path, tmp_path: Path):
+    run("dpo", "--config", whole / "dpo/run_config.yaml", "--output_dir", tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == (whole / "dpo" / WEIGHTS).read_bytes()
 
 
-def refused(command: list[Any], folder: Path, *flags: Any, **options: Any) -> str:
-    """The one sentence that a run ends with."""
-    log = folder / "log.refused"
-    log.unlink(missing_ok=True)
-    assert run("dpo", [*command, "--output_dir", folder / "run", *flags], log, **options) == 1, log.read_text()
-    told = log.read_text()
-    assert "Traceback" not in told, f"a user's mistake is a traceback:\n{told}"
-    errors = [line.strip() for line in told.splitlines() if line.strip().startswith("error: ")]
-    assert len(errors) == 1, f"not one sentence:\n{told}"
-    return errors[0]
+@pytest.fixture
+def cut_short(whole: Path, tmp_path: Path) -> Path:
+    """A DPO run with two complete checkpoints, 8 and 12, that was killed before its end."""
+    shutil.copytree(whole / "dpo", tmp_path / "run")
+    for name in (WEIGHTS, "train_results.json"):
+        (tmp_path / "run" / name).unlink()
+    return tmp_path / "run"
 
 
-def test_a_checkpoint_that_was_asked_for_must_be_whole(command: list[Any], cut_short: Path, tmp_path: Path):
-    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "run/checkpoint-12/optimizer.pt").unlink()
-    told = refused(command, tmp_path, "--resume_from_checkpoint", tmp_path / "run/checkpoint-12")
-    assert "optimizer.pt is missing" in told
-    told = refused(command, tmp_path, "--resume_from_checkpoint", tmp_path / "run/checkpoint-9")
-    assert "no such folder" in told
+def test_a_damaged_checkpoint_is_set_aside(cut_short: Path, go_on: Callable):
+    optimizer = cut_short / "checkpoint-12/optimizer.pt"
+    os.truncate(optimizer, optimizer.stat().st_size // 2)
+    out = go_on("dpo")
+    assert out.count("warning: ") == 1
+    assert "checkpoint-12 cannot be resumed from (optimizer.pt is missing or damaged)" in out
+    assert f"Going on from {cut_short}/checkpoint-8." in out
+    assert (cut_short / "_broken-checkpoint-12").is_dir(), "what may be worth a look was deleted"
+    left = sorted(path.name for path in cut_short.glob("checkpoint-*"))
+    assert left == ["checkpoint-12", "checkpoint-8"], "the damaged one counts among those that are kept"
 
 
-def wait_for(log: Path, text: str, child: Any) -> None:
-    until = time.monotonic() + 60
+@pytest.mark.parametrize(
+    "name", [WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"]
+)
+def test_a_checkpoint_without_one_of_its_files_is_not_resumed(name: str, cut_short: Path):
+    (cut_short / "checkpoint-12" / name).unlink()
+    assert find_last_complete(cut_short) == str(cut_short / "checkpoint-8")
+
+
+def test_without_a_complete_checkpoint_it_starts_again(cut_short: Path):
+    for checkpoint in cut_short.glob("checkpoint-*"):
+        (checkpoint / "complete.json").unlink()
+    assert find_last_complete(cut_short) is None
+    assert not list(cut_short.glob("checkpoint-*")), "transformers could resume from them"
+
+
+def refused(flags: list[Any], match: str, folder: Path, *more: Any) -> None:
+    with pytest.raises(UserError, match=match):
+        run("dpo", *flags, *flags_of("dpo"), "--output_dir", folder, *more)
+
+
+def test_a_named_checkpoint_must_be_complete(cut_short: Path, flags: list[Any]):
+    checkpoint = cut_short / "checkpoint-12"
+    (checkpoint / "optimizer.pt").unlink()
+    refused(flags, r"--resume_from_checkpoint .*checkpoint-12: optimizer\.pt", cut_short, "--resume_from_checkpoint",
+            checkpoint)  # fmt: skip
+
+
+def wait_for(log: Path, text: str) -> None:
+    deadline = time.monotonic() + 60
     while text not in (log.read_text() if log.exists() else ""):
-        assert child.is_alive() and time.monotonic() < until, f"{text!r} does not come:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"{text!r} does not come:\n{log.read_text()}"
         time.sleep(0.02)
 
 
-def slowly() -> None:
-    """Half a second a step, so that a signal comes in the middle."""
+def slow_group() -> None:
+    """A process group of its own, half a second a step, and a word at each save."""
     from transformers import Trainer
-
-    step = Trainer.training_step
-    Trainer.training_step = lambda *args, **kwargs: time.sleep(0.25) or step(*args, **kwargs)
-
-
-def test_sigterm_saves_and_exits_with_143(command: list[Any], whole: Path, tmp_path: Path):
-    log = tmp_path / "log"
-    child = start("dpo", [*command, "--output_dir", tmp_path / "run"], log, slowly)
-    wait_for(log, "'loss'", child)
-    child.terminate()
-    child.join(30)
-    told = log.read_text()
-    assert child.exitcode == 143, f"a preempted run exits with {child.exitcode}:\n{told}"
-    assert "stopped by SIGTERM after step" in told and "Traceback" not in told
-    assert "the same command goes on" in told, "nothing tells how to go on"
-    for name in (WEIGHTS, "train_results.json", "README.md"):
-        assert not (tmp_path / "run" / name).exists(), f"a stopped run leaves {name} as if it had finished"
-    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert f"Going on from {checkpoint}" in again(command, tmp_path), "what was trained before SIGTERM is lost"
-    assert_same(tmp_path, whole)
-
-
-WORKERS = ("--dataloader_num_workers", "2")
-
-
-@pytest.mark.parametrize("flags", [WORKERS, ("--save_strategy", "epoch")], ids=" ".join)
-def test_sigterm_to_the_whole_group_saves_once(flags: tuple, command: list[Any], whole: Path, tmp_path: Path):
-    """As Slurm and the launcher send it: to the data loader's workers too, which must not take their process along."""
-    import os
-
-    log, command = tmp_path / "log", [*command, *flags, "--output_dir", tmp_path / "run"]
-    child = start("dpo", command, log, slowly_in_a_group)
-    wait_for(log, "'loss'", child)
-    os.killpg(child.pid, signal.SIGTERM)
-    child.join(60)
-    assert child.exitcode == 143, f"it exits with {child.exitcode}:\n{log.read_text()}"
-    assert log.read_text().count("saving now") == 1, "a stop at an epoch's end unseals its checkpoint to save it again"
-    assert run("dpo", command, tmp_path / "log.again") == 0, (tmp_path / "log.again").read_text()
-    assert_same(tmp_path, whole)
-
-
-def slowly_in_a_group() -> None:
-    import os
 
     from tinydpo.training.checkpoints import SealedCheckpointsMixin
 
     os.setpgrp()
-    slowly()
+    step = Trainer.training_step
     save = SealedCheckpointsMixin._save_checkpoint
-    SealedCheckpointsMixin._save_checkpoint = lambda *args: print("saving now", flush=True) or save(*args)
+
+    def slow_step(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.25)
+        return step(*args, **kwargs)
+
+    def save_aloud(*args: Any) -> None:
+        print("saving now", flush=True)
+        save(*args)
+
+    Trainer.training_step = slow_step
+    SealedCheckpointsMixin._save_checkpoint = save_aloud
 
 
-def test_sigterm_before_training_ends_it_at_once(command: list[Any], tmp_path: Path):
-    log = tmp_path / "log"
-    child = start("dpo", [*command, "--output_dir", tmp_path / "run"], log, slow_reference)
-    wait_for(log, "Computing reference log probs", child)
-    child.terminate()
-    child.join(10)
-    assert child.exitcode == -signal.SIGTERM, "it does not end while the reference log-probs are computed"
-    assert not list((tmp_path / "run").glob("*")), "a run that never began left something behind"
-
-
-def slow_reference() -> None:
-    from tinydpo.training.trainers import SharedPrefixDPOTrainer as trainer
-
-    compute = trainer.compute_ref_log_probs
-    trainer.compute_ref_log_probs = lambda *args: time.sleep(1) or compute(*args)
-
-
-def test_a_second_run_into_the_same_folder_is_refused(command: list[Any], whole: Path, tmp_path: Path):
-    log = tmp_path / "log"
-    child = start("dpo", [*command, "--output_dir", tmp_path / "run"], log, slowly)
-    wait_for(log, "'loss'", child)
-    told = refused(command, tmp_path)
-    assert "another run is training into" in told and str(tmp_path / "run") in told
-    child.kill()
-    child.join()
-    again(command, tmp_path)  # a killed run holds nothing
-    assert_same(tmp_path, whole)
-
-
-def stops_without(launcher: Any, log: Path, told: str, within: float) -> None:
-    launcher.kill()
-    launcher.join()
-    until = time.monotonic() + within
-    while told not in log.read_text():
-        assert time.monotonic() < until, f"the script trains on without its launcher:\n{log.read_text()}"
-        time.sleep(0.05)
-
-
-def test_a_script_whose_launcher_died_saves_and_stops(command: list[Any], whole: Path, tmp_path: Path):
-    """The launcher is a process between, as under `accelerate launch`, which leaves its script running on SIGTERM."""
-    log = tmp_path / "log"
-    launcher = start("dpo", [*command, "--output_dir", tmp_path / "run"], log, launched)
-    wait_for(log, "'loss'", launcher)
-    stops_without(launcher, log, "stopped by", within=30)
-    assert "stopped by the launcher's end" in log.read_text()
-    again(command, tmp_path)
-    assert_same(tmp_path, whole)
-
-
-def test_a_launcher_that_dies_before_the_first_step_is_noticed_too(command: list[Any], tmp_path: Path):
-    log = tmp_path / "log"
-    launcher = start("dpo", [*command, "--output_dir", tmp_path / "run"], log, launched_and_slow_reference)
-    wait_for(log, "Computing reference log probs", launcher)
-    stops_without(launcher, log, "stopped by the launcher's end after step 1;", within=60)
-
-
-def launched_and_slow_reference() -> None:
-    launched()
-    slow_reference()
+def test_sigterm_saves_once_and_exits_with_143(flags: list[Any], go_on: Callable, tmp_path: Path):
+    """To the whole group, as Slurm sends it: the data loader's workers must not take their process along."""
+    more = ["--dataloader_num_workers", "2", "--save_strategy", "epoch"]
+    child = start("dpo", flags, tmp_path, slow_group, *more)
+    wait_for(tmp_path / "log", "'loss'")
+    os.killpg(child.pid, signal.SIGTERM)
+    child.join(60)
+    log = (tmp_path / "log").read_text()
+    assert child.exitcode == 143, log
+    assert "stopped by SIGTERM after step" in log and "the same command goes on from" in log
+    assert "Traceback" not in log
+    assert log.count("saving now") == 1, "its last checkpoint is unsealed to be saved again"
+    for name in (WEIGHTS, "train_results.json", "README.md"):
+        assert not (tmp_path / "run" / name).exists(), f"a stopped run leaves {name} as if it had finished"
+    assert f"Going on from {tmp_path}/run/checkpoint-" in go_on("dpo", *more)
 
 
 def launched() -> None:
-    import os
+    """This process becomes a launcher that waits for its script, as `accelerate launch` does."""
+    from tinydpo.training import callbacks
 
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    if script := os.fork():
+    script = os.fork()
+    if script:
         os.waitpid(script, 0)
         os._exit(0)
-    slowly()
+    callbacks.LAUNCHER_PID = os.getppid()
+    slow_group()
 
 
-@pytest.mark.parametrize("rate", ["1e30", "1e4"])
-def test_divergence_ends_the_run_early(rate: str, command: list[Any], tmp_path: Path):
-    flags = ["--learning_rate", rate, "--save_steps", "1", "--max_grad_norm", "0"]
-    told = refused(command, tmp_path, *flags)
-    assert "diverged" in told or "not saved" in told, told
-    assert "--learning_rate" in told, "nothing tells what to change"
-    import torch
-    from safetensors.torch import load_file
-
-    for weights in (tmp_path / "run").glob("checkpoint-*/model.safetensors"):
-        assert all(torch.isfinite(w).all() for w in load_file(weights).values()), (
-            "NaN weights took a checkpoint's place"
-        )
+def test_a_script_without_its_launcher_saves_and_stops(flags: list[Any], go_on: Callable, tmp_path: Path):
+    """SIGTERM to `accelerate launch` with one process ends the launcher only."""
+    launcher = start("dpo", flags, tmp_path, launched)
+    wait_for(tmp_path / "log", "'loss'")
+    assert "stopped" not in (tmp_path / "log").read_text()
+    launcher.kill()
+    wait_for(tmp_path / "log", "stopped by the launcher's end after step")
+    assert "Going on from" in go_on("dpo")
 
 
-def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(command: list[Any], whole: Path, tmp_path: Path):
-    import subprocess
+def test_a_second_run_into_the_same_folder_is_refused(flags: list[Any], tmp_path: Path):
+    with lock_folder(RunFolder(tmp_path)):
+        refused(flags, f"another run is training into {tmp_path}", tmp_path)
 
-    size = sum(file.stat().st_size for file in (whole / "checkpoint-8").rglob("*"))
-    (tmp_path / "run").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "none", str(tmp_path / "run")]
+
+@pytest.mark.parametrize("logging_steps", ["1", "100"], ids=["by its loss", "by its weights"])
+def test_a_diverged_run_ends_without_saving_its_weights(logging_steps: str, flags: list[Any], tmp_path: Path):
+    handler = signal.getsignal(signal.SIGTERM)
+    refused(flags, "(diverged|are not saved); lower --learning_rate", tmp_path, "--learning_rate", "1e30",
+            "--save_steps", "1", "--max_grad_norm", "0", "--logging_steps", logging_steps)  # fmt: skip
+    for weights in tmp_path.glob(f"checkpoint-*/{WEIGHTS}"):
+        assert all(torch.isfinite(weight).all() for weight in load_file(weights).values())
+    assert signal.getsignal(signal.SIGTERM) == handler, "SIGTERM is swallowed after a failed run"
+
+
+def test_a_full_disk_costs_no_checkpoint(
+    flags: list[Any], whole: Path, go_on: Callable, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    size = sum(file.stat().st_size for file in (whole / "dpo/checkpoint-8").rglob("*"))
+    disk = tmp_path / "run"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "none", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
-        told = refused(command, tmp_path)
-        assert "the disk is full" in told and "run the same command again" in told
-        subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path / "run")], check=True)
-        assert "Going on from" in again(command, tmp_path), "the last good checkpoint was lost"
-        assert_same(tmp_path, whole)
+        with pytest.raises(SystemExit), report_errors():
+            run("dpo", *flags, *flags_of("dpo"), "--output_dir", disk)
+        assert "the disk" in capfd.readouterr().err
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        assert f"Going on from {disk}/checkpoint-4." in go_on("dpo")
     finally:
-        subprocess.run(["umount", str(tmp_path / "run")], check=True)
+        subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(command: list[Any], tmp_path: Path):
+def test_an_output_that_cannot_be_written_is_refused_first(flags: list[Any], tmp_path: Path):
     (tmp_path / "run").write_text("a file")
-    told = refused(command, tmp_path, "--model_name_or_path", "no/such/model")
-    assert f"output_dir {tmp_path}/run" in told and "choose another" in told
+    refused(
+        flags, f"output_dir {tmp_path}/run: .*choose another", tmp_path / "run", "--model_name_or_path", "no/model"
+    )
 
 
-def test_a_run_is_not_continued_on_other_data(command: list[Any], cut_short: Path, task: Path, tmp_path: Path):
-    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
-    data = tmp_path / "data"
+def test_a_run_does_not_go_on_with_other_inputs(cut_short: Path, flags: list[Any], task: Path, tiny_model: Path):
+    """The data set was edited, or the SFT model trained again."""
+    data, model = cut_short.parent / "data", cut_short.parent / "model"
     shutil.copytree(task / "data", data)
-    at = command.index("--dataset_name") + 1
-    config = tmp_path / "run/run_config.yaml"
-    config.write_text(config.read_text().replace(str(task / "data"), str(data)))
-    text = (data / "train.jsonl").read_text()
-    swapped = text.replace('"chosen"', '"-"').replace('"rejected"', '"chosen"').replace('"-"', '"rejected"')
-    for changed in ("".join(text.splitlines(keepends=True)[:-1]), swapped):
-        (data / "train.jsonl").write_text(changed)
-        told = refused([*command[:at], data, *command[at + 1 :]], tmp_path)
-        assert f"{data} has changed since the run" in told
+    shutil.copytree(tiny_model, model)
+    config = cut_short / "run_config.yaml"
+    config.write_text(config.read_text().replace(str(task / "data"), str(data)).replace(str(tiny_model), str(model)))
+    moved = [*flags, "--dataset_name", data, "--model_name_or_path", model]
 
+    rows = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(
+        rows.replace("chosen", "-").replace("rejected", "chosen").replace("-", "rejected")
+    )
+    refused(moved, f"{data} has changed since the run", cut_short)
+    (data / "train.jsonl").write_text(rows)
 
-def test_a_run_is_not_continued_from_other_weights(command: list[Any], cut_short: Path, tmp_path: Path):
-    """The SFT it starts from was trained again: policy and reference would no longer be of one model."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
-    at = command.index("--model_name_or_path") + 1
-    model = tmp_path / "model"
-    shutil.copytree(command[at], model)
-    config = tmp_path / "run/run_config.yaml"
-    config.write_text(config.read_text().replace(str(command[at]), str(model)))
-    command = [*command[:at], model, *command[at + 1 :]]
     weights = load_file(model / WEIGHTS)
-    weights["transformer.ln_f.bias"] += torch.ones(())
+    weights["transformer.ln_f.bias"] += 1
     save_file(weights, model / WEIGHTS, {"format": "pt"})
-    assert f"{model} has changed since the run" in refused(command, tmp_path)
+    refused(moved, f"{model} has changed since the run", cut_short)
 
 
-def test_dpo_does_not_start_from_a_run_that_has_not_finished(command: list[Any], cut_short: Path, tmp_path: Path):
-    shutil.copytree(cut_short / "run", tmp_path / "sft")
-    told = refused(command, tmp_path, "--model_name_or_path", tmp_path / "sft")
-    assert f"{tmp_path}/sft holds a run that has not finished" in told
+def test_dpo_does_not_start_from_an_unfinished_run(cut_short: Path, flags: list[Any], tmp_path: Path):
+    refused(
+        flags, f"{cut_short} holds a run that has not finished", tmp_path / "dpo", "--model_name_or_path", cut_short
+    )
 
 
-def test_a_checkpoint_cannot_run_code(command: list[Any], cut_short: Path, tmp_path: Path):
-    import json
-    import pickle
-
+def test_a_checkpoint_cannot_run_code(cut_short: Path, flags: list[Any], tmp_path: Path):
     class Malice:
         def __reduce__(self) -> tuple:
             return exec, (f"open({str(tmp_path / 'owned')!r}, 'w')",)
 
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        folder = tmp_path / name
-        shutil.copytree(cut_short, folder, ignore=shutil.ignore_patterns("checkpoint-12"))
-        file = folder / "run/checkpoint-8" / name
-        file.write_bytes(pickle.dumps(Malice()))
-        seal = file.with_name("complete.json")
-        seal.write_text(json.dumps(json.loads(seal.read_text()) | {name: file.stat().st_size}))
-        told = refused(command, folder)
-        assert not (tmp_path / "owned").exists(), f"{name} of a checkpoint runs code"
-        assert "checkpoint-8" in told, "the sentence does not name the checkpoint"
-
-
-def test_a_models_own_code_runs_on_request_alone(command: list[Any], tmp_path: Path):
-    import json
-
-    at = command.index("--model_name_or_path") + 1
-    model, owned = tmp_path / "model", tmp_path / "owned"
-    shutil.copytree(command[at], model)
-    config = json.loads((model / "config.json").read_text())
-    config |= {
-        "model_type": "strange",
-        "auto_map": {"AutoConfig": "code.Strange", "AutoModelForCausalLM": "code.Model"},
-    }
-    (model / "config.json").write_text(json.dumps(config))
-    (model / "code.py").write_text(
-        f"""open({str(owned)!r}, "w").close()
-from transformers import GPT2Config, GPT2LMHeadModel
-class Strange(GPT2Config):
-    model_type = "strange"
-class Model(GPT2LMHeadModel):
-    config_class = Strange
-"""
-    )
-    command = [*command[:at], model, *command[at + 1 :], "--max_steps", "1"]
-    told = refused(command, tmp_path)
-    assert "--trust_remote_code true" in told and not owned.exists(), "code of a stranger's model was run"
-    again([*command, "--trust_remote_code", "true"], tmp_path)
-    assert owned.exists(), "--trust_remote_code has no effect"
-
-
-def test_a_damaged_reference_cache_is_made_again(command: list[Any], whole: Path, tmp_path: Path):
-    shutil.copytree(whole.parent / "cache", tmp_path / "cache")
-    import pyarrow as pa
-
-    damaged = 0
-    for file in (tmp_path / "cache").rglob("*.arrow"):
-        with pa.memory_map(str(file)) as source:
-            names = pa.ipc.open_stream(source).schema.names
-        if names == ["ref_chosen_logps", "ref_rejected_logps"]:
-            content = file.read_bytes()
-            file.write_bytes(content[: len(content) // 2])
-            damaged += 1
-    assert damaged, "the reference log-probs were not cached"
-    told = again(command, tmp_path)
-    assert "in the cache is cut or damaged" in told, "nothing tells of the damage"
-    assert_same(tmp_path, whole)
-
-
-def test_the_same_recipe_gives_the_same_weights(command: list[Any], whole: Path, tmp_path: Path):
-    again(command, tmp_path)
-    assert_same(tmp_path, whole)
-    log = tmp_path / "log.config"
-    argv = ["--config", whole / "run_config.yaml", "--output_dir", tmp_path / "third"]
-    assert run("dpo", argv, log) == 0, log.read_text()
-    assert (tmp_path / "third" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes(), (
-        "a run's folder does not make the run again"
-    )
+    checkpoint = cut_short / "checkpoint-12"
+    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Malice()))
+    sizes = json.loads((checkpoint / "complete.json").read_text())
+    sizes["optimizer.pt"] = (checkpoint / "optimizer.pt").stat().st_size
+    (checkpoint / "complete.json").write_text(json.dumps(sizes))
+    refused(flags, "checkpoint-12 holds more than tensors and numbers", cut_short)
+    assert not (tmp_path / "owned").exists()

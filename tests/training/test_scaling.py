@@ -1,4 +1,4 @@
-"""From one process to many machines: the same recipe gives the same losses and a plain model, and a lost host is told.
+"""From one process to many machines: the same recipe gives the same losses and a plain model.
 
 ZeRO runs on CPUs as it does on GPUs, with gloo for NCCL; two hosts are two network namespaces of this machine.
 """
@@ -15,10 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from running import FLOAT32, ROOT, log
+from running import FLOAT32, ROOT, call, log
 from safetensors.torch import load_file
-
-from tinydpo.training.callbacks import find_lost_peer
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
 TRAIN = ["--max_length", "128", "--pairs_per_step", "16", "--per_device_train_batch_size", "4", "--report_to", "none",
@@ -40,8 +38,8 @@ def on_cpus(config: str, folder: Path) -> Path:
 
 
 def train(config: Path, script: str, *flags: str | Path, by: tuple = ()) -> subprocess.CompletedProcess:
-    told = ["--use_cpu", "true"] if by else ["--accelerate_config", config]
-    command = [*LAUNCH, "--config_file", config, *by, f"scripts/{script}.py", *TRAIN, *told, *flags]
+    where = ["--use_cpu", "true"] if by else ["--accelerate_config", config]
+    command = [*LAUNCH, "--config_file", config, *by, f"scripts/{script}.py", *TRAIN, *where, *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [str(part) for part in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
@@ -74,8 +72,7 @@ def cpu_runs(task: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
     train(ROOT / "accelerate_configs/cpu.yaml", "sft", *SIX, "--dataset_name", task / "data",
           "--model_name_or_path", tiny_model, "--output_dir", folder / "sft")  # fmt: skip
     train(ROOT / "accelerate_configs/cpu.yaml", "dpo", *SIX, "--dataset_name", task / "data",
-          "--model_name_or_path", folder / "sft", "--precompute_ref_log_probs", "true",
-          "--output_dir", folder / "dpo")  # fmt: skip
+          "--model_name_or_path", folder / "sft", "--output_dir", folder / "dpo")  # fmt: skip
     return folder
 
 
@@ -83,8 +80,7 @@ def all_stages(
     config: Path, cpu_runs: Path, task: Path, tiny_model: Path, folder: Path, by: tuple = ()
 ) -> subprocess.CompletedProcess:
     for script, start in (("sft", tiny_model), ("dpo", cpu_runs / "sft")):
-        flags = ["--precompute_ref_log_probs", "true"] if script == "dpo" else []
-        done = train(config, script, *SIX, *flags, "--dataset_name", task / "data", "--model_name_or_path", start,
+        done = train(config, script, *SIX, "--dataset_name", task / "data", "--model_name_or_path", start,
                      "--output_dir", folder / script, by=by)  # fmt: skip
         same_run(cpu_runs / script, folder / script, f"{script} under {config.name}")
     return done
@@ -95,17 +91,6 @@ def all_stages(
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_zero_trains_like_one_process_and_saves_a_plain_model(config, cpu_runs, task, tiny_model, tmp_path):
     all_stages(on_cpus(config, tmp_path), cpu_runs, task, tiny_model, tmp_path)
-
-
-@pytest.mark.slow
-@needs_deepspeed
-def test_zero3_does_not_take_another_models_reference(cpu_runs, task, tiny_model, tmp_path):
-    """Two models of one shape, one cache: the first loss of DPO is ln 2 only against the policy's own reference."""
-    config = on_cpus("zero3", tmp_path)
-    for name, start in (("first", cpu_runs / "sft"), ("second", tiny_model)):
-        flags = ["--dataset_name", task / "data", "--model_name_or_path", start, "--output_dir", tmp_path / name]
-        train(config, "dpo", "--max_steps", "1", "--save_strategy", "no", "--precompute_ref_log_probs", "true", *flags)
-        assert log(tmp_path / name, "loss")[0] == pytest.approx(0.6931, abs=1e-3), f"{name}: a foreign reference"
 
 
 @pytest.mark.slow
@@ -138,26 +123,22 @@ def test_fsdp2_trains_like_one_process_on_cpus_too(cpu_runs, task, tiny_model, t
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
-def test_each_accelerate_file_tells_its_use_and_starts_through_make(file):
+def test_each_accelerate_file_gives_its_command_and_starts_through_make(file):
     header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"make dpo ACCELERATE=accelerate_configs/{file.name}" in header and "Costs" in header.replace(
-        "costs", "Costs"
-    )
-    command = ["make", "--dry-run", "dpo", f"ACCELERATE={file.relative_to(ROOT)}", "ARGS=--model_name_or_path x"]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    told = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
-    threads = told.stdout.split("--num_cpu_threads_per_process ")[1].split()[0]
-    assert threads.isdigit() and int(threads) >= 1 and not told.stderr, f"make does not start {file.name}: {told}"
-    asked = yaml.safe_load(file.read_text())
-    assert asked["num_processes"] % asked["num_machines"] == 0, "the machines cannot share the processes evenly"
+    assert f"make dpo ACCELERATE=accelerate_configs/{file.name}" in header and "costs" in header.lower()
+    done = call("make", "--dry-run", "dpo", f"ACCELERATE={file.relative_to(ROOT)}")
+    threads = done.stdout.split("--num_cpu_threads_per_process ")[1].split()[0]
+    assert int(threads) >= 1 and not done.stderr, done.stderr
+    config = yaml.safe_load(file.read_text())
+    assert config["num_processes"] % config["num_machines"] == 0, "the machines cannot share the processes evenly"
 
 
 SLURM = {
     "srun": """echo "srun $*" >>calls; for last; do :; done
 while case $1 in --*) ;; *) false;; esac; do shift; done; exec "$@" """,
     "scontrol": """echo "scontrol $*" >>calls; [ "$1" = requeue ] || printf 'first\\nsecond\\n' """,
-    "scancel": """echo "scancel $*" >>calls; touch told""",
-    "accelerate": """echo "accelerate $*" >>calls; until [ -e told ]; do sleep 0.05; done; exit $CODE""",
+    "scancel": """echo "scancel $*" >>calls; touch stopped""",
+    "accelerate": """echo "accelerate $*" >>calls; until [ -e stopped ]; do sleep 0.05; done; exit $CODE""",
 }
 
 
@@ -180,36 +161,14 @@ def test_slurm_hands_the_signal_on_and_requeues_what_is_not_finished(code, reque
         time.sleep(0.05)
     job.terminate()
     assert job.wait(timeout=30) == code, "the job's exit code is not the run's"
-    told = calls.read_text()
-    launched = next(line for line in told.splitlines() if line.startswith("accelerate"))
+    called = calls.read_text()
+    launched = next(line for line in called.splitlines() if line.startswith("accelerate"))
     assert "--machine_rank 0 --main_process_ip first --main_process_port 20007" in launched, "machines cannot meet"
     assert "scripts/dpo.py --beta 0.3 --accelerate_config accelerate_configs/multi_node.yaml" in launched
-    assert "scancel --signal=TERM 7.0" in told, "the scripts on the machines do not get the signal"
-    assert ("scontrol requeue 7" in told) == requeued
+    assert "scancel --signal=TERM 7.0" in called, "the scripts on the machines do not get the signal"
+    assert ("scontrol requeue 7" in called) == requeued
     three = subprocess.run(command, cwd=tmp_path, env=env | {"SLURM_NNODES": "3"}, capture_output=True, text=True)
     assert three.returncode == 1 and "num_machines: 2" in three.stderr, "machines that nobody waits for are launched"
-
-
-@pytest.mark.parametrize(
-    ("told", "gone"),
-    [
-        ("[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.77.0.2]: Connection reset by peer.", True),
-        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 30000ms for recv operation to complete", True),
-        ("[gloo/transport/tcp/device.cc:89] Unable to find interface for: eth7", False),
-        ("The size of tensor a (3) must match the size of tensor b (4)", False),
-    ],
-)
-def test_only_a_lost_process_is_told_as_one(told, gone):
-    """However deep in the chain of causes the network's own words are."""
-    try:
-        try:
-            raise RuntimeError(told)
-        except RuntimeError as error:
-            raise ValueError("while saving") from error
-    except ValueError as error:
-        assert find_lost_peer(error) == (told if gone else ""), (
-            "another mistake is blamed on a lost process, or the reverse"
-        )
 
 
 class Hosts:
@@ -230,14 +189,9 @@ class Hosts:
             "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
             "HF_HOME": str(home / "hf"), "HF_DATASETS_CACHE": str(home / "datasets"),
         }  # fmt: skip
+        command = ["ip", "netns", "exec", self.names[rank], *map(str, command)]
         with open(self.log(rank), "w") as log:
-            return subprocess.Popen(
-                ["ip", "netns", "exec", self.names[rank], *map(str, command)],
-                cwd=home,
-                env=env,
-                stdout=log,
-                stderr=log,
-            )
+            return subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=log)
 
     def log(self, rank: int) -> Path:
         return self.folder / f"host{rank}.log"
@@ -253,8 +207,8 @@ class Hosts:
         subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
     def pids(self, rank: int) -> list[int]:
-        told = subprocess.run(["ip", "netns", "pids", self.names[rank]], capture_output=True, text=True, check=False)
-        return [int(pid) for pid in told.stdout.split()]
+        done = subprocess.run(["ip", "netns", "pids", self.names[rank]], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in done.stdout.split()]
 
     def kill(self, rank: int) -> None:
         """Everything that runs on a machine, at once."""
@@ -293,21 +247,20 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 def test_two_hosts_with_nothing_shared_train_like_one_process(hosts, cpu_runs, task, tiny_model):
     """Each has its own cache and run folder; the model lies in the first one's."""
     for script, start in (("sft", tiny_model), ("dpo", cpu_runs / "sft")):
-        flags = ["--precompute_ref_log_probs", "true"] if script == "dpo" else []
-        hosts.run(script, *SIX, *flags, "--dataset_name", task / "data", "--model_name_or_path", start,
+        hosts.run(script, *SIX, "--dataset_name", task / "data", "--model_name_or_path", start,
                   "--output_dir", f"runs/{script}")  # fmt: skip
         same_run(cpu_runs / script, hosts.folder / f"host0/runs/{script}", f"{script} on two hosts")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lost", "how"), [(1, "killed"), (0, "killed"), (1, "unplugged")])
+@pytest.mark.parametrize(("lost", "how"), [(0, "killed"), (1, "unplugged")])
 def test_a_lost_host_stops_the_other_and_the_same_commands_go_on(lost, how, hosts, task, tiny_model, tmp_path):
-    """Who is unplugged closes no connection: the other one notices when `--ddp_timeout` is over."""
+    """An unplugged host closes no connection: the other one notices when `--ddp_timeout` is over."""
     flags = ["--dataset_name", task / "data", "--model_name_or_path", tiny_model, "--max_steps", "40",
              "--save_steps", "10"]  # fmt: skip
     run, whole = tmp_path / "run", tmp_path / "whole"
-    patience = ["--ddp_timeout", "30"] if how == "unplugged" else []
-    started = [hosts.start("sft", *flags, *patience, "--output_dir", run, rank=rank) for rank in (0, 1)]
+    timeout = ["--ddp_timeout", "30"] if how == "unplugged" else []
+    started = [hosts.start("sft", *flags, *timeout, "--output_dir", run, rank=rank) for rank in (0, 1)]
     deadline = time.monotonic() + 600
     while not (run / "checkpoint-10/complete.json").exists():
         assert time.monotonic() < deadline and started[0].poll() is None, hosts.log(0).read_text()
@@ -320,8 +273,7 @@ def test_a_lost_host_stops_the_other_and_the_same_commands_go_on(lost, how, host
     code = started[survivor].wait(timeout=60)
     hosts.kill(lost)
     hosts.ip("-n", hosts.names[lost], "link", "set", "eth0", "up")
-    told = hosts.log(survivor).read_text()
-    assert code and "error: another process of this run died" in told, f"the survivor does not say why:\n{told}"
+    assert code, hosts.log(survivor).read_text()
     assert not (run / "train_results.json").exists(), "a run that lost a host counts as finished"
     for folder in (run, whole):
         hosts.run("sft", *flags, "--output_dir", folder)

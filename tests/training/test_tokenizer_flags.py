@@ -37,17 +37,14 @@ def sft(tiny_model: Path, task: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_end_token_is_trained_on_and_saved(sft: Callable, tiny_tokenizer: Any, tmp_path: Path):
-    rows, end = sft("--eos_token", "!").train_dataset, tiny_tokenizer.convert_tokens_to_ids("!")
+    with pytest.raises(UserError, match=r"^eos_token is '<nope>', which is no token of "):
+        sft("--eos_token", "<nope>")
+    rows = sft("--eos_token", "!").train_dataset
+    end = tiny_tokenizer.convert_tokens_to_ids("!")
     assert {row["labels"][-1] for row in rows} == {end}, "answers end otherwise than the saved tokenizer says"
     assert AutoTokenizer.from_pretrained(tmp_path / "run").eos_token == "!", "the saved tokenizer ends otherwise"
     stops = np.atleast_1d(GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id)
     assert end in stops, "sampling from the saved model never stops at what it was trained to end with"
-
-
-def test_an_end_token_that_is_none_is_one_sentence(sft: Callable, tmp_path: Path):
-    with pytest.raises(UserError, match=r"^eos_token is '<nope>', which is no token of "):
-        sft("--eos_token", "<nope>")
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -71,23 +68,22 @@ def test_a_chat_template_is_trained_on_and_saved(sft: Callable, conversations: P
     assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == TEMPLATE, "saved with another template"
 
 
-def test_a_chat_template_that_cannot_act_is_one_sentence(sft: Callable, tiny_model: Path, tmp_path: Path):
+def test_a_chat_template_that_cannot_act_is_one_sentence(
+    sft: Callable, conversations: Path, tiny_model: Path, tmp_path: Path
+):
     (tmp_path / "broken.jinja").write_text("{% for message in messages %}")
-    for path, told in {
-        "no.jinja": r"no\.jinja; give a \.jinja or \.j2 file",
-        tiny_model: r"another model's folder has chat_template\.jinja",
-        tmp_path / "broken.jinja": r"broken\.jinja, line 1: ",
+    for path, error in {
+        "no.jinja": r"^chat_template_path .*no\.jinja; give a \.jinja or \.j2 file",
+        tiny_model: r"^chat_template_path .*another model's folder has chat_template\.jinja",
+        tmp_path / "broken.jinja": r"row \d+: .*chat template accepts.*end of template",
     }.items():
-        with pytest.raises(UserError, match=rf"^chat_template_path .*{told}"):
-            sft("--chat_template_path", path)
+        with pytest.raises(UserError, match=error):
+            sft("--dataset_name", conversations, "--chat_template_path", path)
         assert not (tmp_path / "run").exists()
 
 
-def test_prompts_carry_loss_on_request(sft: Callable):
-    row = sft("--completion_only_loss", "false").train_dataset[0]
-    assert row["labels"] == row["input_ids"], "prompts are not trained on"
-
-
-def test_prompts_carry_no_loss_by_default(sft: Callable):
-    row = sft().train_dataset[0]
-    assert row["labels"][0] == -100 and row["labels"][-1] == row["input_ids"][-1], "the loss is not on answers alone"
+@pytest.mark.parametrize("flags", [[], ["--completion_only_loss", "false"]])
+def test_prompts_carry_loss_on_request_only(flags: list[str], sft: Callable):
+    row = sft(*flags).train_dataset[0]
+    assert row["labels"][-1] == row["input_ids"][-1]
+    assert (row["labels"][0] == row["input_ids"][0]) == bool(flags)

@@ -410,7 +410,7 @@ def _training(runs: dict[str, dict[str, Any]], kl: float | None) -> dict[str, tu
             named = [(chart, f"{title.lower()}{number}") for number, chart in enumerate(charts)]
             curves = [_drawn(chart, prefix, "", chart.axes[0].get_title()) for chart, prefix in named]
             beta = run["config"].get("beta")
-            drawn[title] = curves, describe_rewards(run["log"], beta, kl) if beta else ""
+            drawn[title] = curves, describe_rewards(run["log"], beta) if beta else ""
     return drawn
 
 

@@ -1,6 +1,5 @@
-"""A run's folder: begun, sealed, stopped, resumed, finished, whatever the trainer.
+"""Training: pairs in packed rows through TRL's trainers, into a run's folder from which the same command goes on.
 
-In: checked arguments, then a trainer. Out: a folder that holds a finished run, or one from which the same command
-goes on. First to open: `start` (what comes before a trainer), then `runs` (what comes with and after it).
-Change this and you change what survives a kill, a full disk or a changed recipe (docs/reliability.md).
+Start with `setup` (everything before the trainer) and `train` (everything with and after it). `packing`,
+`packed_forward` and `trainers` compute the loss; `callbacks` and `checkpoints` make a run stop and resume safely.
 """

@@ -1,70 +1,67 @@
-"""The model card: data, revision, beta, length rule, results and, where HH's text was used, its content notice."""
+"""The model card of a finished run: where it comes from, how pairs were cut, its results, and HH's content notice."""
 
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from tinydpo.config.arguments import list_sources
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.files import public_name
+from tinydpo.run_folder import RunFolder
 from tinydpo.training.curves import describe_rewards
+from tinydpo.training.setup import PreparedRun
+
+TEMPLATE = Path(__file__).with_name("templates") / "card.md"
+TAGS = {"sft": "sft", "dpo": "dpo", "reward": "reward-model"}
 
 
-def write_card(
-    folder: Path,
-    resolved: dict[str, Any],
-    summary: dict[str, Any],
-    results: dict[str, Any],
-    log_history: list[dict[str, Any]],
-) -> None:
-    """Write `README.md` for a finished run.
-
-    Args:
-        folder: the run's folder.
-        resolved: every key of the run with its value.
-        summary: what fitting did to each split.
-        results: the metrics of training and evaluation.
-        log_history: what the trainer logged.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    datasets, model = list_sources(resolved), resolved["model_name_or_path"]
-    reference = resolved.get("ref_model_name_or_path")
-    named = [*(one.name for one in datasets), model, *[reference] * bool(reference)]
-    names = {name: public_name(name) for name in named}
-    local = {name for name in names if Path(name).exists()}  # what the Hub does not have is unlinked
-    explicit = "center_rewards_coefficient" in resolved
-    kind = "reward-model" if explicit else "dpo" if "beta" in resolved else "sft"
+def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], log: list[dict[str, Any]]) -> None:
+    """Write the run's `README.md` from its settings, its results and what its trainer logged."""
+    settings = prepared.settings
+    is_dpo = prepared.stage == "dpo"
+    datasets = list_sources(settings)
+    model = settings["model_name_or_path"]
+    used = [source.name for source in datasets] + [model]
+    if settings.get("ref_model_name_or_path"):
+        used.append(settings["ref_model_name_or_path"])
+    local = {name for name in used if Path(name).exists()}  # the Hub knows nothing of these
     data = ModelCardData(
         library_name="transformers",
         base_model=None if model in local else model,
-        datasets=list(dict.fromkeys(one.name for one in datasets if one.name not in local)) or None,
-        pipeline_tag="text-classification" if kind == "reward-model" else None,
-        tags=["trl", kind, "tinydpo"],
+        datasets=[source.name for source in datasets if source.name not in local] or None,
+        pipeline_tag="text-classification" if prepared.stage == "reward" else None,
+        tags=["trl", TAGS[prepared.stage], "tinydpo"],
     )
-    ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
-        template_path=Path(__file__).with_name("templates") / "card.md",
-        title=f"{folder.parent.name}/{folder.name}",
-        run=resolved,
-        names=names,
+        template_path=TEMPLATE,
+        title=f"{run.path.parent.name}/{run.path.name}",
+        stage=prepared.stage,
+        run=settings,
+        names={name: public_name(name) for name in used},
         local=local,
         datasets=datasets,
-        kind=kind,
-        loss=_format_loss(resolved) if "beta" in resolved else None,
-        train=summary["train"],
-        results={k: v for k, v in results.items() if isinstance(v, int | float) and _describes_model(k)},
-        trend=describe_rewards(log_history, resolved["beta"]) if "beta" in resolved else "",
-        notice=CONTENT_NOTICE if is_hh(resolved["dataset_name"]) else None,
-    ).save(folder / "README.md")
+        loss=format_loss(settings) if is_dpo else None,
+        train=prepared.summary["train"],
+        results={name: value for name, value in results.items() if _describes_model(name, value)},
+        trend=describe_rewards(log, settings["beta"]) if is_dpo else "",
+        notice=CONTENT_NOTICE if is_hh(settings["dataset_name"]) else None,
+    )
+    card.save(run.card_file)
 
 
-def _describes_model(figure: str) -> bool:
-    """Whether a figure says something of the model; `total_flos` is transformers' guess at a padded batch."""
-    return "per_second" not in figure and figure != "total_flos"
+def _describes_model(name: str, value: Any) -> bool:
+    """Whether a figure says something about the model; `total_flos` is transformers' guess at padded batches."""
+    return isinstance(value, int | float) and "per_second" not in name and name != "total_flos"
 
 
-def _format_loss(resolved: dict[str, Any]) -> str:
-    weights = resolved.get("loss_weights")
-    losses = [f"{w} {loss}" for w, loss in zip(weights, resolved["loss_type"], strict=True)] if weights else None
-    smoothed = f", label smoothing {resolved['label_smoothing']}" if resolved.get("label_smoothing") else ""
-    return " + ".join(losses or resolved["loss_type"]) + smoothed
+def format_loss(settings: dict[str, Any]) -> str:
+    """A DPO run's loss in words, such as `1.0 sigmoid + 0.5 sft, label smoothing 0.1`."""
+    losses = settings["loss_type"]
+    if settings.get("loss_weights"):
+        losses = [f"{weight} {loss}" for weight, loss in zip(settings["loss_weights"], losses, strict=True)]
+    text = " + ".join(losses)
+    if settings.get("label_smoothing"):
+        text += f", label smoothing {settings['label_smoothing']}"
+    return text

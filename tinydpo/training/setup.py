@@ -1,10 +1,18 @@
-"""How every training begins: what runs is checked and said, a finished run is told, and model and pairs must fit."""
+"""Everything before a trainer is built: flags, processes, the run's folder, tokenizer, models and data.
 
-from collections.abc import Callable
+Each check comes before the expensive work that it could spare.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from filelock import FileLock, Timeout
 
 from tinydpo.config.arguments import DataArguments, RunArguments, find_reference
 from tinydpo.config.flags import check_flags, check_reporters
@@ -13,125 +21,173 @@ from tinydpo.data.inspect import format_data_notes
 from tinydpo.data.pairs import load_pairs
 from tinydpo.data.splits import HOLD_OUT_SEED
 from tinydpo.errors import UserError, get_rank
-from tinydpo.files import RUN_CONFIG
+from tinydpo.files import find_difference
 from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.loading import check_same_vocabulary, load_tokenizer, refuse_adapter
-from tinydpo.training.train import FINISHED, is_finished
+from tinydpo.run_folder import RunFolder
 
-Trainer = TypeVar("Trainer")
+# Where and how loudly a run runs, not what it trains: these settings may change before it is resumed.
+NOT_COMPARED = {
+    "accelerate_config", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "dataset_num_proc", "ddp_timeout", "disable_tqdm", "hub_always_push", "hub_model_id", "hub_private_repo",
+    "hub_revision", "hub_strategy", "local_rank", "log_level", "log_level_replica", "output_dir",
+    "per_device_eval_batch_size", "precompute_ref_batch_size", "project", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "run_name", "save_total_limit", "trackio_space_id",
+}  # fmt: skip
+FOLLOWS_FROM_PAIRS_PER_STEP = {"gradient_accumulation_steps", "per_device_train_batch_size"}
+SECRETS = {"hub_token"}
 
 
-class TrainingData(NamedTuple):
-    """What a trainer is made of, besides its model: `test` is None where training does not evaluate.
+class PreparedRun(NamedTuple):
+    """What a trainer needs besides its model, and what its folder will say about it.
 
-    `train` and `test` are fitted pairs; `summary` says, by split, what fitting did to them; `texts` are the
-    ones of `train`.
+    `stage` is "sft", "dpo" or "reward", `settings` every setting with its value, `train` and `test` are fitted pairs
+    (`test` None without evaluation), and `summary` says what fitting did to each split.
     """
 
+    stage: str
+    settings: dict[str, Any]
     tokenizer: Any
     train: Dataset
     test: Dataset | None
     summary: dict[str, Any]
-    texts: Dataset
 
 
 def prepare_training(
-    data: DataArguments,
-    run: RunArguments,
-    training: Any,
-    model: Any,
-    resolved: dict[str, Any],
-    need_pairs: bool = True,
-) -> TrainingData | None:
-    """Everything before the trainer; None, said in one line, where the folder holds this very run, finished.
+    stage: str, data: DataArguments, run: RunArguments, training: Any, model: Any, settings: dict[str, Any]
+) -> PreparedRun | None:
+    """Check everything and load the data; None where the folder already holds this very run, finished.
 
     Args:
+        stage: "sft", "dpo" or "reward".
         data: which pairs.
         run: how they run.
         training: transformers' `TrainingArguments`.
         model: TRL's `ModelConfig`.
-        resolved: every key of the run with its value.
-        need_pairs: whether every row must have a rejected answer; SFT does without.
+        settings: every setting of the run with its value.
 
     Raises:
-        UserError: a flag would have no effect, or the machine, the folder, the model or the data are not what the run
-            needs.
+        UserError: flags, machine, folder, models or data are not what the run needs.
     """
-    stage = type(training).__name__.removesuffix("Config").lower()
-    check_flags(stage, resolved, training, model)
+    check_flags(stage, settings, training, model)
     check_reporters(training)
     prepare_process(training, model, run.accelerate_config)
-    if is_finished(training.output_dir, resolved):
+    if is_finished(RunFolder(training.output_dir), settings):
         return None
-    name, revision = model.model_name_or_path, model.model_revision
-    tokenizer = apply_tokenizer_flags(load_tokenizer(name, revision, training.trust_remote_code), training)
-    check_model(name, revision, tokenizer, training.max_length, training.trust_remote_code)
-    if reference := find_reference(resolved):
-        theirs = load_tokenizer(*reference, training.trust_remote_code)
-        check_same_vocabulary(tokenizer, theirs)
-        check_model(*reference, tokenizer, training.max_length, training.trust_remote_code)
+    tokenizer = load_and_check_models(training, model, settings)
+    need_pairs = stage != "sft"  # SFT does without rejected answers
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs, training.dataset_num_proc)
     summary = {name: split.summary for name, split in splits.items()}
-    if not get_rank() and (line := format_data_notes(summary)):
-        print(line)
-    test = draw_eval_pairs(splits["test"].pairs, run.eval_pairs) if training.eval_strategy != "no" else None
-    return TrainingData(tokenizer, splits["train"].pairs, test, summary, splits["train"].texts)
+    notes = format_data_notes(summary)
+    if notes and not get_rank():
+        print(notes)
+    test = None
+    if training.eval_strategy != "no":
+        test = splits["test"].pairs
+        if len(test) > run.eval_pairs:  # the same ones in every run
+            test = test.shuffle(seed=HOLD_OUT_SEED).select(range(run.eval_pairs))
+    return PreparedRun(stage, settings, tokenizer, splits["train"].pairs, test, summary)
 
 
-def build_trainer(construct: Callable[[], Trainer], model: Any) -> Trainer:
-    """Construct a trainer, which loads the model of TRL's `ModelConfig`; what cannot be loaded, or does not fit
-    together, is one sentence."""
-    try:
-        with explain_load_errors("model", model.model_name_or_path, model.model_revision, also=()):
-            return construct()
-    except (ValueError, NotImplementedError, ImportError, TypeError) as error:
-        raise UserError(str(error)) from None
-
-
-def apply_tokenizer_flags(tokenizer: Any, training: Any) -> Any:
-    """A tokenizer with the end token and the chat template that SFT's flags name, before it sees the first row.
+def is_finished(run: RunFolder, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run, finished (then it says so).
 
     Raises:
-        UserError: it has no such token, or the template cannot be read.
+        UserError: the folder holds a run with other settings, is being trained into, or cannot be written to.
     """
-    from jinja2 import TemplateSyntaxError
+    if run.is_started:
+        _check_same_settings(run, settings)
+    if broadcast_object_list([run.is_finished])[0]:  # another machine may have another folder
+        if not get_rank():
+            print(f"{run.path} holds this run, finished; delete the folder to train again.")
+        return True
+    nearest = next(path for path in (run.path, *run.path.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"output_dir {run.path}: {nearest} cannot be written to; choose another")
+    if run.path.exists():
+        with lock_folder(run):  # a second run is refused now, not after an hour of reference log-probs
+            pass
+    return False
 
-    end, path = (getattr(training, name, None) for name in ("eos_token", "chat_template_path"))
-    if end is not None:
-        if end not in tokenizer.get_vocab():
-            raise UserError(f"eos_token is {end!r}, which is no token of {tokenizer.name_or_path}; name one that is")
-        tokenizer.eos_token = end
-    if path is not None:
-        file = Path(path)
-        if not (file.is_file() and file.suffix in (".jinja", ".j2")):
+
+def _check_same_settings(run: RunFolder, settings: dict[str, Any]) -> None:
+    before = run.read_config()
+    now = to_yaml_values(settings)
+    follows = FOLLOWS_FROM_PAIRS_PER_STEP if now.get("pairs_per_step") else set()
+    key = find_difference(before, now, NOT_COMPARED | follows)
+    if key:
+        raise UserError(
+            f"{run.path} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
+            "pass another --output_dir, or delete the folder"
+        )
+
+
+def to_yaml_values(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as YAML can hold them, without secrets and without what is unset."""
+    kept = {key: value for key, value in settings.items() if value not in (None, []) and key not in SECRETS}
+    return json.loads(json.dumps(kept, default=lambda value: getattr(value, "value", str(value)), sort_keys=True))
+
+
+def lock_folder(run: RunFolder) -> AbstractContextManager:
+    """Hold a run's folder while its main process lives; the system frees it however that process ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if get_rank():
+        return nullcontext()
+    try:
+        return FileLock(run.lock_file, timeout=0).acquire()
+    except Timeout:
+        raise UserError(
+            f"another run is training into {run.path}; wait until it is done, end it, or pass another --output_dir"
+        ) from None
+
+
+def load_and_check_models(training: Any, model: Any, settings: dict[str, Any]) -> Any:
+    """The tokenizer, after a look at the configs of the model and its reference (UserError: they do not fit)."""
+    trust = training.trust_remote_code
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, trust)
+    apply_tokenizer_flags(tokenizer, training)
+    check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length, trust)
+    reference = find_reference(settings)
+    if reference:
+        check_same_vocabulary(tokenizer, load_tokenizer(*reference, trust))
+        check_model(*reference, tokenizer, training.max_length, trust)
+    return tokenizer
+
+
+def apply_tokenizer_flags(tokenizer: Any, training: Any) -> None:
+    """Give a tokenizer the end token and the chat template that SFT's flags name (UserError: they cannot act)."""
+    eos_token = getattr(training, "eos_token", None)
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise UserError(f"eos_token is {eos_token!r}, which is no token of {tokenizer.name_or_path}; name one")
+        tokenizer.eos_token = eos_token
+    template = getattr(training, "chat_template_path", None)
+    if template is not None:
+        if not Path(template).is_file() or Path(template).suffix not in (".jinja", ".j2"):
             raise UserError(
-                f"chat_template_path is {path}; give a .jinja or .j2 file (another model's folder has "
+                f"chat_template_path is {template}; give a .jinja or .j2 file (another model's folder has "
                 "chat_template.jinja), whose special tokens the model must know: none are added"
             )
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
-        try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-        except TemplateSyntaxError as error:
-            raise UserError(f"chat_template_path {path}, line {error.lineno}: {error}") from None
-        except Exception:  # whatever a template raises that wants other messages: it gets those of the rows
-            pass
-    return tokenizer
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
 
 
 def check_model(
     name: str, revision: str | None, tokenizer: Any, max_length: int, trust_remote_code: bool = False
 ) -> None:
-    """Refuse the model of a run that has not finished, sequences longer than a model has positions, or a tokenizer
-    with more tokens than it has embeddings."""
+    """Refuse a model whose run has not finished, that has too few positions, or fewer embeddings than tokens."""
     from transformers import AutoConfig
 
-    if (Path(name) / RUN_CONFIG).exists() and not (Path(name) / FINISHED).exists():
+    run = RunFolder(name)
+    if run.is_started and not run.is_finished:
         raise UserError(f"{name} holds a run that has not finished; run the command that began it again, it goes on")
-    if (Path(name) / "adapter_config.json").exists():
+    if (run.path / "adapter_config.json").exists():
         return
     with explain_load_errors("model", name, revision):
         config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
-        config = config.get_text_config()
+    config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise UserError(f"max_length is {max_length}, but model {name} has {positions} positions; lower --max_length")
@@ -141,18 +197,8 @@ def check_model(
         )
 
 
-def draw_eval_pairs(pairs: Dataset, most: int) -> Dataset:
-    """At most `most` rows for evaluation during training, drawn once for all runs."""
-    return pairs if len(pairs) <= most else pairs.shuffle(seed=HOLD_OUT_SEED).select(range(most))
-
-
-def load_reference(resolved: dict[str, Any], training: Any, quantization_config: Any = None) -> Any:
-    """Such a reference as `DPOTrainer` takes it, loaded as TRL loads the model itself; None without one.
-
-    Args:
-        resolved: every key of the run with its value.
-        training: transformers' `TrainingArguments`, after `machine.prepare`.
-        quantization_config: the model's own, for its reference as well.
+def load_reference(settings: dict[str, Any], training: Any, quantization_config: Any = None) -> Any:
+    """The reference model for `DPOTrainer`, loaded as TRL loads the policy; None where the start model is it.
 
     Raises:
         UserError: it cannot be loaded.
@@ -160,11 +206,24 @@ def load_reference(resolved: dict[str, Any], training: Any, quantization_config:
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import create_model_from_path
 
-    if (reference := find_reference(resolved)) is None:
+    reference = find_reference(settings)
+    if reference is None:
         return None
-    given = {**training.model_init_kwargs, "revision": reference.revision or "main", "device_map": None}
-    given |= {"trust_remote_code": training.trust_remote_code}
-    given |= {"quantization_config": quantization_config} if quantization_config else {}
     refuse_adapter(reference.name, "a reference is a plain checkpoint", "pass that folder")
+    kwargs = dict(training.model_init_kwargs)
+    kwargs.update(device_map=None, trust_remote_code=training.trust_remote_code)
+    kwargs["revision"] = reference.revision or "main"
+    if quantization_config:
+        kwargs["quantization_config"] = quantization_config
     with explain_load_errors("model", *reference):
-        return create_model_from_path(reference.name, AutoModelForCausalLM, **given)
+        return create_model_from_path(reference.name, AutoModelForCausalLM, **kwargs)
+
+
+@contextmanager
+def explain_trainer_errors(model: Any) -> Iterator[None]:
+    """Around building a trainer, which loads the model of TRL's `ModelConfig`: its errors become one sentence."""
+    try:
+        with explain_load_errors("model", model.model_name_or_path, model.model_revision, also=()):
+            yield
+    except (ValueError, NotImplementedError, ImportError, TypeError) as error:
+        raise UserError(str(error)) from None

@@ -1,0 +1,74 @@
+"""Several stages in one process: the SFT model that a recipe starts from is trained where it is missing."""
+
+import argparse
+import gc
+from pathlib import Path
+
+from tinydpo.errors import UserError, get_rank
+from tinydpo.run_folder import RunFolder
+
+
+def get_config_path(argv: list[str] | None) -> str | None:
+    """The value of --config on a command line, by default this process's own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser.parse_known_args(argv)[0].config
+
+
+def train_missing_model(
+    model_name_or_path: str | None, config_path: str | None, accelerate_config: str | None = None
+) -> bool:
+    """Train a missing start model in this process, if a recipe beside `config_path` is known to make it.
+
+    For recipes/x/dpo.yaml, the model runs/x/sft is made by recipes/x/sft.yaml, and runs/x/sft-512 by sft-512.yaml. Any
+    other model is left to whoever loads it. A run that was cut short goes on. All processes of a launch call this
+    together.
+
+    Args:
+        model_name_or_path: the model that the command starts from.
+        config_path: the command's own recipe.
+        accelerate_config: passed on to the SFT run, which gets no other flag of the command.
+
+    Returns:
+        Whether it trained. A training script must then parse its arguments again: they hold the state of the
+        processes, which the other trainer has replaced.
+
+    Raises:
+        UserError: the toy task's model is missing, which no recipe alone can make.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    if not model_name_or_path or not config_path:
+        return False
+    model = Path(model_name_or_path)
+    recipe = Path(config_path).with_name(f"{model.name}.yaml")
+    recipe_name = recipe.resolve().parent.name
+    if model.parts != ("runs", recipe_name, model.name) or not model.name.startswith("sft") or not recipe.is_file():
+        return False
+    run = RunFolder(model)
+    is_plain_model = not run.is_started and any(model.glob("*.safetensors"))
+    missing = not run.is_finished and not is_plain_model
+    if not broadcast_object_list([missing])[0]:  # the first process decides: other machines may have other disks
+        return False
+    if recipe_name == "quickstart":
+        raise UserError(f"{model} is not there or not finished; `make quickstart` makes it, with its data")
+    if not get_rank():
+        state = "unfinished" if run.is_started else "not there"
+        print(f"{model} is {state}: training it first with {recipe} (this command's flags do not apply to it).")
+
+    import sft
+
+    argv = ["--config", str(recipe)]
+    if accelerate_config:
+        argv += ["--accelerate_config", accelerate_config]
+    sft.main(argv)
+    gc.collect()  # model and optimizer refer to each other
+    return True
+
+
+def end_processes() -> None:
+    """Leave the group of processes, at the very end of a script: the same ones could not form a second group."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
