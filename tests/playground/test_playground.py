@@ -11,9 +11,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import psutil
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -36,13 +35,14 @@ SWITCHES = [  # without a sandbox, for root; and without the requests that a fre
 ]
 # The script, in a process that reports every connection to another machine than this one.
 WATCHED = """
-import runpy, sys
+import sys
 def watch(event, args):
     if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in ("127.0.0.1", "::1"):
         print("connects to", args[1], flush=True)
 sys.addaudithook(watch)
-sys.argv = ["scripts/playground.py", *sys.argv[1:]]
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.path.insert(0, "scripts")
+import playground
+playground.main(sys.argv[1:])
 """
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +75,7 @@ def models(folders: Path) -> SideBySide:
 
 def test_streamed_rewards_are_those_of_scoring(models: SideBySide):
     prompt, _ = models.fit_prompt(typed_to_dialogue("How do I bake bread?"), 20)
-    *_, answers = models.stream(prompt, 20, **PLAIN)
+    *_, answers = models.stream_answers(prompt, 20, **PLAIN)
     for answer in answers:
         policy, ref = (token_logps(model, [prompt], [answer.ids])[0] for model in (models.policy, models.ref))
         assert answer.rewards == pytest.approx((0.3 * (policy - ref)).tolist(), abs=1e-4), (
@@ -86,7 +86,7 @@ def test_streamed_rewards_are_those_of_scoring(models: SideBySide):
 
 def test_each_side_is_its_own_model_and_ends_by_itself(models: SideBySide):
     greedy, (prompt, _) = PLAIN | {"top_k": 1}, models.fit_prompt(typed_to_dialogue("Hello?"), 12)
-    *_, (ref, policy) = models.stream(prompt, 12, **greedy)
+    *_, (ref, policy) = models.stream_answers(prompt, 12, **greedy)
     for answer, model in ((ref, models.ref), (policy, models.policy)):
         ids: list[int] = []
         while len(ids) < 12:
@@ -98,7 +98,7 @@ def test_each_side_is_its_own_model_and_ends_by_itself(models: SideBySide):
     tokenizer = AutoTokenizer.from_pretrained(models.tokenizer.name_or_path)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(policy.ids[2])
     ends = SideBySide(models.policy, models.ref, tokenizer, 0.3, 64, 32)
-    *_, (_, stopped) = ends.stream(prompt, 12, **greedy)
+    *_, (_, stopped) = ends.stream_answers(prompt, 12, **greedy)
     assert stopped.ended and stopped.ids == policy.ids[: policy.ids.index(policy.ids[2]) + 1], (
         "an answer goes on after its end token"
     )
@@ -108,7 +108,7 @@ def test_settings_have_effect_and_checkpoint_defaults_have_none(models: SideBySi
     prompt, _ = models.fit_prompt(typed_to_dialogue("Hello?"), 12)
 
     def sample(**changed: Any) -> list[list[int]]:
-        *_, answers = models.stream(prompt, 12, **PLAIN | changed)
+        *_, answers = models.stream_answers(prompt, 12, **PLAIN | changed)
         return [list(answer.ids) for answer in answers]
 
     plain = sample()
@@ -152,7 +152,7 @@ def test_long_prompts_keep_their_end_and_say_so(models: SideBySide):
 
 
 def test_a_pair_is_scored_as_evaluation_does(models: SideBySide):
-    first, second, cut = models.compare("How are you?", "Fine, thanks.", "Go away <b>!</b>")
+    first, second, cut = models.compare_pair("How are you?", "Fine, thanks.", "Go away <b>!</b>")
     assert not cut and first.ended and second.ended, "a whole pair is said to be cut"
     prompt = models.tokenizer(typed_to_dialogue("How are you?")).input_ids
     for answer, text in ((first, " Fine, thanks."), (second, " Go away <b>!</b>")):
@@ -161,33 +161,33 @@ def test_a_pair_is_scored_as_evaluation_does(models: SideBySide):
         assert answer.reward == pytest.approx(0.3 * (policy - ref), abs=1e-4), (
             "the implicit reward is not β log π/π_ref"
         )
-    swapped = models.compare("How are you?", "Go away <b>!</b>", "Fine, thanks.")
+    swapped = models.compare_pair("How are you?", "Go away <b>!</b>", "Fine, thanks.")
     assert swapped[1].reward == pytest.approx(first.reward, abs=1e-5), "a reward depends on the place of the answer"
 
 
 def test_pairs_that_cannot_be_compared_are_one_sentence(models: SideBySide):
-    for pair, said in (
-        (("", "a", "b"), "prompt is empty"),
-        (("p", " \n", "b"), "answer A is empty"),
+    for pair, message in (
+        (("", "a", "b"), "type a prompt and two answers"),
+        (("p", " \n", "b"), "type a prompt and two answers"),
         (("p", "a", "a"), "identical"),
         (("p", "a", "half \ud83d"), "half of a character"),
     ):
-        with pytest.raises(UserError, match=said):
-            models.compare(*pair)
-    *answers, cut = models.compare("question " * 100, "one " * 100, "two " * 100)
-    assert cut and not any(answer.ended for answer in answers), "a pair is cut to the budget in silence"
+        with pytest.raises(UserError, match=message):
+            models.compare_pair(*pair)
+    *answers, is_cut = models.compare_pair("question " * 100, "one " * 100, "two " * 100)
+    assert is_cut and not any(answer.ended for answer in answers), "a pair is cut without a word"
 
 
 text = st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(rows=st.lists(st.tuples(text, text, text).filter(lambda row: row[1] != row[2]), min_size=2, max_size=6))
 @example(rows=[("a question: ", "Yes", "No"), ("a question: ", " Yes", "No")])
 def test_votes_are_training_data(rows: list, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any):
     path = tmp_path_factory.mktemp("votes") / "run" / "votes.jsonl"
     for count, (prompt, chosen, rejected) in enumerate(rows, 1):
-        assert save_vote(path, prompt, chosen, rejected) == count == count_votes(path), "votes are lost or miscounted"
+        assert save_vote(path, prompt, chosen, rejected) == count == count_votes(path)
     splits = load_pairs(DataArguments(dataset_name=str(path)), tiny_tokenizer, 4096)
     read = [(row["prompt"], row["chosen"], row["rejected"]) for split in splits.values() for row in split.texts]
     # Reading moves the space that ends a prompt to the answers, where tokenizers have it: the texts are the same.
@@ -195,17 +195,12 @@ def test_votes_are_training_data(rows: list, tmp_path_factory: pytest.TempPathFa
     assert texts[0] == texts[1], "--dataset_name reads other preferences than those voted for"
 
 
-def test_votes_that_say_nothing_are_refused(tmp_path: Path):
+def test_votes_that_prefer_nothing_are_refused(tmp_path: Path):
     path = tmp_path / "votes.jsonl"
-    for chosen, rejected, said in (("same", "same", "the same"), ("", "b", "empty"), ("a", " ", "empty")):
-        with pytest.raises(UserError, match=said):
+    for chosen, rejected, message in (("same", "same", "the same"), ("", "b", "empty"), ("a", " ", "empty")):
+        with pytest.raises(UserError, match=message):
             save_vote(path, "p", chosen, rejected)
-    assert not path.exists() and count_votes(path) == 0, "a refused vote is written"
-    path.write_text('{"prompt": "cut')
-    assert save_vote(path, "p", "a", "b") == 2, "a vote is glued to a line that was cut short"
-    assert json.loads(path.read_text().splitlines()[1])["chosen"] == "a", (
-        "a vote is glued to a line that was cut short"
-    )
+    assert count_votes(path) == 0
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written"):
         save_vote(tmp_path / "file" / "votes.jsonl", "p", "a", "b")
@@ -231,23 +226,10 @@ def test_a_taken_port_is_one_sentence():
             serve_app(app, port)
 
 
-class Open(NamedTuple):
-    """A browser's page, the playground's address and process, its run's folder, and what goes wrong as it happens."""
-
-    page: Any
-    address: str
-    process: int
-    folder: Path
-    wrong: list[str]
-
-
 @pytest.fixture
-def playground(folders: Path, tmp_path: Path) -> Iterator[Open]:
-    """The real script in a process of its own, and a real browser."""
+def address(folders: Path, tmp_path: Path) -> Iterator[str]:
+    """Where the real script, in a process of its own, serves the page."""
     pytest.importorskip("gradio", reason="needs the extra 'playground'")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if not shutil.which(CHROMIUM):
-        pytest.skip(f"needs {CHROMIUM} (Debian: apt-get install chromium)")
     port = free_port()
     command = [
         *(sys.executable, "-c", WATCHED, "--port", str(port), "--max_length", "2000"),
@@ -255,43 +237,49 @@ def playground(folders: Path, tmp_path: Path) -> Iterator[Open]:
         *("--output_dir", f"{tmp_path}/evaluation", "--dataset_name", "Anthropic/hh-rlhf"),
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    server, wrong = (
-        subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT),
-        [],
-    )
+    server = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         line = server.stdout.readline()
         assert f"http://127.0.0.1:{port}" in line, f"the playground does not start: {line}{server.stdout.read()}"
-        with sync_api.sync_playwright() as playwright:
-            page = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES).new_page()
-            page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-            local = re.compile(rf"(http|ws)://127\.0\.0\.1:{port}/|data:|blob:")
-            page.on("request", lambda request: local.match(request.url) or wrong.append(request.url))
-            yield Open(page, f"http://127.0.0.1:{port}", server.pid, tmp_path, wrong)
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        said, _ = server.communicate(timeout=30)
-    assert said == "", "the server logs errors, or connects to another machine"
+        printed, _ = server.communicate(timeout=30)
+    assert printed == "", "the server logs errors, or connects to another machine"
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[Any]:
+    """The page in a real browser; errors in its console and requests to other hosts fail the test."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if not shutil.which(CHROMIUM):
+        pytest.skip(f"needs {CHROMIUM} (Debian: apt-get install chromium)")
+    errors = []
+    local = re.compile(rf"{address.replace('http', '(http|ws)')}/|data:|blob:")
+    with sync_api.sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES).new_page()
+        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: local.match(request.url) or errors.append(request.url))
+        page.goto(address)
+        yield page
+    assert not errors
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(playground: Open):
-    page, address, _, folder, wrong = playground
-
+def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     def press(name: str) -> None:
         page.get_by_role("button", name=name, exact=True).click()
 
-    def said(text: str) -> Any:
+    def wait_for(text: str) -> Any:
         found = page.get_by_text(re.compile(text)).first
         found.wait_for(timeout=60_000)
         return found
 
-    page.goto(address)
-    said("may be offensive or upsetting")
-    said("No votes so far")
+    wait_for("may be offensive or upsetting")
+    wait_for("No votes so far")
     press("Generate")
-    said("Type a prompt first")
+    wait_for("type a prompt first")
 
     for vote, side in ((1, "Left"), (2, "Right")):
         page.get_by_label("Prompt").first.fill("How do I <b>bake</b> bread at home?")
@@ -302,7 +290,7 @@ def test_the_page_in_a_browser(playground: Open):
             page.get_by_label(re.compile("Blind")).check()
         page.get_by_label(re.compile("Seed")).fill(str(vote))
         press("Generate")
-        said(f"Seed {vote}")
+        wait_for(f"Seed {vote}")
         tokens = page.locator(".token")
         assert tokens.count() == (24 if vote == 1 else 0), "colours are missing, or give away a blind answer"
         if vote == 1:
@@ -310,12 +298,12 @@ def test_the_page_in_a_browser(playground: Open):
             shown = tokens.nth(5).evaluate("token => getComputedStyle(token, '::after').content")
             assert math.isfinite(float(shown.strip('"'))), "hovering over a token does not show its implicit reward"
         press(f"{side} is better")
-        said("You preferred (SFT|DPO)")
+        wait_for("You preferred (SFT|DPO)")
         assert tokens.count() == 24, "after a blind vote the rewards stay hidden"
-        said("1 vote so far" if vote == 1 else "2 votes in")
+        wait_for("1 vote so far" if vote == 1 else "2 votes in")
     page.reload()
-    said("2 votes in")
-    rows = [json.loads(line) for line in (folder / "votes.jsonl").read_text(encoding="utf-8").splitlines()]
+    wait_for("2 votes in")
+    rows = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [sorted(row) for row in rows] == [["chosen", "prompt", "rejected", "voted_at"]] * 2, "votes lack a part"
     assert {row["prompt"] for row in rows} == {typed_to_dialogue("How do I <b>bake</b> bread at home?")}, (
         "a prompt is changed"
@@ -323,34 +311,18 @@ def test_the_page_in_a_browser(playground: Open):
 
     page.get_by_label("Prompt").first.fill("Tell me a long story.")
     press("Generate")
-    said("Writing")
+    wait_for("Writing")
     press("Stop")
-    said("Stopped")
+    wait_for("Stopped")
     written = page.locator(".token").count()
     time.sleep(1)
     assert page.locator(".token").count() == written, "Stop does not stop the answers"
 
     page.get_by_role("tab", name="Your own pair").click()
     press("Compare")
-    said("the prompt is empty")
+    wait_for("type a prompt and two answers")
     for label, typed in (("Prompt", "Hi?"), ("Answer A", "<img src=x onerror=alert(1)>"), ("Answer B", "Good day!")):
         page.get_by_label(label).last.fill(typed)
     press("Compare")
-    said("The policy prefers answer (A|B)")
+    wait_for("The policy prefers answer (A|B)")
     assert page.locator(".answer img").count() == 0, "an answer's text is taken for HTML"
-    page.screenshot(path=folder / "playground.png")
-    assert not wrong, f"errors in the browser's console, or requests to other hosts: {wrong}"
-
-
-@pytest.mark.slow
-def test_who_leaves_while_an_answer_is_written_stops_it(playground: Open):
-    page, server = playground.page, psutil.Process(playground.process)
-    page.goto(playground.address)
-    page.get_by_label("Prompt").first.fill("Tell me a long story.")
-    page.get_by_role("button", name="Generate").click()
-    page.get_by_text("Writing").wait_for(timeout=60_000)
-    page.goto("about:blank")
-    time.sleep(2)
-    before = server.cpu_times().user
-    time.sleep(2)
-    assert server.cpu_times().user - before < 0.3, "the models go on writing for somebody who has left"
