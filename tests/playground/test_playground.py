@@ -10,14 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from running import ROOT
+from toys import CHATML, say, with_turns
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tinydpo.config.arguments import DataArguments
@@ -51,15 +54,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
     """`policy/` and `ref/`: two random models of 2,048 positions that hardly ever end an answer."""
-    folder, end = tmp_path_factory.mktemp("playground"), tiny_tokenizer.eos_token_id
+    folder = tmp_path_factory.mktemp("playground")
+    end = tiny_tokenizer.eos_token_id
     for seed, role in enumerate(("policy", "ref")):
         torch.manual_seed(seed)
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=len(tiny_tokenizer), n_positions=2048, n_embd=64, n_layer=2, n_head=2,
-                bos_token_id=end, eos_token_id=end,
-            )
-        )  # fmt: skip
+        size = {"vocab_size": len(tiny_tokenizer), "n_positions": 2048, "n_embd": 64, "n_layer": 2, "n_head": 2}
+        model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=end, eos_token_id=end))
         weight = model.transformer.wte.weight.data[end]
         model.transformer.ln_f.bias.data -= 30 * weight / weight.dot(weight)
         model.save_pretrained(folder / role)
@@ -73,35 +73,34 @@ def models(folders: Path) -> SideBySide:
     return SideBySide(policy, ref, AutoTokenizer.from_pretrained(folders / "ref"), 0.3, 64, 32)
 
 
+def score(models: SideBySide, prompt: list[int], ids: list[int]) -> np.ndarray:
+    """Implicit rewards of an answer's tokens, computed as evaluation does."""
+    policy, ref = (token_logps(model, [prompt], [ids])[0] for model in (models.policy, models.ref))
+    return models.beta * (policy - ref)
+
+
 def test_streamed_rewards_are_those_of_scoring(models: SideBySide):
     prompt, _ = models.fit_prompt(typed_to_dialogue("How do I bake bread?"), 20)
     *_, answers = models.stream_answers(prompt, 20, **PLAIN)
     for answer in answers:
-        policy, ref = (token_logps(model, [prompt], [answer.ids])[0] for model in (models.policy, models.ref))
-        assert answer.rewards == pytest.approx((0.3 * (policy - ref)).tolist(), abs=1e-4), (
-            "the colours while streaming are not β (log π − log π_ref) of the tokens"
-        )
+        assert answer.rewards == pytest.approx(score(models, prompt, answer.ids).tolist(), abs=1e-4)
     assert answers[0].ids != answers[1].ids, "both sides show one model's answer"
 
 
-def test_each_side_is_its_own_model_and_ends_by_itself(models: SideBySide):
-    greedy, (prompt, _) = PLAIN | {"top_k": 1}, models.fit_prompt(typed_to_dialogue("Hello?"), 12)
+def test_each_side_is_what_its_model_writes_alone(models: SideBySide):
+    greedy = PLAIN | {"top_k": 1}
+    prompt, _ = models.fit_prompt(typed_to_dialogue("Hello?"), 12)
     *_, (ref, policy) = models.stream_answers(prompt, 12, **greedy)
     for answer, model in ((ref, models.ref), (policy, models.policy)):
         ids: list[int] = []
         while len(ids) < 12:
             with torch.no_grad():
                 ids.append(model(torch.tensor([prompt + ids])).logits[0, -1].argmax().item())
-        assert answer.ids == ids, (
-            "an answer is not what its model writes alone: sides are swapped or influence another"
-        )
+        assert answer.ids == ids, "sides are swapped, or one influences the other"
     tokenizer = AutoTokenizer.from_pretrained(models.tokenizer.name_or_path)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(policy.ids[2])
-    ends = SideBySide(models.policy, models.ref, tokenizer, 0.3, 64, 32)
-    *_, (_, stopped) = ends.stream_answers(prompt, 12, **greedy)
-    assert stopped.ended and stopped.ids == policy.ids[: policy.ids.index(policy.ids[2]) + 1], (
-        "an answer goes on after its end token"
-    )
+    *_, (_, stopped) = replace(models, tokenizer=tokenizer).stream_answers(prompt, 12, **greedy)
+    assert stopped.ended and stopped.ids == policy.ids[: policy.ids.index(policy.ids[2]) + 1]
 
 
 def test_settings_have_effect_and_checkpoint_defaults_have_none(models: SideBySide):
@@ -121,48 +120,30 @@ def test_settings_have_effect_and_checkpoint_defaults_have_none(models: SideBySi
 
 @pytest.mark.parametrize(
     ("typed", "prompt"),
-    [
-        (" What now?\n", "\n\nHuman: What now?\n\nAssistant:"),
-        (
-            "Human: Hi\n\nAssistant: Hello\n\nHuman: Bye",
-            "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:",
-        ),
-        ("\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"),
-        ("Is 'Human: Fall Flat' fun?", "\n\nHuman: Is 'Human: Fall Flat' fun?\n\nAssistant:"),
-        ("half \ud83d", "\n\nHuman: half ?\n\nAssistant:"),
-    ],
-)
+    [(" What now?\n", "\n\nHuman: What now?\n\nAssistant:"),
+     ("Human: A\n\nAssistant: B\n\nHuman: C", "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant:"),
+     ("Is 'Human: Fall Flat' fun?", "\n\nHuman: Is 'Human: Fall Flat' fun?\n\nAssistant:"),
+     ("half \ud83d", "\n\nHuman: half ?\n\nAssistant:")],
+)  # fmt: skip
 def test_prompts_are_written_as_hh_writes_them(typed: str, prompt: str):
-    assert typed_to_dialogue(typed) == prompt, "the models see another form of prompt than in training"
-
-
-@given(st.text(min_size=1).filter(str.strip))
-def test_wrapping_twice_changes_nothing(typed: str):
-    assert typed_to_dialogue(typed_to_dialogue(typed)) == typed_to_dialogue(typed), (
-        "a prompt copied from a vote becomes another prompt"
-    )
+    assert typed_to_dialogue(typed) == prompt
+    assert typed_to_dialogue(prompt) == prompt, "a prompt copied from a vote becomes another prompt"
 
 
 def test_long_prompts_keep_their_end_and_say_so(models: SideBySide):
     text = typed_to_dialogue("word " * 200 + "the question?")
-    ids, cut = models.fit_prompt(text, 32)
-    assert cut and len(ids) == 32, "a long prompt leaves no room for the answer, or is cut in silence"
-    assert text.endswith(models.tokenizer.decode(ids)), "the question at the prompt's end is cut away"
-    assert not models.fit_prompt(typed_to_dialogue("Hi"), 32)[1], "a short prompt is said to be cut"
+    ids, is_cut = models.fit_prompt(text, 32)
+    assert is_cut and len(ids) == 32 and text.endswith(models.tokenizer.decode(ids))
+    assert not models.fit_prompt(typed_to_dialogue("Hi"), 32)[1]
 
 
 def test_a_pair_is_scored_as_evaluation_does(models: SideBySide):
-    first, second, cut = models.compare_pair("How are you?", "Fine, thanks.", "Go away <b>!</b>")
-    assert not cut and first.ended and second.ended, "a whole pair is said to be cut"
+    first, second, is_cut = models.compare_pair("How are you?", "Fine, thanks.", "Go away <b>!</b>")
+    assert not is_cut and first.ended and second.ended
     prompt = models.tokenizer(typed_to_dialogue("How are you?")).input_ids
     for answer, text in ((first, " Fine, thanks."), (second, " Go away <b>!</b>")):
         ids = [*models.tokenizer(text).input_ids, models.tokenizer.eos_token_id]
-        policy, ref = (token_logps(model, [prompt], [ids])[0].sum() for model in (models.policy, models.ref))
-        assert answer.reward == pytest.approx(0.3 * (policy - ref), abs=1e-4), (
-            "the implicit reward is not β log π/π_ref"
-        )
-    swapped = models.compare_pair("How are you?", "Go away <b>!</b>", "Fine, thanks.")
-    assert swapped[1].reward == pytest.approx(first.reward, abs=1e-5), "a reward depends on the place of the answer"
+        assert answer.reward == pytest.approx(score(models, prompt, ids).sum(), abs=1e-4)
 
 
 def test_pairs_that_cannot_be_compared_are_one_sentence(models: SideBySide):
@@ -187,12 +168,24 @@ text = st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip)
 def test_votes_are_training_data(rows: list, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any):
     path = tmp_path_factory.mktemp("votes") / "run" / "votes.jsonl"
     for count, (prompt, chosen, rejected) in enumerate(rows, 1):
-        assert save_vote(path, prompt, chosen, rejected) == count == count_votes(path)
+        assert save_vote(path, prompt, chosen, rejected) == count
     splits = load_pairs(DataArguments(dataset_name=str(path)), tiny_tokenizer, 4096)
     read = [(row["prompt"], row["chosen"], row["rejected"]) for split in splits.values() for row in split.texts]
     # Reading moves the space that ends a prompt to the answers, where tokenizers have it: the texts are the same.
     texts = [sorted((p.rstrip(" "), p + one, p + other) for p, one, other in some) for some in (read, rows)]
     assert texts[0] == texts[1], "--dataset_name reads other preferences than those voted for"
+
+
+def test_with_a_chat_template_prompts_and_votes_are_messages(models: SideBySide, tmp_path: Path):
+    tokenizer = with_turns(AutoTokenizer.from_pretrained(models.tokenizer.name_or_path), CHATML)
+    chat = replace(models, tokenizer=tokenizer, chat=None)
+    prompt = chat.make_prompt("Hi?")
+    ids, _ = chat.fit_prompt(prompt, 8)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    save_vote(tmp_path / "votes.jsonl", prompt, "Yes.", "No.")
+    vote = json.loads((tmp_path / "votes.jsonl").read_text())
+    assert vote["prompt"] == [say("user", "Hi?")] and vote["chosen"] == [say("assistant", "Yes.")]
+    assert isinstance(replace(chat, chat=False).make_prompt("Hi?"), str), "the model was trained on HH's form"
 
 
 def test_votes_that_prefer_nothing_are_refused(tmp_path: Path):
@@ -268,46 +261,47 @@ def page(address: str) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(page: Any, tmp_path: Path):
+    tokens = page.locator(".token")
+    question = "How do I <b>bake</b> bread at home?"
+
     def press(name: str) -> None:
         page.get_by_role("button", name=name, exact=True).click()
 
-    def wait_for(text: str) -> Any:
-        found = page.get_by_text(re.compile(text)).first
-        found.wait_for(timeout=60_000)
-        return found
+    def wait_for(text: str) -> None:
+        page.get_by_text(re.compile(text)).first.wait_for(timeout=60_000)
 
     wait_for("may be offensive or upsetting")
     wait_for("No votes so far")
     press("Generate")
     wait_for("type a prompt first")
 
-    for vote, side in ((1, "Left"), (2, "Right")):
-        page.get_by_label("Prompt").first.fill("How do I <b>bake</b> bread at home?")
-        if vote == 1:
-            page.get_by_text("Sampling").click()
-            page.get_by_label("number input for Most tokens").fill("12")
-        else:
-            page.get_by_label(re.compile("Blind")).check()
-        page.get_by_label(re.compile("Seed")).fill(str(vote))
-        press("Generate")
-        wait_for(f"Seed {vote}")
-        tokens = page.locator(".token")
-        assert tokens.count() == (24 if vote == 1 else 0), "colours are missing, or give away a blind answer"
-        if vote == 1:
-            tokens.nth(5).hover()
-            shown = tokens.nth(5).evaluate("token => getComputedStyle(token, '::after').content")
-            assert math.isfinite(float(shown.strip('"'))), "hovering over a token does not show its implicit reward"
-        press(f"{side} is better")
-        wait_for("You preferred (SFT|DPO)")
-        assert tokens.count() == 24, "after a blind vote the rewards stay hidden"
-        wait_for("1 vote so far" if vote == 1 else "2 votes in")
+    page.get_by_label("Prompt").first.fill(question)
+    page.get_by_text("Sampling").click()
+    page.get_by_label("number input for Most tokens").fill("12")
+    page.get_by_label(re.compile("Seed")).fill("1")
+    press("Generate")
+    wait_for("Seed 1")
+    assert tokens.count() == 24
+    tokens.nth(5).hover()
+    shown = tokens.nth(5).evaluate("token => getComputedStyle(token, '::after').content")
+    assert math.isfinite(float(shown.strip('"'))), "hovering over a token does not show its implicit reward"
+    press("Left is better")
+    wait_for("You preferred SFT")
+    wait_for("1 vote so far")
+
+    page.get_by_label(re.compile("Blind")).check()
+    page.get_by_label(re.compile("Seed")).fill("2")
+    press("Generate")
+    wait_for("Seed 2")
+    assert tokens.count() == 0, "colours give away a blind answer"
+    press("Right is better")
+    wait_for("You preferred (SFT|DPO)")
+    assert tokens.count() == 24, "after a blind vote the rewards stay hidden"
     page.reload()
     wait_for("2 votes in")
-    rows = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [sorted(row) for row in rows] == [["chosen", "prompt", "rejected", "voted_at"]] * 2, "votes lack a part"
-    assert {row["prompt"] for row in rows} == {typed_to_dialogue("How do I <b>bake</b> bread at home?")}, (
-        "a prompt is changed"
-    )
+    rows = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+    assert [sorted(row) for row in rows] == [["chosen", "prompt", "rejected", "voted_at"]] * 2
+    assert {row["prompt"] for row in rows} == {typed_to_dialogue(question)}
 
     page.get_by_label("Prompt").first.fill("Tell me a long story.")
     press("Generate")
