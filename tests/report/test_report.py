@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import random
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tinydpo.data.notice import CONTENT_NOTICE
 from tinydpo.errors import UserError
 from tinydpo.evaluation.on_policy import add_rounds_to_frontier
 from tinydpo.evaluation.table import headline_rows
+from tinydpo.evaluation.winrate import describe_judge, format_caveats
 from tinydpo.report import figures
 from tinydpo.report.page import summarize_evaluation, write_report
 
@@ -232,10 +234,12 @@ def test_doubts_stand_beside_win_rates(tmp_path: Path):
     winrate = make_winrate() | {"calibration": judge}
     winrate["comparisons"][0]["invalid"] = 14
     write(tmp_path / "winrate/winrate.json", json.dumps(winrate))
-    raw = write_report(tmp_path).read_text()
-    assert raw.count("28% of the pairs are invalid") == 2, "in the head and in the table"
-    assert raw.count("not told apart from a coin") == 3, "in the head and at each win rate of the table"
-    assert "75% of its verdicts turn with the order" in raw
+    text = unescape(write_report(tmp_path).read_text())
+    many_invalid, chance = (format_caveats(winrate, comparison) for comparison in winrate["comparisons"])
+    assert "28% of the pairs are invalid" in many_invalid and many_invalid.endswith(chance)
+    assert text.count(many_invalid) == 2, "in the head and in the table"
+    assert text.count(chance) == 3, "in the head and at each win rate of the table"
+    assert describe_judge(judge) in text
 
 
 def test_histogram_counts_every_pair():

@@ -195,16 +195,16 @@ def _draw_method(
     by_step = sorted(points, key=lambda point: point["step"])
     last = list({(point["beta"], point["seed"]): point for point in by_step}.values())
     axes.plot(*_get_columns(points), color=color, linestyle="", marker=marker, markersize=3, alpha=0.35)
-    _draw_with_bars(axes, last, color=color, ecolor=(color, 0.5), linestyle="", marker=marker, markersize=4.5)
+    style = {"color": color, "ecolor": (color, 0.5), "linestyle": "", "marker": marker, "markersize": 4.5}
+    _draw_with_bars(axes, last, label=_shorten(method) + (f", learning rate {rate:g}" if rate else ""), **style)
     means = []
     for beta in sorted({point["beta"] for point in last}):
         kl, reward = np.mean(_get_columns(point for point in last if point["beta"] == beta), axis=1).tolist()
         means.append((kl, reward))
         if name_betas:
             axes.annotate(f"β {beta:g}", (kl, reward), (-3, 6), **SMALL_LABEL, color=color, ha="right")
-    label = _shorten(method) + (f", learning rate {rate:g}" if rate else "")
-    style = ":" if method == "shuffled labels" else "-"
-    axes.plot(*zip(start, *sorted(means), strict=True), color=color, linewidth=1.2, linestyle=style, label=label)
+    line = ":" if method == "shuffled labels" else "-"
+    axes.plot(*zip(start, *sorted(means), strict=True), color=color, linewidth=1.2, linestyle=line)
 
 
 def _draw_rounds(axes: Axes, rounds: Sequence[dict[str, Any]]) -> None:

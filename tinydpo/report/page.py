@@ -72,7 +72,7 @@ def write_report(folder: Path) -> Path:
         pairs=build_pair_charts(margins, results.get("subsets")),
         frontier=build_frontier(frontier) if frontier else {},
         win_rates=build_win_rates(winrate) if winrate else {},
-        training={title: build_training(run, results.get("kl_per_sequence")) for title, run in runs.items()},
+        training={title: build_training(run) for title, run in runs.items()},
         answers=build_answers(samples),
         provenance=collect_provenance(runs, {"Evaluation": results, "Frontier": frontier, "Win rates": winrate}),
     )
@@ -166,14 +166,14 @@ def build_win_rates(winrate: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_training(run: RunFolder, kl: float | None) -> dict[str, Any]:
-    """A run's curves by their titles and, for DPO, what its rewards did; `kl` is what the evaluation measured."""
+def build_training(run: RunFolder) -> dict[str, Any]:
+    """A run's curves by their titles and, for DPO, what its rewards did."""
     log = run.read_log()
     beta = run.read_config().get("beta")
     curves = figures.draw_training_curves(log)
     return {
         "charts": {curve.axes[0].get_title(): figures.to_data_uri(curve) for curve in curves},
-        "sentence": describe_rewards(log, beta, kl) if beta else "",
+        "sentence": describe_rewards(log, beta) if beta else "",
     }
 
 
