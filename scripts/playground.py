@@ -41,10 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, revision in args.models.values():
         check_model(name, revision, tokenizer, args.max_length)
         models.append(load_model(name, revision, dtype=dtype, device=device))
-    turns = was_trained_on_chat(args.model_name_or_path)
-    both = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length, turns)
+    chat = was_trained_on_chat(args.model_name_or_path)
+    side_by_side = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length, chat)
     votes = Path(args.output_dir).parent / "votes.jsonl"
-    serve_app(build_app(both, args, votes, CONTENT_NOTICE if is_hh(data.dataset_name) else ""), page.port)
+    notice = CONTENT_NOTICE if is_hh(data.dataset_name) else ""
+    serve_app(build_app(side_by_side, args, votes, notice), page.port)
 
 
 if __name__ == "__main__":

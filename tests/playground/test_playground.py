@@ -10,15 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import psutil
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from running import ROOT
+from toys import CHATML, say, with_turns
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tinydpo.config.arguments import DataArguments
@@ -36,13 +38,14 @@ SWITCHES = [  # without a sandbox, for root; and without the requests that a fre
 ]
 # The script, in a process that reports every connection to another machine than this one.
 WATCHED = """
-import runpy, sys
+import sys
 def watch(event, args):
     if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in ("127.0.0.1", "::1"):
         print("connects to", args[1], flush=True)
 sys.addaudithook(watch)
-sys.argv = ["scripts/playground.py", *sys.argv[1:]]
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.path.insert(0, "scripts")
+import playground
+playground.main(sys.argv[1:])
 """
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,15 +54,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
     """`policy/` and `ref/`: two random models of 2,048 positions that hardly ever end an answer."""
-    folder, end = tmp_path_factory.mktemp("playground"), tiny_tokenizer.eos_token_id
+    folder = tmp_path_factory.mktemp("playground")
+    end = tiny_tokenizer.eos_token_id
     for seed, role in enumerate(("policy", "ref")):
         torch.manual_seed(seed)
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=len(tiny_tokenizer), n_positions=2048, n_embd=64, n_layer=2, n_head=2,
-                bos_token_id=end, eos_token_id=end,
-            )
-        )  # fmt: skip
+        size = {"vocab_size": len(tiny_tokenizer), "n_positions": 2048, "n_embd": 64, "n_layer": 2, "n_head": 2}
+        model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=end, eos_token_id=end))
         weight = model.transformer.wte.weight.data[end]
         model.transformer.ln_f.bias.data -= 30 * weight / weight.dot(weight)
         model.save_pretrained(folder / role)
@@ -73,42 +73,41 @@ def models(folders: Path) -> SideBySide:
     return SideBySide(policy, ref, AutoTokenizer.from_pretrained(folders / "ref"), 0.3, 64, 32)
 
 
+def score(models: SideBySide, prompt: list[int], ids: list[int]) -> np.ndarray:
+    """Implicit rewards of an answer's tokens, computed as evaluation does."""
+    policy, ref = (token_logps(model, [prompt], [ids])[0] for model in (models.policy, models.ref))
+    return models.beta * (policy - ref)
+
+
 def test_streamed_rewards_are_those_of_scoring(models: SideBySide):
     prompt, _ = models.fit_prompt(typed_to_dialogue("How do I bake bread?"), 20)
-    *_, answers = models.stream(prompt, 20, **PLAIN)
+    *_, answers = models.stream_answers(prompt, 20, **PLAIN)
     for answer in answers:
-        policy, ref = (token_logps(model, [prompt], [answer.ids])[0] for model in (models.policy, models.ref))
-        assert answer.rewards == pytest.approx((0.3 * (policy - ref)).tolist(), abs=1e-4), (
-            "the colours while streaming are not β (log π − log π_ref) of the tokens"
-        )
+        assert answer.rewards == pytest.approx(score(models, prompt, answer.ids).tolist(), abs=1e-4)
     assert answers[0].ids != answers[1].ids, "both sides show one model's answer"
 
 
-def test_each_side_is_its_own_model_and_ends_by_itself(models: SideBySide):
-    greedy, (prompt, _) = PLAIN | {"top_k": 1}, models.fit_prompt(typed_to_dialogue("Hello?"), 12)
-    *_, (ref, policy) = models.stream(prompt, 12, **greedy)
+def test_each_side_is_what_its_model_writes_alone(models: SideBySide):
+    greedy = PLAIN | {"top_k": 1}
+    prompt, _ = models.fit_prompt(typed_to_dialogue("Hello?"), 12)
+    *_, (ref, policy) = models.stream_answers(prompt, 12, **greedy)
     for answer, model in ((ref, models.ref), (policy, models.policy)):
         ids: list[int] = []
         while len(ids) < 12:
             with torch.no_grad():
                 ids.append(model(torch.tensor([prompt + ids])).logits[0, -1].argmax().item())
-        assert answer.ids == ids, (
-            "an answer is not what its model writes alone: sides are swapped or influence another"
-        )
+        assert answer.ids == ids, "sides are swapped, or one influences the other"
     tokenizer = AutoTokenizer.from_pretrained(models.tokenizer.name_or_path)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(policy.ids[2])
-    ends = SideBySide(models.policy, models.ref, tokenizer, 0.3, 64, 32)
-    *_, (_, stopped) = ends.stream(prompt, 12, **greedy)
-    assert stopped.ended and stopped.ids == policy.ids[: policy.ids.index(policy.ids[2]) + 1], (
-        "an answer goes on after its end token"
-    )
+    *_, (_, stopped) = replace(models, tokenizer=tokenizer).stream_answers(prompt, 12, **greedy)
+    assert stopped.ended and stopped.ids == policy.ids[: policy.ids.index(policy.ids[2]) + 1]
 
 
 def test_settings_have_effect_and_checkpoint_defaults_have_none(models: SideBySide):
     prompt, _ = models.fit_prompt(typed_to_dialogue("Hello?"), 12)
 
     def sample(**changed: Any) -> list[list[int]]:
-        *_, answers = models.stream(prompt, 12, **PLAIN | changed)
+        *_, answers = models.stream_answers(prompt, 12, **PLAIN | changed)
         return [list(answer.ids) for answer in answers]
 
     plain = sample()
@@ -121,73 +120,55 @@ def test_settings_have_effect_and_checkpoint_defaults_have_none(models: SideBySi
 
 @pytest.mark.parametrize(
     ("typed", "prompt"),
-    [
-        (" What now?\n", "\n\nHuman: What now?\n\nAssistant:"),
-        (
-            "Human: Hi\n\nAssistant: Hello\n\nHuman: Bye",
-            "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:",
-        ),
-        ("\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant:"),
-        ("Is 'Human: Fall Flat' fun?", "\n\nHuman: Is 'Human: Fall Flat' fun?\n\nAssistant:"),
-        ("half \ud83d", "\n\nHuman: half ?\n\nAssistant:"),
-    ],
-)
+    [(" What now?\n", "\n\nHuman: What now?\n\nAssistant:"),
+     ("Human: A\n\nAssistant: B\n\nHuman: C", "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant:"),
+     ("Is 'Human: Fall Flat' fun?", "\n\nHuman: Is 'Human: Fall Flat' fun?\n\nAssistant:"),
+     ("half \ud83d", "\n\nHuman: half ?\n\nAssistant:")],
+)  # fmt: skip
 def test_prompts_are_written_as_hh_writes_them(typed: str, prompt: str):
-    assert typed_to_dialogue(typed) == prompt, "the models see another form of prompt than in training"
-
-
-@given(st.text(min_size=1).filter(str.strip))
-def test_wrapping_twice_changes_nothing(typed: str):
-    assert typed_to_dialogue(typed_to_dialogue(typed)) == typed_to_dialogue(typed), (
-        "a prompt copied from a vote becomes another prompt"
-    )
+    assert typed_to_dialogue(typed) == prompt
+    assert typed_to_dialogue(prompt) == prompt, "a prompt copied from a vote becomes another prompt"
 
 
 def test_long_prompts_keep_their_end_and_say_so(models: SideBySide):
     text = typed_to_dialogue("word " * 200 + "the question?")
-    ids, cut = models.fit_prompt(text, 32)
-    assert cut and len(ids) == 32, "a long prompt leaves no room for the answer, or is cut in silence"
-    assert text.endswith(models.tokenizer.decode(ids)), "the question at the prompt's end is cut away"
-    assert not models.fit_prompt(typed_to_dialogue("Hi"), 32)[1], "a short prompt is said to be cut"
+    ids, is_cut = models.fit_prompt(text, 32)
+    assert is_cut and len(ids) == 32 and text.endswith(models.tokenizer.decode(ids))
+    assert not models.fit_prompt(typed_to_dialogue("Hi"), 32)[1]
 
 
 def test_a_pair_is_scored_as_evaluation_does(models: SideBySide):
-    first, second, cut = models.compare("How are you?", "Fine, thanks.", "Go away <b>!</b>")
-    assert not cut and first.ended and second.ended, "a whole pair is said to be cut"
+    first, second, is_cut = models.compare_pair("How are you?", "Fine, thanks.", "Go away <b>!</b>")
+    assert not is_cut and first.ended and second.ended
     prompt = models.tokenizer(typed_to_dialogue("How are you?")).input_ids
     for answer, text in ((first, " Fine, thanks."), (second, " Go away <b>!</b>")):
         ids = [*models.tokenizer(text).input_ids, models.tokenizer.eos_token_id]
-        policy, ref = (token_logps(model, [prompt], [ids])[0].sum() for model in (models.policy, models.ref))
-        assert answer.reward == pytest.approx(0.3 * (policy - ref), abs=1e-4), (
-            "the implicit reward is not β log π/π_ref"
-        )
-    swapped = models.compare("How are you?", "Go away <b>!</b>", "Fine, thanks.")
-    assert swapped[1].reward == pytest.approx(first.reward, abs=1e-5), "a reward depends on the place of the answer"
+        assert answer.reward == pytest.approx(score(models, prompt, ids).sum(), abs=1e-4)
 
 
 def test_pairs_that_cannot_be_compared_are_one_sentence(models: SideBySide):
-    for pair, said in (
-        (("", "a", "b"), "prompt is empty"),
-        (("p", " \n", "b"), "answer A is empty"),
+    for pair, message in (
+        (("", "a", "b"), "type a prompt and two answers"),
+        (("p", " \n", "b"), "type a prompt and two answers"),
         (("p", "a", "a"), "identical"),
         (("p", "a", "half \ud83d"), "half of a character"),
     ):
-        with pytest.raises(UserError, match=said):
-            models.compare(*pair)
-    *answers, cut = models.compare("question " * 100, "one " * 100, "two " * 100)
-    assert cut and not any(answer.ended for answer in answers), "a pair is cut to the budget in silence"
+        with pytest.raises(UserError, match=message):
+            models.compare_pair(*pair)
+    *answers, is_cut = models.compare_pair("question " * 100, "one " * 100, "two " * 100)
+    assert is_cut and not any(answer.ended for answer in answers), "a pair is cut without a word"
 
 
 text = st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(rows=st.lists(st.tuples(text, text, text).filter(lambda row: row[1] != row[2]), min_size=2, max_size=6))
 @example(rows=[("a question: ", "Yes", "No"), ("a question: ", " Yes", "No")])
 def test_votes_are_training_data(rows: list, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any):
     path = tmp_path_factory.mktemp("votes") / "run" / "votes.jsonl"
     for count, (prompt, chosen, rejected) in enumerate(rows, 1):
-        assert save_vote(path, prompt, chosen, rejected) == count == count_votes(path), "votes are lost or miscounted"
+        assert save_vote(path, prompt, chosen, rejected) == count
     splits = load_pairs(DataArguments(dataset_name=str(path)), tiny_tokenizer, 4096)
     read = [(row["prompt"], row["chosen"], row["rejected"]) for split in splits.values() for row in split.texts]
     # Reading moves the space that ends a prompt to the answers, where tokenizers have it: the texts are the same.
@@ -195,162 +176,136 @@ def test_votes_are_training_data(rows: list, tmp_path_factory: pytest.TempPathFa
     assert texts[0] == texts[1], "--dataset_name reads other preferences than those voted for"
 
 
-def test_votes_that_say_nothing_are_refused(tmp_path: Path):
+def test_with_a_chat_template_prompts_and_votes_are_messages(models: SideBySide, tmp_path: Path):
+    tokenizer = with_turns(AutoTokenizer.from_pretrained(models.tokenizer.name_or_path), CHATML)
+    chat = replace(models, tokenizer=tokenizer, chat=None)
+    prompt = chat.make_prompt("Hi?")
+    ids, _ = chat.fit_prompt(prompt, 8)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    save_vote(tmp_path / "votes.jsonl", prompt, "Yes.", "No.")
+    vote = json.loads((tmp_path / "votes.jsonl").read_text())
+    assert vote["prompt"] == [say("user", "Hi?")] and vote["chosen"] == [say("assistant", "Yes.")]
+    assert isinstance(replace(chat, chat=False).make_prompt("Hi?"), str), "the model was trained on HH's form"
+
+
+def test_votes_that_prefer_nothing_are_refused(tmp_path: Path):
     path = tmp_path / "votes.jsonl"
-    for chosen, rejected, said in (("same", "same", "the same"), ("", "b", "empty"), ("a", " ", "empty")):
-        with pytest.raises(UserError, match=said):
+    for chosen, rejected, message in (("same", "same", "the same"), ("", "b", "empty"), ("a", " ", "empty")):
+        with pytest.raises(UserError, match=message):
             save_vote(path, "p", chosen, rejected)
-    assert not path.exists() and count_votes(path) == 0, "a refused vote is written"
-    path.write_text('{"prompt": "cut')
-    assert save_vote(path, "p", "a", "b") == 2, "a vote is glued to a line that was cut short"
-    assert json.loads(path.read_text().splitlines()[1])["chosen"] == "a", (
-        "a vote is glued to a line that was cut short"
-    )
+    assert count_votes(path) == 0
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written"):
         save_vote(tmp_path / "file" / "votes.jsonl", "p", "a", "b")
 
 
-def free_port() -> int:
+@pytest.fixture
+def port() -> int:
     with socket.socket() as stream:
         stream.bind(("127.0.0.1", 0))
         return stream.getsockname()[1]
 
 
-def test_a_taken_port_is_one_sentence():
+def test_a_taken_port_is_one_sentence(port: int):
     gradio = pytest.importorskip("gradio", reason="needs the extra 'playground'")
     from tinydpo.playground.app import serve_app
 
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} is taken"):
-            with gradio.Blocks() as app:
-                pass
-            serve_app(app, port)
-
-
-class Open(NamedTuple):
-    """A browser's page, the playground's address and process, its run's folder, and what goes wrong as it happens."""
-
-    page: Any
-    address: str
-    process: int
-    folder: Path
-    wrong: list[str]
+    taken = pytest.raises(UserError, match=f"port {port} is taken")
+    with socket.create_server(("127.0.0.1", port)), taken:
+        serve_app(gradio.Blocks(), port)
 
 
 @pytest.fixture
-def playground(folders: Path, tmp_path: Path) -> Iterator[Open]:
-    """The real script in a process of its own, and a real browser."""
+def page(folders: Path, tmp_path: Path, port: int) -> Iterator[Any]:
+    """The page in a real browser, served by the real script; whatever goes wrong on either side fails the test."""
     pytest.importorskip("gradio", reason="needs the extra 'playground'")
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if not shutil.which(CHROMIUM):
         pytest.skip(f"needs {CHROMIUM} (Debian: apt-get install chromium)")
-    port = free_port()
     command = [
         *(sys.executable, "-c", WATCHED, "--port", str(port), "--max_length", "2000"),
         *("--model_name_or_path", f"{folders}/policy", "--ref_model_name_or_path", f"{folders}/ref"),
         *("--output_dir", f"{tmp_path}/evaluation", "--dataset_name", "Anthropic/hh-rlhf"),
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    server, wrong = (
-        subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT),
-        [],
-    )
+    server = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    errors = []
+    local = re.compile(rf"(http|ws)://127\.0\.0\.1:{port}/|data:|blob:")
     try:
         line = server.stdout.readline()
         assert f"http://127.0.0.1:{port}" in line, f"the playground does not start: {line}{server.stdout.read()}"
         with sync_api.sync_playwright() as playwright:
             page = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES).new_page()
-            page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-            local = re.compile(rf"(http|ws)://127\.0\.0\.1:{port}/|data:|blob:")
-            page.on("request", lambda request: local.match(request.url) or wrong.append(request.url))
-            yield Open(page, f"http://127.0.0.1:{port}", server.pid, tmp_path, wrong)
+            page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("request", lambda request: local.match(request.url) or errors.append(request.url))
+            page.goto(f"http://127.0.0.1:{port}")
+            yield page
     finally:
         server.terminate()
-        said, _ = server.communicate(timeout=30)
-    assert said == "", "the server logs errors, or connects to another machine"
+        printed, _ = server.communicate(timeout=30)
+    assert printed == "", "the server logs errors, or connects to another machine"
+    assert not errors, "errors in the browser's console, or requests to other hosts"
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(playground: Open):
-    page, address, _, folder, wrong = playground
+def test_the_page_in_a_browser(page: Any, tmp_path: Path):
+    tokens = page.locator(".token")
+    question = "How do I <b>bake</b> bread at home?"
 
     def press(name: str) -> None:
         page.get_by_role("button", name=name, exact=True).click()
 
-    def said(text: str) -> Any:
-        found = page.get_by_text(re.compile(text)).first
-        found.wait_for(timeout=60_000)
-        return found
+    def wait_for(text: str) -> None:
+        page.get_by_text(re.compile(text)).first.wait_for(timeout=60_000)
 
-    page.goto(address)
-    said("may be offensive or upsetting")
-    said("No votes so far")
+    wait_for("may be offensive or upsetting")
+    wait_for("No votes so far")
     press("Generate")
-    said("Type a prompt first")
+    wait_for("type a prompt first")
 
-    for vote, side in ((1, "Left"), (2, "Right")):
-        page.get_by_label("Prompt").first.fill("How do I <b>bake</b> bread at home?")
-        if vote == 1:
-            page.get_by_text("Sampling").click()
-            page.get_by_label("number input for Most tokens").fill("12")
-        else:
-            page.get_by_label(re.compile("Blind")).check()
-        page.get_by_label(re.compile("Seed")).fill(str(vote))
-        press("Generate")
-        said(f"Seed {vote}")
-        tokens = page.locator(".token")
-        assert tokens.count() == (24 if vote == 1 else 0), "colours are missing, or give away a blind answer"
-        if vote == 1:
-            tokens.nth(5).hover()
-            shown = tokens.nth(5).evaluate("token => getComputedStyle(token, '::after').content")
-            assert math.isfinite(float(shown.strip('"'))), "hovering over a token does not show its implicit reward"
-        press(f"{side} is better")
-        said("You preferred (SFT|DPO)")
-        assert tokens.count() == 24, "after a blind vote the rewards stay hidden"
-        said("1 vote so far" if vote == 1 else "2 votes in")
+    page.get_by_label("Prompt").first.fill(question)
+    page.get_by_text("Sampling").click()
+    page.get_by_label("number input for Most tokens").fill("12")
+    page.get_by_label(re.compile("Seed")).fill("1")
+    press("Generate")
+    wait_for("Seed 1")
+    assert tokens.count() == 24
+    tokens.nth(5).hover()
+    shown = tokens.nth(5).evaluate("token => getComputedStyle(token, '::after').content")
+    assert math.isfinite(float(shown.strip('"'))), "hovering over a token does not show its implicit reward"
+    press("Left is better")
+    wait_for("You preferred SFT")
+    wait_for("1 vote so far")
+
+    page.get_by_label(re.compile("Blind")).check()
+    page.get_by_label(re.compile("Seed")).fill("2")
+    press("Generate")
+    wait_for("Seed 2")
+    assert tokens.count() == 0, "colours give away a blind answer"
+    press("Right is better")
+    wait_for("You preferred (SFT|DPO)")
+    assert tokens.count() == 24, "after a blind vote the rewards stay hidden"
     page.reload()
-    said("2 votes in")
-    rows = [json.loads(line) for line in (folder / "votes.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [sorted(row) for row in rows] == [["chosen", "prompt", "rejected", "voted_at"]] * 2, "votes lack a part"
-    assert {row["prompt"] for row in rows} == {typed_to_dialogue("How do I <b>bake</b> bread at home?")}, (
-        "a prompt is changed"
-    )
+    wait_for("2 votes in")
+    rows = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+    assert [sorted(row) for row in rows] == [["chosen", "prompt", "rejected", "voted_at"]] * 2
+    assert {row["prompt"] for row in rows} == {typed_to_dialogue(question)}
 
     page.get_by_label("Prompt").first.fill("Tell me a long story.")
     press("Generate")
-    said("Writing")
+    wait_for("Writing")
     press("Stop")
-    said("Stopped")
+    wait_for("Stopped")
     written = page.locator(".token").count()
     time.sleep(1)
     assert page.locator(".token").count() == written, "Stop does not stop the answers"
 
     page.get_by_role("tab", name="Your own pair").click()
     press("Compare")
-    said("the prompt is empty")
+    wait_for("type a prompt and two answers")
     for label, typed in (("Prompt", "Hi?"), ("Answer A", "<img src=x onerror=alert(1)>"), ("Answer B", "Good day!")):
         page.get_by_label(label).last.fill(typed)
     press("Compare")
-    said("The policy prefers answer (A|B)")
+    wait_for("The policy prefers answer (A|B)")
     assert page.locator(".answer img").count() == 0, "an answer's text is taken for HTML"
-    page.screenshot(path=folder / "playground.png")
-    assert not wrong, f"errors in the browser's console, or requests to other hosts: {wrong}"
-
-
-@pytest.mark.slow
-def test_who_leaves_while_an_answer_is_written_stops_it(playground: Open):
-    page, server = playground.page, psutil.Process(playground.process)
-    page.goto(playground.address)
-    page.get_by_label("Prompt").first.fill("Tell me a long story.")
-    page.get_by_role("button", name="Generate").click()
-    page.get_by_text("Writing").wait_for(timeout=60_000)
-    page.goto("about:blank")
-    time.sleep(2)
-    before = server.cpu_times().user
-    time.sleep(2)
-    assert server.cpu_times().user - before < 0.3, "the models go on writing for somebody who has left"

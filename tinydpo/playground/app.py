@@ -1,4 +1,4 @@
-"""The playground's page: ask both models, see where the policy left its reference, vote, compare a pair of your own.
+"""The playground's page: ask both models, see where the policy departs from its reference, vote, compare a pair.
 
 Gradio serves it with its own files alone: no fonts, scripts or figures come from, or go to, another host.
 """
@@ -6,7 +6,7 @@ Gradio serves it with its own files alone: no fonts, scripts or figures come fro
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,18 @@ from tinydpo.evaluation.arguments import EvaluateArguments
 from tinydpo.playground.side_by_side import Answer, SideBySide, count_votes, save_vote
 from tinydpo.report.tokens import color_tokens, render_template, split_into_pieces
 
-FRAMES_A_SECOND = 10  # more of the page's redrawing than eyes follow would only slow the models down
+FRAMES_PER_SECOND = 10  # drawing the page more often would only slow the models down
 WRITING = "Writing …"
 LEGEND = (
     "Blue: likelier under the policy than under its reference; orange: less likely. "
     "Hover over a token for its implicit reward, β log(π/π<sub>ref</sub>)."
 )
 CSS = Path(__file__).with_name("templates") / "page.css"
+# One event at a time, whoever asks: the models share the machine, and votes share a file.
+ASK_MODELS = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+USE_VOTES = {"concurrency_id": "votes", "concurrency_limit": 1, "api_visibility": "private"}
+ENABLED = gr.update(interactive=True)
+DISABLED = gr.update(interactive=False)
 
 
 @dataclass
@@ -34,166 +39,182 @@ class PlaygroundArguments:
 
     port: int = field(default=7860, metadata={"help": "Port of the page on 127.0.0.1."})
 
-    def __post_init__(self):
-        """Refuse what is no port (ValueError)."""
-        if not 0 < self.port < 65536:
-            raise ValueError(f"port must lie between 1 and 65535, got {self.port}")
-
 
 def serve_app(app: gr.Blocks, port: int) -> None:
-    """Serve the page on 127.0.0.1 alone, until Ctrl+C.
+    """Serve the page on 127.0.0.1 alone, until Ctrl-C.
 
     Raises:
         UserError: the port is taken.
     """
-    theme = gr.themes.Default(
-        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to download
     try:
         app.launch(
             server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, footer_links=[], quiet=True,
-            prevent_thread_lock=True, theme=theme, css_paths=CSS,
+            prevent_thread_lock=True, css_paths=CSS, theme=gr.themes.Default(primary_hue="blue", **fonts),
         )  # fmt: skip
-    except OSError:
-        raise UserError(f"port {port} is taken; pass another --port") from None
-    print(f"The playground is at http://127.0.0.1:{port} (Ctrl+C ends it).", flush=True)
+    except (OSError, OverflowError):
+        raise UserError(f"port {port} is taken or not a port; pass another --port") from None
+    print(f"The playground is at http://127.0.0.1:{port} (Ctrl-C ends it).", flush=True)
     app.block_thread()
 
 
-def build_app(models: SideBySide, args: EvaluateArguments, votes: Path, notice: str = "") -> gr.Blocks:
-    """The page.
+class Handlers:
+    """What happens on the page: asks `models`, and returns what its components show."""
 
-    Args:
-        models: who answers.
-        args: where the sampling settings start, and the models' names.
-        votes: the file that votes are appended to.
-        notice: a word of warning about the data, shown on top.
-    """
-
-    def panel(name: str, answer: Answer, scale: float, told: bool = True) -> str:
-        """One answer as HTML; untold, without anything that gives away which model wrote it."""
-        parts = split_into_pieces(models.tokenizer, answer.ids)
-        text = color_tokens(parts, answer.rewards, scale) if told else "".join(parts)
-        return str(render_template("playground/templates/answer.html", name=name, text=text, answer=answer, told=told))
-
-    def panels(names: tuple[str, str], answers: tuple[Answer, Answer], told: bool = True) -> list[str]:
-        scale = max((abs(reward) for answer in answers for reward in answer.rewards), default=0.0)
-        return [panel(name, answer, scale, told) for name, answer in zip(names, answers, strict=True)]
+    def __init__(self, models: SideBySide, ref_name: str, votes: Path):
+        """`votes` is the file that votes are appended to, `ref_name` the model that is trained on them."""
+        self.models = models
+        self.ref_name = ref_name
+        self.votes = votes
 
     def generate(
-        text: str, blind: bool, tokens: int, temperature: float, top_k: int, top_p: float, seed: str
+        self, text: str, blind: bool, tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None
     ) -> Iterator[tuple]:
-        wrong = "" if text.strip() else "Type a prompt first."
-        if seed.strip() and not seed.strip().isdecimal():
-            wrong = "A seed is a whole number; leave it empty for a new one each time."
+        """Stream both answers: left, right, the line below, the state for a vote, and the two vote buttons."""
         try:
-            ids, cut = models.fit_prompt(prompt := models.prompt(text), int(tokens)) if not wrong else ([], False)
+            if not text.strip():
+                raise UserError("type a prompt first")
+            prompt = self.models.make_prompt(text)
+            ids, is_cut = self.models.fit_prompt(prompt, tokens)
         except UserError as error:
-            wrong = f"Nothing asked: {error}."
-        if wrong:
-            yield "", "", wrong, None, closed, closed
+            yield "", "", f"Nothing generated: {error}.", None, DISABLED, DISABLED
             return
-        seed = int(seed.strip() or random.randrange(2**31)) % 2**63
-        swapped = blind and random.random() < 0.5
-        names, drawn = ("Left", "Right") if blind else ("SFT", "DPO"), 0.0
-        sampling = {"temperature": float(temperature), "top_k": int(top_k), "top_p": float(top_p), "seed": seed}
-        for answers in models.stream(ids, int(tokens), **sampling):
-            shown = answers[::-1] if swapped else answers
-            if time.monotonic() - drawn > 1 / FRAMES_A_SECOND:
-                drawn = time.monotonic()
-                yield *panels(names, shown, not blind), WRITING, None, closed, closed
-        done = f"Which answer is better? Seed {seed}.{' The prompt was too long: its start was cut.' * cut}"
-        state = {"prompt": prompt, "answers": shown, "names": ("DPO", "SFT") if swapped else ("SFT", "DPO")}
-        yield *panels(names, shown, not blind), done, state, open_, open_
+        seed = random.randrange(2**31) if seed is None else seed
+        names = ("SFT", "DPO")
+        is_swapped = blind and random.random() < 0.5
+        drawn_at = 0.0
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        for answers in self.models.stream_answers(ids, tokens, **sampling):
+            shown = answers[::-1] if is_swapped else answers
+            if time.monotonic() - drawn_at > 1 / FRAMES_PER_SECOND:
+                drawn_at = time.monotonic()
+                yield *self._show(names, shown, blind), WRITING, None, DISABLED, DISABLED
+        message = f"Which answer is better? Seed {seed}."
+        if is_cut:
+            message += " The prompt was too long: its start was cut."
+        state = {"prompt": prompt, "answers": shown, "names": names[::-1] if is_swapped else names}
+        yield *self._show(names, shown, blind), message, state, ENABLED, ENABLED
 
-    def vote(state: dict[str, Any] | None, better: int) -> Any:
-        if state is None:  # a second click, before the first one's answer
+    def vote(self, state: dict[str, Any] | None, better: int) -> Any:
+        """Save a vote for the left (0) or right (1) answer, and show which model wrote which."""
+        if state is None:  # a second click before the first one was handled
             return gr.skip()
-        shown = panels(state["names"], state["answers"])
-        texts = [models.text(answer) for answer in state["answers"]]
+        answers = state["answers"]
+        shown = self._show(state["names"], answers)
+        texts = [self.models.decode_answer(answer) for answer in answers]
         try:
-            count = save_vote(votes, state["prompt"], texts[better], texts[1 - better])
+            save_vote(self.votes, state["prompt"], texts[better], texts[1 - better])
         except UserError as error:
-            return *shown, f"No vote: {error}.", None, closed, closed, gr.skip()
-        thanks = f"You preferred **{state['names'][better]}**."
-        if not all(answer.ended for answer in state["answers"]):
-            thanks += " An answer had not ended: training will take its last word for its end."
-        return *shown, thanks, None, closed, closed, tally(count)
+            return *shown, f"No vote: {error}.", None, DISABLED, DISABLED, gr.skip()
+        message = f"You preferred **{state['names'][better]}**."
+        if not all(answer.ended for answer in answers):
+            message += " An answer was cut off; training will treat its last word as its end."
+        return *shown, message, None, DISABLED, DISABLED, self.describe_votes()
 
-    def tally(count: int) -> str:
+    def describe_votes(self) -> str:
+        """How many votes there are, and the command that trains on them."""
+        count = count_votes(self.votes)
         if count < 2:
-            return f"{count or 'No'} vote{'' if count == 1 else 's'} so far; from two on you can train on them."
-        recipe = Path("recipes") / votes.parent.name
-        where = f"RECIPE={recipe} " if (recipe / "dpo.yaml").is_file() else ""
-        flags = f"--dataset_name {votes} --model_name_or_path {args.ref_model_name_or_path}"
-        command = f'make dpo {where}ARGS="{flags} --output_dir {votes.parent}/dpo-votes"'
-        return f"{count} votes in `{votes}`. To train on them:\n```\n{command}\n```"
+            return f"{count or 'No'} vote{'' if count == 1 else 's'} so far; you can train on two or more."
+        recipe = Path("recipes") / self.votes.parent.name
+        recipe_flag = f"RECIPE={recipe} " if (recipe / "dpo.yaml").is_file() else ""
+        flags = f"--dataset_name {self.votes} --model_name_or_path {self.ref_name}"
+        command = f'make dpo {recipe_flag}ARGS="{flags} --output_dir {self.votes.parent}/dpo-votes"'
+        return f"{count} votes in `{self.votes}`. To train on them:\n```\n{command}\n```"
 
-    def compare(prompt: str, first: str, second: str) -> tuple[str, str, str]:
+    def compare(self, prompt: str, first: str, second: str) -> tuple[str, str, str]:
+        """Show a typed pair with its rewards, and say which answer the policy prefers."""
         try:
-            *answers, cut = models.compare(prompt, first, second)
+            *answers, is_cut = self.models.compare_pair(prompt, first, second)
         except UserError as error:
             return "", "", f"Nothing compared: {error}."
         margin = answers[0].reward - answers[1].reward
         if round(margin, 2) == 0:
-            said = "The policy's implicit reward tells no difference between them."
+            message = "The policy's implicit reward is the same for both."
         else:
-            said = (
+            message = (
                 f"The policy prefers **answer {'A' if margin > 0 else 'B'}**: its implicit reward is higher by "
                 f"{abs(margin):.2f}, which is a preference of {1 / (1 + math.exp(-abs(margin))):.0%} under the "
                 "Bradley-Terry model of the DPO paper."
             )
-        cut_to = f" Cut to {models.max_length} tokens, as in training." if cut else ""
-        return *panels(("Answer A", "Answer B"), tuple(answers)), said + cut_to
+        if is_cut:
+            message += f" Cut to {self.models.max_length} tokens, as in training."
+        return *self._show(("Answer A", "Answer B"), answers), message
 
-    open_, closed = gr.update(interactive=True), gr.update(interactive=False)
+    def _show(self, names: tuple[str, str], answers: Sequence[Answer], blind: bool = False) -> list[str]:
+        """Two answers as HTML; if `blind`, without anything that gives away which model wrote which."""
+        scale = max((abs(reward) for answer in answers for reward in answer.rewards), default=0.0)
+        shown = []
+        for name, side, answer in zip(names, ("Left", "Right"), answers, strict=True):
+            pieces = split_into_pieces(self.models.tokenizer, answer.ids)
+            text = "".join(pieces) if blind else color_tokens(pieces, answer.rewards, scale)
+            values = {"name": side if blind else name, "text": text, "answer": answer, "blind": blind}
+            shown.append(str(render_template("playground/templates/answer.html", **values)))
+        return shown
+
+
+def build_app(models: SideBySide, args: EvaluateArguments, votes: Path, notice: str = "") -> gr.Blocks:
+    """The page; `args` gives the models' names and where the sampling settings start, `votes` is their file."""
+    handlers = Handlers(models, args.ref_model_name_or_path, votes)
     with gr.Blocks(title="tinydpo playground", analytics_enabled=False) as app:
         gr.Markdown(
             f"# tinydpo playground\nPolicy (DPO) `{args.model_name_or_path}`, reference (SFT) "
-            f"`{args.ref_model_name_or_path}`, β = {models.beta:g}.{' ' * bool(notice)}{notice}"
+            f"`{args.ref_model_name_or_path}`, β = {models.beta:g}. {notice}"
         )
         with gr.Tab("Ask both"):
-            prompt = gr.Textbox("", label="Prompt", placeholder="A question, or a dialogue in HH's form", lines=2)
-            with gr.Accordion("Sampling", open=False), gr.Row():
-                room = models.max_length // 2
-                settings = [
-                    gr.Slider(1, room, room, step=1, label="Most tokens"),
-                    gr.Slider(0.05, max(2.0, args.temperature), args.temperature, step=0.05, label="Temperature"),
-                    gr.Slider(0, max(200, args.top_k), args.top_k, step=1, label="Top k (0: all)"),
-                    gr.Slider(0.05, 1, args.top_p, step=0.05, label="Top p (1: all)"),
-                    gr.Textbox("", label="Seed (empty: a new one)", max_lines=1),
-                ]
-            with gr.Row(equal_height=True):
-                ask = gr.Button("Generate", variant="primary")
-                stop = gr.Button("Stop")
-                blind = gr.Checkbox(label="Blind: hide which model is which until the vote")
-            with gr.Row(equal_height=True):
-                sides = [gr.HTML(elem_classes="answer", container=True, padding=True) for _ in range(2)]
-            with gr.Row():
-                buttons = [gr.Button(f"{side} is better", interactive=False) for side in ("Left", "Right")]
-            said, state = gr.Markdown(), gr.State()
-            counted = gr.Markdown()
-            gr.Markdown(LEGEND)
+            build_ask_tab(app, handlers, args)
         with gr.Tab("Your own pair"):
-            pair = [gr.Textbox("", label="Prompt", lines=2)]
-            with gr.Row():
-                pair += [gr.Textbox("", label=f"Answer {name}", lines=4) for name in "AB"]
-            score = gr.Button("Compare", variant="primary")
-            verdict = gr.Markdown()
-            with gr.Row(equal_height=True):
-                scored = [gr.HTML(elem_classes="answer", container=True, padding=True) for _ in range(2)]
-            gr.Markdown(LEGEND)
-
-        # One answer at a time, whoever asks: the models share the machine. Votes take turns too.
-        models_turn = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
-        votes_turn = {"concurrency_id": "votes", "concurrency_limit": 1, "api_visibility": "private"}
-        shown = [*sides, said, state, *buttons]
-        asked = ask.click(generate, [prompt, blind, *settings], shown, show_progress="hidden", **models_turn)
-        stopped = stop.click(None, cancels=[asked], api_visibility="private")
-        # In a second step: beside the cancelling, the answer's last frame may come after it and write over it.
-        stopped.then(lambda now: "Stopped." if now == WRITING else now, said, said, **votes_turn)
-        for better, button in enumerate(buttons):
-            button.click(partial(vote, better=better), state, [*shown, counted], **votes_turn)
-        score.click(compare, pair, [*scored, verdict], **models_turn)
-        app.load(lambda: tally(count_votes(votes)), None, counted, api_visibility="private")
+            build_compare_tab(handlers)
     return app
+
+
+def build_ask_tab(app: gr.Blocks, handlers: Handlers, args: EvaluateArguments) -> None:
+    """A prompt, its two answers, and votes."""
+    prompt = gr.Textbox("", label="Prompt", placeholder="A question, or a dialogue in HH's form", lines=2)
+    with gr.Accordion("Sampling", open=False), gr.Row():
+        room = handlers.models.max_length // 2
+        settings = [
+            gr.Slider(1, room, room, step=1, label="Most tokens"),
+            gr.Slider(0.05, max(2.0, args.temperature), args.temperature, step=0.05, label="Temperature"),
+            gr.Slider(0, max(200, args.top_k), args.top_k, step=1, label="Top k (0: all)"),
+            gr.Slider(0.05, 1, args.top_p, step=0.05, label="Top p (1: all)"),
+            gr.Number(label="Seed (empty: a new one)", value=None, precision=0),
+        ]
+    with gr.Row(equal_height=True):
+        ask = gr.Button("Generate", variant="primary")
+        stop = gr.Button("Stop")
+        blind = gr.Checkbox(label="Blind: hide which model is which until the vote")
+    sides = build_answer_row()
+    with gr.Row():
+        buttons = [gr.Button(f"{side} is better", interactive=False) for side in ("Left", "Right")]
+    message = gr.Markdown()
+    state = gr.State()
+    vote_count = gr.Markdown()
+    gr.Markdown(LEGEND)
+
+    shown = [*sides, message, state, *buttons]
+    asked = ask.click(handlers.generate, [prompt, blind, *settings], shown, show_progress="hidden", **ASK_MODELS)
+    stopped = stop.click(None, cancels=[asked], api_visibility="private")
+    # In a second step: beside the cancelling, the answer's last frame could overwrite it.
+    stopped.then(lambda now: "Stopped." if now == WRITING else now, message, message, **USE_VOTES)
+    for better, button in enumerate(buttons):
+        button.click(partial(handlers.vote, better=better), state, [*shown, vote_count], **USE_VOTES)
+    app.load(handlers.describe_votes, None, vote_count, api_visibility="private")
+
+
+def build_compare_tab(handlers: Handlers) -> None:
+    """A prompt and two answers to type, and their rewards."""
+    prompt = gr.Textbox("", label="Prompt", lines=2)
+    with gr.Row():
+        answers = [gr.Textbox("", label=f"Answer {name}", lines=4) for name in ("A", "B")]
+    compare = gr.Button("Compare", variant="primary")
+    verdict = gr.Markdown()
+    sides = build_answer_row()
+    gr.Markdown(LEGEND)
+    compare.click(handlers.compare, [prompt, *answers], [*sides, verdict], **ASK_MODELS)
+
+
+def build_answer_row() -> list[gr.HTML]:
+    """Two answers side by side."""
+    with gr.Row(equal_height=True):
+        return [gr.HTML(elem_classes="answer", container=True, padding=True) for _ in range(2)]

@@ -1,323 +1,264 @@
-"""The report's figures: axes named with their units, curves named where they end, colours that everyone tells apart.
+"""The report's figures in matplotlib: axes named with their units, colours that colour-blind readers can tell apart.
 
-Each is a matplotlib `Figure` of its own, small enough to be read at the width of a phone. `svg` puts one into a page,
-in the page's own colours.
+Each `draw_…` function returns a `Figure` of its own, small enough for the width of a phone. `to_data_uri` makes it an
+image that stands inside a page.
 """
 
-import re
+import base64
+import io
 import warnings
 from collections.abc import Iterable, Sequence
-from io import StringIO
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
 import numpy as np
-from markupsafe import Markup
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tinydpo.evaluation.metrics import Z95, wilson_interval
+from tinydpo.evaluation.metrics import Z95
 from tinydpo.training.curves import BLUE, GREY, ORANGE, draw_panel, select_panels
 
-GREEN, PINK, SKY, BLACK = "#009E73", "#CC79A7", "#56B4E9", "#000000"  # Okabe and Ito's again
-METHODS = {"DPO": BLUE, "IPO": ORANGE, "hinge": GREEN, "conservative DPO": PINK, "shuffled labels": BLACK}
-MARKERS = dict(zip(METHODS, "osD^x", strict=True))  # a second way to tell the methods apart
-FAR = 16  # nats; farther runs have mostly collapsed
-OPPONENTS = {"ref": ("reference's answers", BLUE), "chosen": ("dataset's answers", ORANGE)}
-KINDS = (
+SKY = "#56B4E9"  # this, green and pink are from the palette of Okabe and Ito, too
+METHODS = {  # color and marker of a curve in the frontier
+    "DPO": (BLUE, "o"),
+    "IPO": (ORANGE, "s"),
+    "hinge": ("#009E73", "D"),
+    "conservative DPO": ("#CC79A7", "^"),
+    "shuffled labels": ("black", "x"),
+}
+OPPONENTS = {"chosen": ("dataset's answers", ORANGE), "ref": ("reference's answers", BLUE)}
+WIN_RATES = (
     ("raw", "win_rate", "win_rate_ci95"),
     ("length-controlled", "length_controlled_win_rate", "length_controlled_ci95"),
 )
+LINEAR_KL = 16  # nats; farther runs have mostly collapsed
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.parse_math": False,  # names are data: a dollar sign is a dollar sign
+    "legend.frameon": False,
+    "text.parse_math": False,  # names come from the data: a dollar sign is a dollar sign
     "svg.fonttype": "none",
     "svg.hashsalt": "tinydpo",  # the same figure is written as the same bytes
 }
-styled = matplotlib.rc_context(STYLE)
+SMALL_LABEL = {"textcoords": "offset points", "fontsize": 7}
 
 
-class Group(NamedTuple):
-    """`right` of the `n` held-out pairs that `name` says have the higher implicit reward on chosen."""
+def to_data_uri(figure: Figure) -> str:
+    """A figure as an SVG image in a `data:` URI; the same figure gives the same text."""
+    svg = io.BytesIO()
+    with rc_context(STYLE), warnings.catch_warnings():
+        # Text stays text, drawn by the reader's fonts, so it does not matter which characters matplotlib's font lacks.
+        warnings.simplefilter("ignore")
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
 
-    name: str
-    right: int
-    n: int
 
-
-@styled
+@rc_context(STYLE)
 def draw_training_curves(log_history: list[dict[str, Any]]) -> list[Figure]:
-    """Loss and, where the run has them, reward accuracy, margin and rewards over optimizer steps, a figure each."""
+    """A figure for the loss and, where the run logged them, for reward accuracy, margin and rewards over steps."""
     figures = []
     for panel in select_panels(log_history):
-        figure, axes = _figure(4.4, 3)
+        figure, axes = _make_figure(4.4, 3)
         draw_panel(axes, panel, log_history)
         figures.append(figure)
     return figures
 
 
-@styled
+@rc_context(STYLE)
 def draw_margin_histogram(margins: Sequence[float]) -> Figure:
-    """Implicit reward margins of n held-out pairs, those above zero in another colour.
+    """Implicit reward margins of held-out pairs, those above zero in another colour.
 
-    What lies beyond the 99th percentile of their absolute values is counted in the outermost bars.
+    The outermost bars also count what lies beyond the 99th percentile of the absolute margins.
     """
-    values = np.asarray(margins, dtype=float)
-    values = values[np.isfinite(values)]
-    width = (float(np.quantile(np.abs(values), 0.99)) if len(values) else 0.0) / 20 or 1.0
-    edges = width * np.arange(-20, 21)  # zero is an edge: no bar holds both right and wrong
-    figure, axes = _figure()
-    for side, colour, x, align, part in (
-        ("right", BLUE, 0.98, "right", values[values > 0]),
-        ("wrong", ORANGE, 0.02, "left", np.minimum(values[values <= 0], -width / 2)),  # ties stand left of zero
-    ):
-        axes.hist(np.clip(part, edges[0] + width / 2, edges[-1] - width / 2), edges, color=colour, rwidth=0.9)
-        told = f"{len(part) / max(1, len(values)):.1%} {side}"
-        axes.text(x, 0.99, told, transform=axes.transAxes, ha=align, va="top", color=colour)
-    top = axes.get_ylim()[1]
-    axes.axvline(0, color=BLACK, linewidth=1)
-    axes.set(
-        xlabel="implicit reward of chosen minus rejected, β × nats", ylabel="held-out pairs", ylim=(0, 1.15 * top)
-    )
+    values = np.nan_to_num(np.asarray(margins, dtype=float))  # NaN, of a policy that diverged, counts as wrong
+    limit = np.quantile(np.abs(values), 0.99) or 1.0
+    width = limit / 20
+    edges = width * np.arange(-20, 21)  # zero is an edge, so no bar holds both right and wrong pairs
+    right = values[values > 0]
+    wrong = values[values <= 0]
+    figure, axes = _make_figure()
+    axes.hist(
+        # Ties are wrong, so they stand left of zero.
+        [np.clip(right, width / 2, limit - width / 2), np.clip(wrong, width / 2 - limit, -width / 2)],
+        edges, stacked=True, rwidth=0.9, color=[BLUE, ORANGE],
+        label=[f"{len(right) / len(values):.1%} right", f"{len(wrong) / len(values):.1%} wrong"],
+    )  # fmt: skip
+    axes.axvline(0, color="black", linewidth=1)
+    axes.legend()
+    axes.set(xlabel="implicit reward of chosen minus rejected, β × nats", ylabel="held-out pairs")
     return figure
 
 
-@styled
+@rc_context(STYLE)
 def draw_reward_histogram(
     every: Sequence[float], chosen: Sequence[float], rejected: Sequence[float], reward: str
 ) -> Figure:
     """Rewards of all sampled answers, and of those that became the chosen and the rejected side of a pair."""
-    figure, axes = _figure()
+    figure, axes = _make_figure()
     edges = np.histogram_bin_edges(np.asarray(every, dtype=float), 40)
-    for values, name, colour, line in (
-        (every, "all answers", GREY, "-"), (chosen, "chosen", BLUE, "-"), (rejected, "rejected", ORANGE, "--"),
-    ):  # fmt: skip
-        axes.hist(values, edges, histtype="step", color=colour, linestyle=line, label=name)
-    axes.legend(frameon=False)
-    axes.set(xlabel=f"reward: {_short(reward, 60)}", ylabel="answers")
+    axes.hist(every, edges, histtype="step", color=GREY, label="all answers")
+    axes.hist(chosen, edges, histtype="step", color=BLUE, label="chosen")
+    axes.hist(rejected, edges, histtype="step", color=ORANGE, linestyle="--", label="rejected")
+    axes.legend()
+    axes.set(xlabel=f"reward: {_shorten(reward, 60)}", ylabel="answers")
     return figure
 
 
-@styled
-def draw_accuracy(groups: Sequence[Group]) -> Figure:
-    """Reward accuracy of each group with its 95 % Wilson interval, beside chance."""
-    figure, axes = _figure(4.6, 1.0 + 0.32 * len(groups))
-    for y, (_, right, n) in enumerate(groups):
-        _dot(axes, right / n, y, wilson_interval(right, n), BLUE)
-    _share_axis(axes, [f"{_short(group.name)}  (n = {group.n:,})" for group in groups])
-    axes.set(xlabel="reward accuracy, share of pairs")
+@rc_context(STYLE)
+def draw_accuracy_by_subset(subsets: dict[str, dict[str, Any]]) -> Figure:
+    """Reward accuracy of each subset with its 95 % interval, beside chance."""
+    names = [f"{_shorten(name)}  (n = {subset['pairs']:,})" for name, subset in subsets.items()]
+    shares = [subset["reward_accuracy"] for subset in subsets.values()]
+    bars = _get_bars(shares, [subset["reward_accuracy_ci95"] for subset in subsets.values()])
+    figure, axes = _make_figure(4.6, 1.0 + 0.32 * len(names))
+    axes.errorbar(shares, range(len(names)), xerr=bars, color=BLUE, linestyle="", marker="o")
+    axes.axvline(0.5, color=GREY, linewidth=1, linestyle=":")
+    axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="reward accuracy, share of pairs (dotted: chance)")
+    axes.set_yticks(range(len(names)), names)
     return figure
 
 
-def name_opponent(comparison: dict[str, Any]) -> tuple[str, str]:
-    """Name and colour of what the policy was compared with."""
-    return OPPONENTS.get(comparison["opponent"], (_short(comparison["opponent"]), GREEN))
-
-
-@styled
+@rc_context(STYLE)
 def draw_win_rates(comparisons: Sequence[dict[str, Any]]) -> Figure:
-    """Win rates with their 95 % intervals, raw and length-controlled: over temperature, where there are several."""
-    series = []
-    for name, colour in dict.fromkeys(name_opponent(row) for row in comparisons):
-        rows = sorted(
-            (row for row in comparisons if name_opponent(row)[0] == name), key=lambda row: row["temperature"]
-        )
-        for kind, share, interval in KINDS:
-            points = [(r["temperature"], r[share], r[interval]) for r in rows if r.get(share) is not None]
-            if points:
-                series.append((name, kind, colour, points))
-    if len({row["temperature"] for row in comparisons}) > 1:
-        return _over_temperature(series)
-    figure, axes = _figure(4.8, 1.0 + 0.34 * len(series))
-    for y, (_, kind, colour, [(_, share, interval)]) in enumerate(series):
-        _dot(axes, share, y, interval, colour, hollow=kind != "raw")
-    _share_axis(axes, [f"{name},\n{kind}" for name, kind, *_ in series])
-    axes.set(xlabel="policy's win rate, ties half")
-    return figure
-
-
-def _over_temperature(series: Iterable[tuple[str, str, str, list[tuple[float, float, Sequence[float]]]]]) -> Figure:
-    figure, axes = _figure()
-    ends = []
-    for name, kind, colour, points in series:
-        hollow = kind != "raw"
-        x, y = [p[0] for p in points], [p[1] for p in points]
-        reach = np.abs(np.array([p[2] for p in points]).T - np.array(y))
-        axes.errorbar(
-            x, y, reach, color=colour, marker="o", markersize=5, markerfacecolor="none" if hollow else colour,
-            linestyle="--" if hollow else "-", elinewidth=0.8,
-        )  # fmt: skip
-        ends.append((x[-1], y[-1], f"{name},\n{kind}", colour))
+    """Raw and length-controlled win rates with their 95 % intervals over the sampling temperature."""
+    figure, axes = _make_figure(4.8, 3.8)
+    shift = 0.0
+    for opponent, (name, color) in OPPONENTS.items():
+        rows = [row for row in comparisons if row["opponent"] == opponent]
+        for kind, rate, interval in WIN_RATES:
+            rates = [row[rate] for row in rows]
+            axes.errorbar(
+                [row["temperature"] + shift for row in rows], rates, _get_bars(rates, [row[interval] for row in rows]),
+                label=f"against the {name}, {kind}", color=color, marker="o" if kind == "raw" else "s", markersize=5,
+                elinewidth=0.8, linestyle="-" if kind == "raw" else "--",
+            )  # fmt: skip
+            shift += 0.01  # side by side, so that the bars do not cover each other
     axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":")
     axes.set(xlabel="sampling temperature", ylabel="policy's win rate, ties half", ylim=(0, 1))
-    _name_ends(axes, ends, lines=2)
+    axes.set_xticks(sorted({row["temperature"] for row in comparisons}))
+    axes.margins(x=0.2)
+    figure.legend(loc="outside lower center")
     return figure
 
 
-@styled
+@rc_context(STYLE)
 def draw_frontier(result: dict[str, Any]) -> Figure:
-    """Reward against KL(policy ‖ reference) as in the DPO paper's Figure 2 (arXiv 2305.18290), a curve a method.
+    """Reward against KL(policy ‖ reference) as in the DPO paper's Figure 2 (arXiv 2305.18290).
 
-    A curve, of one learning rate, goes from the SFT model through the last checkpoint of each β, the mean over seeds;
-    earlier checkpoints are faint. Joining these too would draw how one run moves as if it were a trade-off. β stands
-    on the first curve only, bars are 95 % intervals over prompts. On-policy rounds are a curve from one to the next.
+    Each method and learning rate is a curve from the SFT model through the last checkpoint of each β, the mean over
+    seeds. Earlier checkpoints are faint dots. Bars are 95 % intervals over prompts.
 
     Args:
-        result: what `frontier.json` holds, with the `rounds` of `rounds.json` where there are some (`rounds.beside`).
+        result: what `frontier.json` holds, with the `rounds` of `rounds.json` where there are some.
     """
-    figure, axes = _figure(5.4, 4)
-    ends: list[tuple[float, float, str, str]] = []
+    figure, axes = _make_figure(5.4, 4.6)
     rounds = result.get("rounds", [])
-    sft = result.get("sft") or next(iter(rounds), None)
-    order = list(dict.fromkeys(point["curve"] for point in result["points"]))
-    if best := result.get("best_of_n"):
-        x, y = _columns(best)
-        axes.plot(x, y, color=GREY, linestyle="--", linewidth=1, marker=".", markersize=4)
-        for point in best[1:]:
-            axes.annotate(f"{point['n']}", (point["kl"], point["reward"]), (-4, 0), **_SMALL, color=GREY, ha="right")
-        ends.append((x[-1], y[-1], f"best of N = {best[-1]['n']}", GREY))
-    methods: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
-    for point in sorted(result["points"], key=lambda p: p["step"]):
-        methods.setdefault((point["curve"], point.get("learning_rate")), []).append(point)
-    for (curve, rate), points in sorted(methods.items(), key=lambda item: order.index(item[0][0])):
-        last = {(p["beta"], p["seed"]): p for p in points}.values()
-        colour, marker = METHODS.get(curve, GREY), MARKERS.get(curve, "o")
-        axes.plot(*_columns(points), color=colour, linestyle="", marker=marker, markersize=3, alpha=0.35)
-        axes.plot(*_columns(last), color=colour, linestyle="", marker=marker, markersize=4.5)
-        reach = [Z95 * p["kl_se"] for p in last], [Z95 * p["reward_se"] for p in last]
-        axes.errorbar(*_columns(last), *reach[::-1], linestyle="", elinewidth=0.7, ecolor=colour, alpha=0.5)
-        means = sorted(
-            (*np.mean(_columns(p for p in last if p["beta"] == beta), axis=1).tolist(), beta)
-            for beta in {p["beta"] for p in last}
-        )
-        start = [(0.0, sft["reward"])] if sft else []
-        x, y = zip(*start, *(mean[:2] for mean in means), strict=True)
-        axes.plot(x, y, color=colour, linewidth=1.2, linestyle=":" if curve == "shuffled labels" else "-")
-        if curve == order[0]:  # on every curve the labels would cover each other
-            for kl, reward, beta in means:
-                axes.annotate(f"β {beta:g}", (kl, reward), (-3, 6), **_SMALL, color=colour, ha="right")
-        ends.append((x[-1], y[-1], _short(curve) + (f", {rate:g}" if rate else ""), colour))
+    sft = result["sft"] if "sft" in result else rounds[0]
+    if result.get("best_of_n"):
+        _draw_best_of_n(axes, result["best_of_n"])
+    curves: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
+    for point in result["points"]:
+        curves.setdefault((point["curve"], point.get("learning_rate")), []).append(point)
+    for number, ((method, rate), points) in enumerate(curves.items()):
+        # On every curve the β would cover each other.
+        _draw_method(axes, method, rate, points, start=(0.0, sft["reward"]), name_betas=number == 0)
     if rounds:
-        x, y = _columns(rounds)
-        reach = [Z95 * one["reward_se"] for one in rounds], [Z95 * one["kl_se"] for one in rounds]
-        axes.errorbar(x, y, *reach, color=SKY, marker="P", markersize=6, linewidth=1.6, elinewidth=0.8)
-        for one in rounds[1:]:
-            axes.annotate(one["name"], (one["kl"], one["reward"]), (8, -7), **_SMALL, color=SKY)
-        ends.append((x[-1], y[-1], "on-policy rounds", SKY))
-    if sft:
-        axes.plot(0, sft["reward"], marker="*", markersize=9, color=BLACK)
-        axes.annotate("SFT", (0, sft["reward"]), (4, -11), textcoords="offset points", color=BLACK)
-    axes.set(xlabel="KL(policy ‖ reference), nats per answer", ylabel=f"mean reward: {_short(result['reward'], 60)}")
+        _draw_rounds(axes, rounds)
+    axes.plot(0, sft["reward"], marker="*", markersize=9, color="black")
+    axes.annotate("SFT", (0, sft["reward"]), (4, -11), textcoords="offset points")
+    axes.set(xlabel="KL(policy ‖ reference), nats per answer", ylabel=f"mean reward: {_shorten(result['reward'], 60)}")
     axes.margins(x=0.03)
-    if (farthest := max((point["kl"] for point in [*result["points"], *rounds]), default=0)) > 2 * FAR:
-        axes.set_xscale("symlog", linthresh=FAR, linscale=3)  # one run that collapses would press the others together
-        ticks = [*range(0, FAR, 4), *(FAR * 2**power for power in range(int(np.log2(farthest / FAR)) + 1))]
-        axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_xlim(-0.5, 1.15 * farthest)
-        axes.set_xlabel(f"{axes.get_xlabel()} (logarithmic beyond {FAR})")
-    _name_ends(axes, ends)
+    if max((point["kl"] for point in [*result["points"], *rounds]), default=0) > 2 * LINEAR_KL:
+        # One run that collapses would press the others together.
+        axes.set_xscale("symlog", base=2, linthresh=LINEAR_KL, linscale=3)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(f"{axes.get_xlabel()} (logarithmic beyond {LINEAR_KL})")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
-@styled
-def draw_rewards_over_rounds(rounds: Sequence[dict[str, Any]]) -> Figure:
-    """Mean reward of each round's answers by each of several rewards, a panel each over KL from the first model.
+def _draw_best_of_n(axes: Axes, best: Sequence[dict[str, Any]]) -> None:
+    label = f"best of N = {best[-1]['n']}"
+    axes.plot(*_get_columns(best), color=GREY, linestyle="--", linewidth=1, marker=".", markersize=4, label=label)
+    for point in best[1:]:
+        place = (point["kl"], point["reward"])
+        axes.annotate(f"{point['n']}", place, (-4, 0), **SMALL_LABEL, color=GREY, ha="right")
 
-    One that the pairs were made by and one that they were not part where the policy exploits the first
-    (over-optimisation: Gao et al. 2022, arXiv 2210.10760).
+
+def _draw_method(
+    axes: Axes, method: str, rate: float | None, points: list[dict[str, Any]], start: tuple[float, float],
+    name_betas: bool,
+) -> None:  # fmt: skip
+    color, marker = METHODS.get(method, (GREY, "o"))
+    by_step = sorted(points, key=lambda point: point["step"])
+    last = list({(point["beta"], point["seed"]): point for point in by_step}.values())
+    axes.plot(*_get_columns(points), color=color, linestyle="", marker=marker, markersize=3, alpha=0.35)
+    style = {"color": color, "ecolor": (color, 0.5), "linestyle": "", "marker": marker, "markersize": 4.5}
+    _draw_with_bars(axes, last, label=_shorten(method) + (f", learning rate {rate:g}" if rate else ""), **style)
+    means = []
+    for beta in sorted({point["beta"] for point in last}):
+        kl, reward = np.mean(_get_columns(point for point in last if point["beta"] == beta), axis=1).tolist()
+        means.append((kl, reward))
+        if name_betas:
+            axes.annotate(f"β {beta:g}", (kl, reward), (-3, 6), **SMALL_LABEL, color=color, ha="right")
+    line = ":" if method == "shuffled labels" else "-"
+    axes.plot(*zip(start, *sorted(means), strict=True), color=color, linewidth=1.2, linestyle=line)
+
+
+def _draw_rounds(axes: Axes, rounds: Sequence[dict[str, Any]]) -> None:
+    _draw_with_bars(axes, rounds, color=SKY, marker="P", markersize=6, linewidth=1.6, label="on-policy rounds")
+    for one in rounds[1:]:
+        axes.annotate(one["name"], (one["kl"], one["reward"]), (8, -7), **SMALL_LABEL, color=SKY)
+
+
+def _draw_with_bars(axes: Axes, points: Sequence[dict[str, Any]], **style: Any) -> None:
+    """Points of the frontier with their 95 % intervals in both directions."""
+    kl_bars = [Z95 * point["kl_se"] for point in points]
+    reward_bars = [Z95 * point["reward_se"] for point in points]
+    axes.errorbar(*_get_columns(points), xerr=kl_bars, yerr=reward_bars, elinewidth=0.7, **style)
+
+
+@rc_context(STYLE)
+def draw_rewards_over_rounds(rounds: Sequence[dict[str, Any]]) -> Figure:
+    """Mean reward of each round's answers over KL from the first model, a panel for each of several rewards.
+
+    Where the reward that made the pairs rises and another one falls, the policy exploits the first (over-optimization:
+    Gao et al. 2022, arXiv 2210.10760).
     """
     names = list(rounds[0]["rewards"])
     figure = Figure(figsize=(3.2 * len(names), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        means, errors = ([one["rewards"][name][key] for one in rounds] for key in ("mean", "se"))
-        x, reach = [one["kl"] for one in rounds], [Z95 * error for error in errors]
-        axes.errorbar(x, means, reach, color=BLUE, marker="o", markersize=5, elinewidth=0.8)
-        for one, at, mean in zip(rounds, x, means, strict=True):
-            axes.annotate(one["name"], (at, mean), (4, -10), **_SMALL, color=BLUE)
-        axes.set(title=_short(name), xlabel="KL from the first model, nats per answer", ylabel="mean reward")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        kl = [one["kl"] for one in rounds]
+        means = [one["rewards"][name]["mean"] for one in rounds]
+        bars = [Z95 * one["rewards"][name]["se"] for one in rounds]
+        axes.errorbar(kl, means, bars, color=BLUE, marker="o", markersize=5, elinewidth=0.8)
+        for one, x, y in zip(rounds, kl, means, strict=True):
+            axes.annotate(one["name"], (x, y), (4, -10), **SMALL_LABEL, color=BLUE)
+        axes.set(title=_shorten(name), xlabel="KL from the first model, nats per answer", ylabel="mean reward")
         axes.margins(x=0.15)
     return figure
 
 
-def _columns(points: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    points = list(points)
-    return [p["kl"] for p in points], [p["reward"] for p in points]
-
-
-_SMALL = {"textcoords": "offset points", "fontsize": 7}
-
-
-def to_svg(figure: Figure, prefix: str, alt: str) -> Markup:
-    """A figure as inline SVG in the page's colours, the same bytes for the same figure.
-
-    Args:
-        figure: not yet drawn, its text in black.
-        prefix: makes its ids unique on the page.
-        alt: what it shows, for those who cannot see it.
-    """
-    written = StringIO()
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of glyphs that its own font lacks: the reader's will have them
-        figure.savefig(written, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
-    text = written.getvalue()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r'((?<=[\s"])id="|url\(#|xlink:href="#)', rf"\g<1>{prefix}-", text)
-    for colour, name in ((BLUE, "blue"), (ORANGE, "orange"), (GREEN, "green"), (PINK, "pink"), (GREY, "grey")):
-        text = re.sub(rf"(fill|stroke): {colour}", rf"\1: var(--{name})", text, flags=re.IGNORECASE)
-    text = text.replace("stroke: #000000", "stroke: currentColor")
-    head, _, body = text.partition(">")
-    size = re.search(r'viewBox="[^"]*"', head)[0]
-    opened = Markup('<svg class="chart" role="img" aria-label="{}" {}>{}')
-    return opened.format(alt, Markup(size), Markup(body))
-
-
-_METADATA = ("Creator", "Date", "Format", "Type")
-
-
-def _figure(width: float = 4.8, height: float = 3.2) -> tuple[Figure, Axes]:
+def _make_figure(width: float = 4.8, height: float = 3.2) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def _dot(axes: Axes, share: float, y: float, interval: Sequence[float], colour: str, hollow: bool = False) -> None:
-    axes.plot(interval, (y, y), color=colour, linewidth=1.5)
-    face = "none" if hollow else colour
-    axes.plot(share, y, marker="o", markersize=6, color=colour, markerfacecolor=face, clip_on=False)
-    axes.annotate(
-        f"{share:.2f}", (share, y), (0, 5), textcoords="offset points", ha="center", color=colour, fontsize=8
-    )
+def _get_bars(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> np.ndarray:
+    """Lengths of error bars below and above n values, (2, n), from their intervals."""
+    return np.abs(np.array(intervals).T - np.array(values))
 
 
-def _share_axis(axes: Axes, names: Sequence[str]) -> None:
-    axes.axvline(0.5, color=GREY, linewidth=1, linestyle=":")
-    axes.text(0.5, 1.0, "chance", transform=axes.get_xaxis_transform(), ha="center", va="bottom", color=GREY)
-    axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.7))
-    axes.set_yticks(range(len(names)), names)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+def _get_columns(points: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """KL and reward of points, for plotting."""
+    points = list(points)
+    return [point["kl"] for point in points], [point["reward"] for point in points]
 
 
-def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], lines: int = 1) -> None:
-    """Name curves in the right margin at the height of their ends, pushed apart where they would overlap."""
-    low, high = axes.get_ylim()
-    ordered = sorted(ends, key=lambda end: end[1])
-    places = [(y - low) / (high - low) for _, y, *_ in ordered]
-    apart = min(0.06 * lines, 1 / max(1, len(places)))
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + apart)
-    places = [min(place, 1 - apart * (len(places) - 1 - i)) for i, place in enumerate(places)]
-    for (x, y, name, colour), place in zip(ordered, places, strict=True):
-        axes.annotate(
-            name, (x, y), (1.02, place), textcoords=axes.transAxes, color=colour, va="center", annotation_clip=False,
-            linespacing=0.95, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
-        )  # fmt: skip
-
-
-def _short(text: str, most: int = 28) -> str:
-    """A name that comes from the data, as a label: printable, and not wider than the figure."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+def _shorten(text: str, most: int = 28) -> str:
+    """A name that comes from the data as a label: printable, and not wider than the figure."""
+    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
     return text if len(text) <= most else text[: most - 1] + "…"
