@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         del model
         gc.collect()
 
-    results = metrics.pair_metrics(**logps, beta=args.beta) | {"trained_share": args.trained_share(held_out.texts)}
+    results = metrics.pair_metrics(**logps, beta=args.beta)
     results |= metrics.kl_metrics(*answer_logps.values()) | metrics.length_metrics(**answers)
     written = {role: answers[role].texts(tokenizer) for role in args.models}
     columns = (

@@ -3,11 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tinydpo.config.arguments import RowArguments, resolve_row_length
-from tinydpo.data.trained import trained_share
 from tinydpo.files import read_run_config
 from tinydpo.models.loading import check_same_vocabulary, load_tokenizer
 
@@ -105,10 +103,6 @@ class ComparisonArguments(PolicyArguments):
         policy, ref = (load_tokenizer(*model) for model in self.models.values())
         check_same_vocabulary(policy, ref)
         return policy
-
-    def trained_share(self, texts: Dataset) -> float | None:
-        """The share of rows whose prompt the policy was trained on, None where that is not known."""
-        return trained_share(self.model_name_or_path, texts)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A run's folder: begun once, resumed if cut short, refused if its recipe changed, finished when the results are in.
 
-What a folder holds: `run_config.yaml` (every key as it came to run), `data_summary.json`, `trained_prompts.txt` (for
-evaluation to know trained rows by), `environment.json`, the checkpoints while training, then model, tokenizer,
+What a folder holds: `run_config.yaml` (every key as it came to run), `data_summary.json`,
+`environment.json`, the checkpoints while training, then model, tokenizer,
 generation config, `trainer_state.json`, `curves.png`, a model card, and last `train_results.json`, which marks it as
 finished.
 """
@@ -166,7 +166,6 @@ def write_run_inputs(
     """Write what is known before training; refuse to go on with a run whose data or first weights have changed."""
     from accelerate.utils import broadcast_object_list
 
-    from tinydpo.data.trained import write_trained
     from tinydpo.models.loading import record_base_weights
 
     main, other = trainer.is_world_process_zero(), []
@@ -184,7 +183,6 @@ def write_run_inputs(
         return
     write_atomic(folder / RUN_CONFIG, yaml.safe_dump(_to_yaml_values(resolved)))
     write_json(folder / SUMMARY, summary)
-    write_trained(folder, texts)
     write_json(folder / ENVIRONMENT, describe_environment(trainer.args.seed) | weights)
 
 
