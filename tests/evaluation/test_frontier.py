@@ -86,10 +86,11 @@ def test_shuffled_labels_exchange_half_of_the_training_pairs_and_no_others(task:
             [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
             for folder in (task / "data", tmp_path / "shuffled-data")
         )
-        exchanged = sum(
-            old["chosen"] == new["rejected"] != new["chosen"] for old, new in zip(before, after, strict=True)
-        )
-        same = sum(old == new for old, new in zip(before, after, strict=True))
+        pairs = [
+            (old, {side: new["prompt"] + new[side] for side in old}) for old, new in zip(before, after, strict=True)
+        ]
+        exchanged = sum(old["chosen"] == new["rejected"] != new["chosen"] for old, new in pairs)
+        same = sum(old == new for old, new in pairs)
         assert exchanged + same == len(before), "the control has other texts than the data"
         assert exchanged == 0 if split == "test" else 0.3 < exchanged / len(before) < 0.7
 

@@ -72,7 +72,7 @@ def measure_split(split: FittedSplit, tokenizer: Any, max_length: int) -> dict[s
 
 
 def _count_stock_tokens(completions: Sequence[Ids], room: int) -> int:
-    """Completion tokens that the stock rule keeps after the prompt; 0 if it leaves a completion empty or both alike."""
+    """Completion tokens that the stock rule keeps; 0 if it loses the pair: one completion is empty, or both alike."""
     cut = [completion[: max(0, room)] for completion in completions]
     is_lost = not all(cut) or (len(cut) == 2 and cut[0] == cut[1])
     return 0 if is_lost else sum(map(len, cut))

@@ -89,7 +89,10 @@ def _fit_split(
     need_pairs: bool | None = True,
     workers: int | None = None,
 ) -> FittedSplit:
-    rows = draw_rows(splits[split], data.max_train_pairs if split == "train" else data.max_test_pairs)
+    rows = splits[split]
+    most = data.max_train_pairs if split == "train" else data.max_test_pairs
+    if most is not None:
+        rows = draw_rows(rows, most)
     is_large = len(rows) >= MANY_ROWS
     if workers is None:
         workers = count_cores() if is_large else 1

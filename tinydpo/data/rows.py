@@ -41,6 +41,20 @@ class ParsedRow:
     subset: str | None = None
     notes: list[str] = field(default_factory=list)  # what was ignored or changed
 
+    def to_json(self) -> str:
+        """The row as JSON that can be written in UTF-8 (BrokenRow: it holds a lone surrogate)."""
+        text = json.dumps(vars(self), ensure_ascii=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BrokenRow("expected valid text, found half of a character (a lone surrogate)") from None
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> "ParsedRow":
+        """The row that `to_json` wrote."""
+        return cls(**json.loads(text))
+
     def to_columns(self) -> dict[str, Any]:
         """The row under the usual column names, as a file of rows holds it."""
         beside = {"system": self.system, "tools": self.tools, "subset": self.subset}
@@ -95,7 +109,7 @@ def read_row(
 
     options = _decode_json_column(row, "chat_template_kwargs", dict) or {}
     known = {prompt_column, "prompt", *answers, "system", "tools", "chat_template_kwargs", "subset", *REWARD_COLUMNS}
-    notes += [unread_column_note(name) for name, value in row.items() if name not in known and _has_content(value)]
+    unread = [name for name, value in row.items() if name not in known and value not in (None, "", [], {})]
     return ParsedRow(
         prompt=prompt,
         answers=dict(zip(("chosen", "rejected"), by_column.values(), strict=False)),
@@ -103,7 +117,7 @@ def read_row(
         tools=_decode_json_column(row, "tools", list),
         template_options={name: value for name, value in options.items() if value is not None},
         subset=row["subset"] if isinstance(row.get("subset"), str) else None,
-        notes=notes,
+        notes=notes + [unread_column_note(name) for name in unread],
     )
 
 
@@ -251,11 +265,9 @@ def _parse_conversation(prompt: Any, answers: dict[str, list]) -> tuple[list[Mes
     return prompt, answers
 
 
-def _is_reply(answer: Any) -> bool:
+def _is_reply(answer: list) -> bool:
     """Whether an answer is messages that continue a prompt, and not a whole conversation."""
-    if not (isinstance(answer, list) and answer and isinstance(answer[0], dict)):
-        return False
-    return answer[0].get("role") == "assistant"
+    return bool(answer) and isinstance(answer[0], dict) and answer[0].get("role") == "assistant"
 
 
 def _split_conversations(answers: dict[str, list[Message]]) -> tuple[list[Message], dict[str, list[Message]]]:
@@ -319,14 +331,11 @@ def _read_text_part(column: str, part: Any) -> str:
 
 def _decode_tool_call(call: Any) -> Any:
     """A tool call with its arguments, a JSON string in OpenAI's form, as the mapping that chat templates expect."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not (isinstance(function, dict) and isinstance(function.get("arguments"), str)):
-        return call
     try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+        arguments = json.loads(call["function"]["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call  # it is in another form already
+    return {**call, "function": {**call["function"], "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _parse_texts(row: dict[str, Any], answers: dict[str, Any]) -> tuple[str, dict[str, str]]:
@@ -370,7 +379,3 @@ def _decode_json_column(row: dict[str, Any], name: str, kind: type) -> Any:
     if value is not None and not isinstance(value, kind):
         raise BrokenRow(f"expected {name!r} to be {describe_type(kind())}, found {describe_type(value)}")
     return value or None
-
-
-def _has_content(value: Any) -> bool:
-    return value is not None and value not in ("", [], {})

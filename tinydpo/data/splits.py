@@ -75,7 +75,7 @@ def load_rows(data: DataArguments) -> dict[str, Dataset]:
     train, test = [], []
     for source, label in zip(sources, label_sources(sources), strict=True):
         source_train, source_test = _load_source(data, source, label)
-        train.append(draw_share(source_train, source.weight))
+        train.append(draw_rows(source_train, round(source.weight * len(source_train))))
         test.append(source_test)
     return {"train": concatenate_datasets(train), "test": concatenate_datasets(test)}
 
@@ -92,17 +92,12 @@ def label_sources(sources: list[Source]) -> list[str]:
     return short if len(set(short)) == len(short) else full
 
 
-def draw_share(rows: Dataset, share: float) -> Dataset:
-    """A share of the rows, at least one, in their order. The choice depends on the number of rows alone."""
-    if share == 1:
+def draw_rows(rows: Dataset, count: int) -> Dataset:
+    """Draw `count` rows, but at least one, and keep their order. The choice depends on the two numbers alone."""
+    if count >= len(rows):
         return rows
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(rows))
-    return rows.select(np.sort(order[: max(1, round(share * len(rows)))]))
-
-
-def draw_rows(rows: Dataset, most: int | None) -> Dataset:
-    """At most `most` rows, drawn in the same way."""
-    return rows if most is None else draw_share(rows, min(1.0, most / len(rows)))
+    return rows.select(np.sort(order[: max(1, count)]))
 
 
 def count_shared_prompts(train: Dataset, test: Dataset) -> int:
@@ -163,7 +158,7 @@ def _find_folder_files(folder: Path, source: Source) -> dict[str, list[DataFile]
             f"{source.name} is not a dataset that can be read: {reason}; check its files, its README.md, "
             "--dataset_config and --dataset_data_dir"
         ) from None
-    data_files = builder.config.data_files
+    data_files: dict[Any, list[str]] = builder.config.data_files
     # Folders are subsets if one split has several of them; folders that only part train from test are none.
     has_subsets = bool(source.data_dir) or any(
         len({Path(file).parent for file in files}) > 1 for files in data_files.values()
@@ -173,7 +168,8 @@ def _find_folder_files(folder: Path, source: Source) -> dict[str, list[DataFile]
     for split, files in data_files.items():
         splits[str(split)] = []
         for file in sorted(files):
-            inside = Path(file).relative_to(root) if Path(file).is_relative_to(root) else Path(Path(file).name)
+            path = Path(file)
+            inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
             if not inside.name.endswith(FILE_SUFFIXES):
                 raise UserError(f"{source.name}: {inside} is not a .jsonl, .jsonl.gz, .json or .parquet file")
             subset = inside.parent.as_posix() if has_subsets and inside.parent != Path() else ""
@@ -212,27 +208,19 @@ def _iter_rows(
     """Parse the rows of files; a broken row is kept, with what is wrong in `broken`."""
     for file in files:
         for number, record in _iter_records(file):
-            parsed = broken = None
-            subset, prompt = file.subset or None, (file.name, number)
+            row = {"file": file.name, "row": number, "subset": file.subset or None, "parsed": None, "broken": None}
+            prompt: Any = (file.name, number)  # a broken row counts as a prompt of its own
             try:
-                row = read_row(decode_row(record), columns, roles)
-                prompt = (row.system, row.prompt)
-                parsed = json.dumps(vars(row), ensure_ascii=False)
-                parsed.encode()
-                subset = subset if row.subset is None else row.subset
+                parsed = read_row(decode_row(record), columns, roles)
+                prompt = (parsed.system, parsed.prompt)
+                row["parsed"] = parsed.to_json()
+                if parsed.subset is not None:
+                    row["subset"] = parsed.subset
             except BrokenRow as error:
-                broken = str(error)
-            except UnicodeEncodeError:
-                parsed, broken = None, "expected valid text, found half of a character (a lone surrogate)"
+                row["broken"] = str(error)
             digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=8).digest()
-            yield {
-                "file": file.name,
-                "row": number,
-                "subset": subset,
-                "parsed": parsed,
-                "prompt_hash": int.from_bytes(digest, "big", signed=True),
-                "broken": broken,
-            }
+            row["prompt_hash"] = int.from_bytes(digest, "big", signed=True)
+            yield row
 
 
 def _iter_records(file: DataFile) -> Iterator[tuple[int, bytes]]:

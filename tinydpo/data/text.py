@@ -61,7 +61,7 @@ def render_texts(rows: Dataset, tokenizer: Any, need_pairs: bool | None, on_bad_
             text: dict[str, Any] = {}
             if not broken:
                 try:
-                    text = render_row(ParsedRow(**json.loads(batch["parsed"][i])), tokenizer, need_pairs)
+                    text = render_row(ParsedRow.from_json(batch["parsed"][i]), tokenizer, need_pairs)
                 except BrokenRow as error:
                     broken = str(error)
             if broken and on_bad_row == "stop":

@@ -178,7 +178,7 @@ def write_frontier_data(data: DataArguments, recipe: dict[str, Any], folder: Pat
             for parsed in rows["parsed"]:
                 if parsed is None:  # a broken row, at which the runs before have stopped, or which they skipped
                     continue
-                row = ParsedRow(**json.loads(parsed)).to_columns()
+                row = ParsedRow.from_json(parsed).to_columns()
                 if split == "train" and rng.random() < 0.5:
                     row["chosen"], row["rejected"] = row.get("rejected"), row.get("chosen")
                 file.write(json.dumps(row) + "\n")
