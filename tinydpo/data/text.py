@@ -104,6 +104,10 @@ def render_row(row: ParsedRow, tokenizer: Any, need_pairs: bool | None) -> dict[
         text = _render_hh_dialogue(row)
     else:
         text = _render_conversation(row, tokenizer)
+    template = _get_template_source(tokenizer) if text["templated"] else ""
+    for name in row.template_options:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            row.notes.append(unread_column_note(f"chat_template_kwargs.{name}"))
     messages = None if isinstance(row.prompt, str) else json.dumps(row.prompt)
     return {"rejected": None, **text, "messages": messages, "notes": row.notes}
 
@@ -127,14 +131,14 @@ def _place_system(row: ParsedRow, tokenizer: Any) -> ParsedRow:
 
 
 def _render_texts(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
-    prompt, answers = row.prompt, row.answers
+    prompt = row.prompt
+    answers = row.answers
     space_ends_prompt = prompt.endswith(" ") and not all(text[:1].isspace() for text in answers.values())
     if space_ends_prompt and prompt.strip() and _merges_leading_space(tokenizer):
         # In a text "A: Yes" the space belongs to the token "ĠYes"; "Ġ" and "Yes" apart never occur.
         prompt = prompt[:-1]
         answers = {name: f" {text}" if text else "" for name, text in answers.items()}
         row.notes.append(SPACE_MOVED_NOTE)
-    row.notes += _list_unused_options(row, "")
     return {"prompt": prompt, "question": max(prompt.rfind(HUMAN), 0), "templated": False, **answers}
 
 
@@ -145,12 +149,12 @@ def _render_hh_dialogue(row: ParsedRow) -> dict[str, Any]:
     answers = {
         name: "".join(map(_format_hh_turn, messages)).removeprefix(ASSISTANT) for name, messages in row.answers.items()
     }
-    row.notes += _list_unused_options(row, "")
     return {"prompt": prompt, "question": max(prompt.rfind(HUMAN), 0), "templated": False, **answers}
 
 
 def _format_hh_turn(message: Message) -> str:
-    turn, content = TURNS.get(message["role"]), message["content"]
+    turn = TURNS.get(message["role"])
+    content = message["content"]
     if turn is None:
         role = printable(message["role"])
         raise BrokenRow(
@@ -189,11 +193,10 @@ def _apply_chat_template(tokenizer: Any, options: dict[str, Any], messages: list
 
 def _check_template(row: ParsedRow, tokenizer: Any) -> None:
     """Refuse what the chat template would silently leave out or garble."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = "\n".join(template.values())
+    template = _get_template_source(tokenizer)
     for message in (*row.prompt, *(message for messages in row.answers.values() for message in messages)):
-        role, calls = message["role"], message.get("tool_calls")
+        role = message["role"]
+        calls = message.get("tool_calls")
         if role not in TURNS and f"'{role}'" not in template and f'"{role}"' not in template:
             role = printable(role)
             raise BrokenRow(
@@ -210,7 +213,11 @@ def _check_template(row: ParsedRow, tokenizer: Any) -> None:
         _check_special_tokens(json.dumps(row.tools, ensure_ascii=False), tokenizer)
         if not re.search(r"\btools\b", template):
             raise BrokenRow("expected a chat template that writes 'tools', the model's leaves them out")
-    row.notes += _list_unused_options(row, template)
+
+
+def _get_template_source(tokenizer: Any) -> str:
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else "\n".join(template.values())
 
 
 def _check_special_tokens(words: str, tokenizer: Any) -> None:
@@ -220,12 +227,6 @@ def _check_special_tokens(words: str, tokenizer: Any) -> None:
             f"expected messages without special tokens, found {found.group()!r} in the text, which the model would "
             "read as that token"
         )
-
-
-def _list_unused_options(row: ParsedRow, template: str) -> list[str]:
-    """Notes on the options that a template does not use."""
-    unused = [name for name in row.template_options if not re.search(rf"\b{re.escape(name)}\b", template)]
-    return [unread_column_note(f"chat_template_kwargs.{name}") for name in unused]
 
 
 def _find_question(render: Callable[..., str], prompt: list[Message], text: str) -> int:
