@@ -141,13 +141,13 @@ def test_template_that_writes_the_begin_token_itself():
 
 
 def test_special_tokens_in_a_plain_text_stay_text(gpt2_tokenizer: Any):
-    row = {"prompt": "\n\nHuman: What is <|endoftext|>?\n\nAssistant:", "question": 0}
-    row |= {"chosen": " <|endoftext|> ends a text.", "rejected": " No idea."}
+    prompt = "\n\nHuman: What is <|endoftext|>?\n\nAssistant:"
+    row = {"prompt": prompt, "question": 0, "chosen": " <|endoftext|> ends a text.", "rejected": " No idea."}
     pair = fit_pairs(texts(row), gpt2_tokenizer, 64, 32, workers=1)[0]
     end = gpt2_tokenizer.eos_token_id
     assert end not in pair["prompt_ids"], "a prompt that names <|endoftext|> is read as ended"
     assert pair["chosen_ids"].count(end) == 1 and pair["chosen_ids"][-1] == end, "an answer ends in its middle"
-    assert gpt2_tokenizer.decode(pair["prompt_ids"]) == row["prompt"], "the prompt is not what the user wrote"
+    assert gpt2_tokenizer.decode(pair["prompt_ids"]) == prompt, "the prompt is not what the user wrote"
     templated = fit_pairs(texts({**row, "templated": True}), gpt2_tokenizer, 64, 32, workers=1)[0]
     assert end in templated["prompt_ids"], "special tokens that a chat template writes are read as plain text"
 

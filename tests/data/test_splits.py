@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, are_progress_bars_disabled
+from datasets import are_progress_bars_disabled
 from examples import BAD, CHATML, TURNS, encode_lines, with_template
-from running import run
 
 from tinydpo.config import launch
 from tinydpo.config.arguments import DataArguments
@@ -250,40 +249,27 @@ def test_held_out_rows_stay_the_same(tmp_path: Path):
             assert sorted(row["row"] for split in splits.values() for row in split) == list(range(1, 61))
 
 
-def make_texts(prompt: int, answer: int) -> dict:
-    return {
-        "prompt": f"\n\nHuman: Why {prompt}?\n\nAssistant:",
-        "chosen": f" So {answer}.",
-        "rejected": f" No {answer}.",
-    }
-
-
-def make_dialogues(prompt: int, answer: int) -> dict:
-    row = make_texts(prompt, answer)
-    return {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
-
-
-def make_messages(prompt: int, answer: int) -> dict:
+def make_form(form: str, prompt: int, answer: int) -> dict:
+    """A row in one of several forms, about a numbered prompt."""
+    start, yes, no = f"\n\nHuman: Why {prompt}?\n\nAssistant:", f" So {answer}.", f" No {answer}."
     turns = [*TURNS[:2], {"role": "user", "content": f"Why {prompt}?"}]
-    return {"chosen": [*turns, {"role": "assistant", "content": f"So {answer}."}], "rejected": [*turns, *BAD]}
+    talk = [*turns, {"role": "assistant", "content": yes}]
+    return {
+        "texts": {"prompt": start, "chosen": yes, "rejected": no},
+        "renamed": {"question": start, "chosen": yes, "rejected": no},
+        "dialogues": {"chosen": start + yes, "rejected": start + no},
+        "conversations": {"chosen": talk, "rejected": [*turns, *BAD]},
+        "SFT": {"messages": talk},
+    }[form]
 
 
-def make_sft_row(prompt: int, answer: int) -> dict:
-    return {"messages": make_messages(prompt, answer)["chosen"]}
-
-
-def make_renamed(prompt: int, answer: int) -> dict:
-    row = make_texts(prompt, answer)
-    return {"question": row.pop("prompt"), **row}
-
-
-@pytest.mark.parametrize("make", [make_texts, make_dialogues, make_messages, make_sft_row, make_renamed])
-def test_whole_prompts_are_held_out(make: Callable, tmp_path: Path, tiny_tokenizer: Any):
-    rows = [make(prompt, answer) for answer in range(5) for prompt in range(40)]
+@pytest.mark.parametrize("form", ["texts", "renamed", "dialogues", "conversations", "SFT"])
+def test_whole_prompts_are_held_out(form: str, tmp_path: Path, tiny_tokenizer: Any):
+    rows = [make_form(form, prompt, answer) for answer in range(5) for prompt in range(40)]
     (tmp_path / "a.jsonl").write_bytes(encode_lines(rows))
-    column = ["question=prompt"] if make is make_renamed else None
+    column = ["question=prompt"] if form == "renamed" else None
     data = DataArguments(dataset_name=str(tmp_path / "a.jsonl"), column=column)
-    splits = load_pairs(data, with_template(tiny_tokenizer, CHATML), 128, need_pairs=make is not make_sft_row)
+    splits = load_pairs(data, with_template(tiny_tokenizer, CHATML), 128, need_pairs=form != "SFT")
     prompts = {split: Counter(splits[split].texts["prompt"][:]) for split in splits}
     assert not prompts["train"].keys() & prompts["test"].keys(), "a held-out prompt was trained on"
     assert list(prompts["test"].values()) == [5, 5], "not 5 % are held out, as whole prompts"
@@ -307,7 +293,7 @@ def test_whole_prompts_are_held_out(make: Callable, tmp_path: Path, tiny_tokeniz
     ],
 )
 def test_prompts_of_any_size_are_held_out(sizes: list[int], share: float, held_out: set, tmp_path: Path):
-    rows = [make_texts(prompt, answer) for prompt, size in enumerate(sizes) for answer in range(size)]
+    rows = [make_form("texts", prompt, answer) for prompt, size in enumerate(sizes) for answer in range(size)]
     (tmp_path / "a.jsonl").write_bytes(encode_lines(rows))
     splits = load_rows(DataArguments(dataset_name=str(tmp_path / "a.jsonl"), test_split_size=share))
     assert len(splits["test"]) in held_out, f"{len(splits['test'])} are held out"
@@ -315,8 +301,8 @@ def test_prompts_of_any_size_are_held_out(sizes: list[int], share: float, held_o
 
 
 def test_prompts_in_both_splits_are_noted(tmp_path: Path, tiny_tokenizer: Any):
-    train = [make_messages(prompt, 0) for prompt in range(20)]
-    test = [make_messages(prompt, answer) for prompt in range(18, 25) for answer in (1, 2, 3)]
+    train = [make_form("conversations", prompt, 0) for prompt in range(20)]
+    test = [make_form("conversations", prompt, answer) for prompt in range(18, 25) for answer in (1, 2, 3)]
     write_folder(tmp_path, train=train, test=test)
     splits = load_pairs(DataArguments(dataset_name=str(tmp_path)), with_template(tiny_tokenizer, CHATML), 128)
     assert len(splits["test"].texts) == 21, "rows of a given split are taken out"
@@ -338,20 +324,17 @@ def load(tokenizer: Any, need_pairs: bool = True, **settings: Any) -> dict[str, 
     return load_pairs(DataArguments(**settings), tokenizer, 128, need_pairs)
 
 
-def test_several_datasets_are_read_one_after_the_other(two: list[str], tiny_tokenizer: Any):
+def test_several_datasets_are_read_one_after_the_other(two: list[str], tmp_path: Path, tiny_tokenizer: Any):
     splits = load(tiny_tokenizer, dataset_name=two)
     assert splits["train"].pairs["subset"][:] == ["peas"] * 40 + ["beans"] * 20
     assert splits["test"].pairs["subset"][:] == ["peas"] * 3 + ["beans"] * 3
     for row, text in zip(splits["train"].pairs, splits["train"].texts, strict=True):
         assert row["subset"] in text["prompt"], "rows stand under another dataset's name"
+    alike = [write_folder(tmp_path / side / "peas", train=make_rows(4), test=make_rows(1)) for side in "ab"]
+    subsets = Counter(load(tiny_tokenizer, dataset_name=[*map(str, alike)])["train"].pairs["subset"][:])
+    assert subsets == {str(name): 4 for name in alike}, "datasets whose names end alike count as one"
     with pytest.raises(UserError, match=r"has .*peas twice, so its rows would count twice"):
         load(tiny_tokenizer, dataset_name=[two[0], two[0]])
-
-
-def test_names_that_end_alike_are_told_apart_in_full(tmp_path: Path, tiny_tokenizer: Any):
-    names = [str(write_folder(tmp_path / side / "peas", train=make_rows(4), test=make_rows(1))) for side in "ab"]
-    subsets = Counter(load(tiny_tokenizer, dataset_name=names)["train"].pairs["subset"][:])
-    assert subsets == dict.fromkeys(names, 4), "two datasets count as one"
 
 
 def test_weights_draw_a_share_of_each_dataset(two: list[str], tmp_path: Path, tiny_tokenizer: Any):
@@ -443,26 +426,6 @@ def test_number_of_processes_changes_nothing(tmp_path: Path, tiny_tokenizer: Any
         file.write_bytes(encode_lines(make_rows(40)))
         splits.append(load_pairs(DataArguments(dataset_name=str(file)), tiny_tokenizer, 128, workers=workers)["train"])
     assert splits[0].pairs[:] == splits[1].pairs[:] and splits[0].summary == splits[1].summary
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_scripts_read_with_as_many_processes_as_asked(
-    workers: int, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    asked = []
-    map_rows = Dataset.map
-
-    def count(*args: Any, num_proc: int | None = None, **kwargs: Any) -> Dataset:
-        asked.append(num_proc or 1)
-        return map_rows(*args, num_proc=num_proc, **kwargs)
-
-    monkeypatch.setattr(Dataset, "map", count)
-    monkeypatch.setattr("tinydpo.data.pairs.MANY_ROWS", 2)  # all cores, if nobody asks
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    with pytest.raises(UserError, match="max_question_length"):  # at the first split's fitting, before the model
-        run("dpo", "--model_name_or_path", task / "base", "--dataset_name", task / "data", "--dataset_num_proc",
-            str(workers), "--max_question_length", "500", "--output_dir", tmp_path / "run")  # fmt: skip
-    assert asked == [workers]
 
 
 @pytest.mark.parametrize(
