@@ -42,13 +42,8 @@ class ParsedRow:
     notes: list[str] = field(default_factory=list)  # what was ignored or changed
 
     def to_json(self) -> str:
-        """The row as JSON that can be written in UTF-8 (BrokenRow: it holds a lone surrogate)."""
-        text = json.dumps(vars(self), ensure_ascii=False)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BrokenRow("expected valid text, found half of a character (a lone surrogate)") from None
-        return text
+        """The row as JSON."""
+        return json.dumps(vars(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "ParsedRow":
@@ -110,7 +105,7 @@ def read_row(
     options = _decode_json_column(row, "chat_template_kwargs", dict) or {}
     known = {prompt_column, "prompt", *answers, "system", "tools", "chat_template_kwargs", "subset", *REWARD_COLUMNS}
     unread = [name for name, value in row.items() if name not in known and value not in (None, "", [], {})]
-    return ParsedRow(
+    parsed = ParsedRow(
         prompt=prompt,
         answers=dict(zip(("chosen", "rejected"), by_column.values(), strict=False)),
         system=system,
@@ -119,6 +114,11 @@ def read_row(
         subset=row["subset"] if isinstance(row.get("subset"), str) else None,
         notes=notes + [unread_column_note(name) for name in unread],
     )
+    try:
+        parsed.to_json().encode()
+    except UnicodeEncodeError:
+        raise BrokenRow("expected valid text, found half of a character (a lone surrogate)") from None
+    return parsed
 
 
 def keep_last_turn(row: ParsedRow) -> ParsedRow:
