@@ -1,8 +1,8 @@
 """Fit a pair to the token budget: both answers keep their signal, and the prompt keeps its last human turn.
 
 Cutting `prompt + completion` after its first 128 tokens makes 38 % of HH's pairs identical, because the prompt alone
-fills the budget. Here only the last human turn has room for sure. Then completions come first and keep their start;
-the room that is left goes to the prompt, which keeps its end. `fit_pair` is the rule.
+fills the budget. Here the last human turn is always kept (up to `max_question_length` tokens). Then completions come
+first and keep their start. The room that is left goes to the prompt, which keeps its end. `fit_pair` is the rule.
 """
 
 from collections.abc import Sequence
@@ -187,7 +187,8 @@ def tokenize_prompts(texts: Any, tokenizer: Any) -> tuple[list[Ids], list[int]]:
     templated = [bool(value) for value in texts["templated"][:]]
     starts = [start or 0 for start in texts["question"][:]]
     bos = get_bos_ids(tokenizer)
-    ids, questions = [], []
+    ids = []
+    questions = []
     for i, encoding in enumerate(_encode(prompts, templated, tokenizer)):
         # Some tokenizers give white space no token of its own: the question then starts at the next token.
         covering = (encoding.char_to_token(at) for at in range(starts[i], len(prompts[i])))
@@ -223,5 +224,6 @@ def adds_leading_space(tokenizer: Any) -> bool:
 def get_bos_ids(tokenizer: Any) -> Ids:
     """The BOS token as a list if the tokenizer puts one before a text, else an empty list (GPT-2's does not)."""
     # Not from an empty text: there, an end token that a tokenizer puts last looks like a BOS token if they are one.
-    plain, ids = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    ids = tokenizer("a").input_ids
     return ids[:1] if ids[: len(plain) + 1] == [tokenizer.bos_token_id, *plain] else []

@@ -86,8 +86,10 @@ def describe_split(
     name: str, split: FittedSplit, measures: Mapping[str, Any], tokenizer: Any, max_length: int, examples: int
 ) -> str:
     """Describe a fitted split, with the figures of `measure_split` and some pairs as the model will see them."""
-    summary, stock = split.summary, measures["stock"]
-    pairs, kept = summary["pairs_in"], summary["pairs_kept"]
+    summary = split.summary
+    stock = measures["stock"]
+    pairs = summary["pairs_in"]
+    kept = summary["pairs_kept"]
     lines = [f"{name}: {pairs:,} pairs in, {kept:,} kept, dropped: {_format_counts(summary['dropped']) or 'none'}"]
     if "drawn_from" in summary:
         lines.append(f"  drawn from {summary['drawn_from']:,} (--max_{name}_pairs)")

@@ -72,7 +72,8 @@ def load_rows(data: DataArguments) -> dict[str, Dataset]:
     if not data.dataset_name:
         raise UserError("dataset_name is not set; give a Hub id, a folder or a file, such as --dataset_name my.jsonl")
     sources = data.sources()
-    train, test = [], []
+    train = []
+    test = []
     for source, label in zip(sources, label_sources(sources), strict=True):
         source_train, source_test = _load_source(data, source, label)
         train.append(draw_rows(source_train, round(source.weight * len(source_train))))
@@ -110,7 +111,8 @@ def count_shared_prompts(train: Dataset, test: Dataset) -> int:
 
 def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Dataset, Dataset]:
     """The train and the test rows of one dataset."""
-    train, test = data.dataset_train_split, data.dataset_test_split
+    train = data.dataset_train_split
+    test = data.dataset_test_split
     files = _find_files(source, train)
     for split, flag in ((train, "--dataset_train_split"), (test, "--dataset_test_split")):
         may_be_missing = split == test == "test"  # the default: nobody asked for it by name
@@ -119,7 +121,8 @@ def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Datas
     if label:
         for split in files:
             files[split] = [_label_file(file, source, label) for file in files[split]]
-    columns, roles = parse_renames(data.column), parse_renames(data.role)
+    columns = parse_renames(data.column)
+    roles = parse_renames(data.role)
     rows = _read_files(files[train], columns, roles)
     if test in files:
         return rows, _read_files(files[test], columns, roles)
@@ -282,7 +285,8 @@ def hold_out(rows: Dataset, size: float, name: str) -> tuple[Dataset, Dataset]:
     hashes = rows.with_format("numpy")[:]["prompt_hash"]
     prompts, sizes = np.unique(hashes, return_inverse=True, return_counts=True)[1:]
     if len(sizes) == 1:
-        prompts, sizes = np.arange(len(rows)), np.ones(len(rows), dtype=int)
+        prompts = np.arange(len(rows))
+        sizes = np.ones_like(prompts)
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(rows))
     drawn = list(dict.fromkeys(prompts[order].tolist()))  # prompts in the order of their first row
     held_out = []
