@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if look.json and not Path(look.json).absolute().parent.is_dir():
         raise UserError(f"--json {look.json}: the folder does not exist; make it first")
 
-    from tinydpo.data.inspect import describe_split
+    from tinydpo.data.inspect import describe_split, measure_split
     from tinydpo.data.notice import CONTENT_NOTICE, is_hh
     from tinydpo.data.pairs import load_pairs
     from tinydpo.files import write_json
@@ -42,10 +42,13 @@ def main(argv: list[str] | None = None) -> None:
     splits = load_pairs(data, tokenizer, look.max_length, need_pairs=None)
     if is_hh(data.dataset_name):
         print(f"{CONTENT_NOTICE}\n")
+    figures = {}
     for name, split in splits.items():
-        print(describe_split(name, split, tokenizer, look.max_length, look.examples), end="\n\n")
+        measures = measure_split(split, tokenizer, look.max_length)
+        print(describe_split(name, split, measures, tokenizer, look.max_length, look.examples), end="\n\n")
+        figures[name] = split.summary | measures
     if look.json:
-        write_json(Path(look.json), {name: split.summary for name, split in splits.items()})
+        write_json(Path(look.json), figures)
         print(f"The figures are in {look.json}.")
 
 

@@ -1,11 +1,9 @@
-"""The DPO paper's controlled-sentiment experiment in miniature: a task whose true reward is known.
+"""The toy task: the DPO paper's controlled-sentiment experiment in miniature, with a true reward that is known.
 
-On real preferences nobody can say whether DPO made the answers better: the reward behind the clicks is hidden. Here
-a small grammar writes HH-style dialogues, a gold reward scores the answers, and preferences are drawn from it with
-Bradley-Terry noise. A GPT-2 of 2.9 million parameters learns it from scratch on two CPU cores in minutes, through
-the same scripts and trainers as the real recipes, and the gold reward says whether it worked.
-
-    make quickstart SEED=1
+On real preferences nobody can say whether DPO made the answers better, because the reward behind the clicks is hidden.
+Here a small grammar writes HH-style dialogues, a gold reward scores the answers, and preferences are drawn from it
+with Bradley-Terry noise. A GPT-2 of 2.9 million parameters learns it from scratch on two CPU cores in minutes, through
+the same scripts and trainers as the real recipes (`make quickstart`), and the gold reward says whether it worked.
 """
 
 import json
@@ -125,29 +123,26 @@ def gold_reward(prompts: list[str], completions: list[str], **kwargs: Any) -> li
 
     Returns:
         B finite floats in log-odds: by Bradley and Terry (1952) a difference of 1 is preferred with odds of e to 1.
-
-    Raises:
-        ValueError: if there are not as many prompts as completions.
     """
     return [_score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def _score(prompt: str, completion: str) -> float:
     question = set(_words(prompt.rpartition("\n\nHuman:")[2]))
-    # A question about none of our topics has no on-topic words: every topic's words count as off topic there.
+    # A question about none of the topics has no on-topic words: every topic's words count as off topic there.
     own = next((TOPIC_WORDS[topic] for topic in TOPICS if topic in question), frozenset())
-    sentences = [tuple(words) for part in re.split(r"[.!?]+", completion) if (words := _words(part))]
+    sentences = [tuple(_words(part)) for part in re.split(r"[.!?]+", completion) if _words(part)]
     distinct = [set(sentence) for sentence in dict.fromkeys(sentences)]
     on = sum(word in own for words in distinct for word in words)
     off = sum(word in ALL_TOPIC_WORDS - own for words in distinct for word in words)
     details = sum(bool(own & s) and any(w in NUMBERS or w.isdigit() for w in s) for s in distinct)
-    said = set().union(*distinct)
+    used = set().union(*distinct)
     vague = sum(bool(VAGUE & set(sentence)) for sentence in sentences)
     rambling = max(0, len(sentences) - 6) + len(sentences) - len(distinct)
     return (
         2.5 * (on - off) / (on + off + 1)
         + 0.9 * min(details, 3)
-        + 1.0 * (bool(KIND & said) - bool(RUDE & said))
+        + 1.0 * (bool(KIND & used) - bool(RUDE & used))
         - 0.8 * min(vague, 3)
         - 0.6 * min(rambling, 6)
         - 0.6 * abs(math.log(max(1, sum(map(len, sentences))) / 30))
@@ -163,7 +158,8 @@ def _write_step(rng: random.Random, position: int, step: str, exactness: float) 
 def _write_answer(rng: random.Random, topic: str) -> str:
     """An answer of varied quality: on topic or not, concrete or vague, kind, neutral or rude, short or rambling."""
     subject = topic if rng.random() < 0.7 else rng.choice(list(TOPICS))
-    concreteness, exactness = rng.choice((0.3, 0.6, 0.9)), rng.choice((0.2, 0.8))
+    concreteness = rng.choice((0.3, 0.6, 0.9))
+    exactness = rng.choice((0.2, 0.8))
     steps = rng.sample(TOPICS[subject][1:], 4)
     body = [
         _write_step(rng, i, step, exactness) if rng.random() < concreteness else rng.choice(VAGUE_SENTENCES)
@@ -182,7 +178,8 @@ def _write_pair(rng: random.Random, topic: str, question: str) -> dict[str, str]
         task, *steps = TOPICS[earlier]
         reply = _write_step(rng, 0, rng.choice(steps), 0.5)
         prompt = f"\n\nHuman: {rng.choice(QUESTIONS).format(task)}\n\nAssistant: {reply}{prompt}"
-    first, second = _write_answer(rng, topic), _write_answer(rng, topic)
+    first = _write_answer(rng, topic)
+    second = _write_answer(rng, topic)
     while second == first:
         second = _write_answer(rng, topic)
     margin = _score(prompt, first) - _score(prompt, second)
@@ -196,17 +193,8 @@ def write_dialogues(folder: Path, seed: int, train_pairs: int = 2400, test_pairs
 
     Each row holds the two dialogues of a pair, alike up to the last ``\\n\\nAssistant:``. Which answer is chosen is
     drawn from Bradley and Terry (1952), eq. 1 of the DPO paper (arXiv 2305.18290):
-    p(first ≻ second) = exp(r₁) / (exp(r₁) + exp(r₂)), r being `gold_reward`. A question (task, form and circumstance)
-    is in one of the files only; in test.jsonl each stands once. The same seed writes the same bytes.
-
-    Args:
-        folder: made if missing; files of these names in it are overwritten.
-        seed: of the questions, the split, the answers and the preferences.
-        train_pairs: rows of train.jsonl.
-        test_pairs: rows of test.jsonl.
-
-    Raises:
-        ValueError: if `test_pairs` leaves no question for training.
+    p(first ≻ second) = exp(r₁) / (exp(r₁) + exp(r₂)), where r is `gold_reward`. A question (task, form and
+    circumstance) is in one of the files only; in test.jsonl each stands once. The same seed writes the same bytes.
     """
     rng = random.Random(seed)
     questions = [
@@ -216,40 +204,41 @@ def write_dialogues(folder: Path, seed: int, train_pairs: int = 2400, test_pairs
     if test_pairs >= len(questions):
         raise ValueError(f"test_pairs must be below {len(questions)}, the number of different questions: {test_pairs}")
     rng.shuffle(questions)
-    held_out, known = questions[:test_pairs], questions[test_pairs:]
+    held_out = questions[:test_pairs]
+    known = questions[test_pairs:]
+    trained = [known[i % len(known)] for i in range(train_pairs)]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, asked in (("test", held_out), ("train", [known[i % len(known)] for i in range(train_pairs)])):
-        lines = (json.dumps(_write_pair(rng, topic, question)) + "\n" for topic, question in asked)
+    for name, asked in (("test", held_out), ("train", trained)):
+        lines = [json.dumps(_write_pair(rng, topic, question)) + "\n" for topic, question in asked]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def build_base_model(folder: Path, rows: Iterable[dict[str, str]], seed: int) -> None:
-    """Save an untrained GPT-2 of 2.9 million parameters and a byte-level BPE tokenizer trained on `rows`.
-
-    Args:
-        folder: made if missing; `AutoTokenizer` and `AutoModelForCausalLM` load from it.
-        rows: preference pairs; the tokenizer learns from the texts of `chosen` and `rejected`.
-        seed: of the model's weights; set for Python, NumPy and torch alike.
-    """
+    """Save an untrained GPT-2 of 2.9 million parameters, and a byte-level BPE tokenizer trained on the rows' texts."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    options = {"vocab_size": 1280, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    texts = (row[side] for row in rows for side in ("chosen", "rejected"))
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(special_tokens=[END_TOKEN], **options))
-    ends = {"eos_token": END_TOKEN, "pad_token": END_TOKEN}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **ends)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1280, special_tokens=[END_TOKEN], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator((row[side] for row in rows for side in ("chosen", "rejected")), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, clean_up_tokenization_spaces=False, eos_token=END_TOKEN, pad_token=END_TOKEN
+    )
     tokenizer.save_pretrained(folder)
     set_seed(seed)
+    end = tokenizer.eos_token_id
     # Two wide layers run faster on a CPU than four narrow ones of as many parameters; dropout would slow learning.
-    shape = {"vocab_size": len(tokenizer), "n_positions": 192, "n_embd": 320, "n_layer": 2, "n_head": 5}
-    ends = {f"{role}_token_id": tokenizer.eos_token_id for role in ("bos", "eos", "pad")}
-    config = GPT2Config(**shape, **ends, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=192, n_embd=320, n_layer=2, n_head=5,
+        bos_token_id=end, eos_token_id=end, pad_token_id=end, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
 
 
 def write_task(data: Path, base: Path, seed: int, **sizes: int) -> None:
-    """Dialogues in `data` (`sizes` as of `write_dialogues`), and the model built of their training rows in `base`."""
+    """Write the dialogues into `data` (`sizes` as for `write_dialogues`) and the untrained model into `base`."""
     write_dialogues(data, seed, **sizes)
     rows = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()
     build_base_model(base, map(json.loads, rows), seed)

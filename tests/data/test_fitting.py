@@ -1,15 +1,16 @@
-"""Fitting to the token budget: the rule, stated a second time by hand, and real tokenizers with and without BOS."""
+"""Fitting to the token budget: the rule, stated a second time by hand, and tokens of every kind of tokenizer."""
 
 from typing import Any
 
 import pytest
 from datasets import Dataset
+from examples import ALTERNATING, BAD, GOOD, MESSAGES, TURNS, render
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tinydpo.data.fitting import fit_pair, fit_pairs, get_bos_ids, tokenize_prompts
+from tinydpo.data.fitting import fit_pair, fit_pairs, get_bos_ids, tokenize_pairs, tokenize_prompts
 from tinydpo.data.text import TEXT_FEATURES
 from tinydpo.errors import UserError
 
@@ -56,7 +57,7 @@ def test_what_fitting_promises(case: dict[str, Any]):
     kept = fitted_prompt[len(bos) :]
     assert fitted_prompt[: len(bos)] == bos, "the BOS token that the model always saw is cut away"
     assert kept == prompt[len(prompt) - len(kept) :], "the prompt does not keep its end"
-    assert len(kept) >= min(case["question"], case["max_question_length"]), "the question loses its sure room"
+    assert len(kept) >= min(case["question"], case["max_question_length"]), "the last human turn is lost"
     for completion, part in zip(completions, fitted, strict=True):
         assert part, "a completion is cut to nothing: the pair has lost its signal"
         assert len(fitted_prompt) + len(part) <= case["max_length"], "a sequence is longer than max_length"
@@ -111,7 +112,7 @@ def test_fit_with_and_without_a_begin_token(bos: bool):
     assert tokenizer.decode(pair["chosen_ids"]).endswith("</s>"), "a whole answer has no end token"
     assert tokenizer.eos_token_id not in pair["rejected_ids"], "a cut answer has an end token"
     assert tokenizer.bos_token_id not in pair["chosen_ids"], "an answer starts with a BOS token"
-    assert pair["question_whole"] and pair["prompt_tokens"] == 72 + bos, "the prompt's tokens are counted wrong"
+    assert pair["prompt_tokens"] == 72 + bos, "the prompt's tokens are counted wrong"
     assert pair["completion_tokens"] == 6 + 91, "answers are not counted with their end tokens"
 
 
@@ -130,25 +131,23 @@ def test_begin_token_is_recognized(tokenizer: Any, begins: bool):
     assert get_bos_ids(tokenizer) == expected, "the BOS token is not what the tokenizer puts before a text"
 
 
-def test_a_template_that_writes_the_begin_token_itself():
+def test_template_that_writes_the_begin_token_itself():
     prompt = "<s> Human : w1 w2 ? Assistant :"
     row = {"prompt": prompt, "question": 0, "chosen": " w3", "rejected": " w4", "templated": True}
     pair = fit_pairs(texts(row), words(bos=True), 32, 16, workers=1)[0]
     assert pair["prompt_ids"].count(0) == 1, "the chat template's BOS token is doubled or lost"
-    assert pair["question_whole"], "a question that was kept whole is counted as cut"
     cut = fit_pairs(texts({**row, "chosen": numbered(90)}), words(bos=True), 8, 4, workers=1)[0]
     assert cut["prompt_ids"][0] == 0 and len(cut["prompt_ids"]) == 5, "the chat template's BOS token is cut away"
-    assert not cut["question_whole"], "a question that was cut is counted as whole"
 
 
 def test_special_tokens_in_a_plain_text_stay_text(gpt2_tokenizer: Any):
-    row = {"prompt": "\n\nHuman: What is <|endoftext|>?\n\nAssistant:", "question": 0}
-    row |= {"chosen": " <|endoftext|> ends a text.", "rejected": " No idea."}
+    prompt = "\n\nHuman: What is <|endoftext|>?\n\nAssistant:"
+    row = {"prompt": prompt, "question": 0, "chosen": " <|endoftext|> ends a text.", "rejected": " No idea."}
     pair = fit_pairs(texts(row), gpt2_tokenizer, 64, 32, workers=1)[0]
     end = gpt2_tokenizer.eos_token_id
     assert end not in pair["prompt_ids"], "a prompt that names <|endoftext|> is read as ended"
     assert pair["chosen_ids"].count(end) == 1 and pair["chosen_ids"][-1] == end, "an answer ends in its middle"
-    assert gpt2_tokenizer.decode(pair["prompt_ids"]) == row["prompt"], "the prompt is not what the user wrote"
+    assert gpt2_tokenizer.decode(pair["prompt_ids"]) == prompt, "the prompt is not what the user wrote"
     templated = fit_pairs(texts({**row, "templated": True}), gpt2_tokenizer, 64, 32, workers=1)[0]
     assert end in templated["prompt_ids"], "special tokens that a chat template writes are read as plain text"
 
@@ -187,7 +186,7 @@ def test_questions_are_counted_from_the_last_human_turn(gpt2_tokenizer: Any):
         assert tail == prompt[start:], "the last human turn is taken to start elsewhere"
 
 
-def test_a_budget_that_is_none_is_refused():
+def test_budget_without_room_is_refused():
     for max_length, question, named in ((0, 1, "max_length"), (1, 1, "max_length"), (64, 64, "max_question_length")):
         with pytest.raises(UserError, match=named):
             fit_pairs(texts(PAIR), words(False), max_length, question, workers=1)
@@ -209,7 +208,7 @@ def test_another_budget_or_tokenizer_is_another_cache():
     assert len(others | {first}) == 4, "a changed budget or tokenizer is given the old tokens"
 
 
-def test_which_answers_were_cut_is_told():
+def test_whole_and_cut_answers_are_told_apart():
     """A whole answer's end token beside a cut one says nothing of what people prefer."""
     short, long = numbered(5, 100), numbered(90, 200)
     sides = {
@@ -219,5 +218,108 @@ def test_which_answers_were_cut_is_told():
         "neither": (long, long + " w1"),
     }
     rows = [{**PAIR, "chosen": chosen, "rejected": rejected} for chosen, rejected in sides.values()]
-    told = fit_pairs(texts(*rows, {**PAIR, "rejected": None}), words(bos=False), 32, 16, workers=1)["whole"][:]
-    assert told == [*sides, None], "evaluation counts pairs of whole answers as cut, or the other way"
+    whole = fit_pairs(texts(*rows, {**PAIR, "rejected": None}), words(bos=False), 32, 16, workers=1)["whole"][:]
+    assert whole == [*sides, None], "evaluation counts pairs of whole answers as cut, or the other way"
+
+
+# Prompt and answer are the tokens of the whole text
+
+# Zephyr's and TinyLlama's: headers that are no tokens of their own, the end token ends a turn.
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CORPUS = [
+    "How are you? Well. Bad, very bad. Hi! Hello.",
+    "\n\nHuman: Well?\n\nAssistant: Bad.",
+    "<|user|>\n<|assistant|>",
+]
+
+
+def train(backend: Tokenizer, trainer: Any) -> PreTrainedTokenizerFast:
+    backend.train_from_iterator(CORPUS * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def metaspace(scheme: str) -> PreTrainedTokenizerFast:
+    """SentencePiece's way as newer files hold it."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return train(backend, trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL))
+
+
+def llama() -> PreTrainedTokenizerFast:
+    """As Llama's and TinyLlama's files hold it: a normalizer, and no pre-tokenizer."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return train(backend, trainers.BpeTrainer(vocab_size=120, special_tokens=SPECIAL))
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return train(backend, trainers.UnigramTrainer(vocab_size=90, special_tokens=SPECIAL, unk_token="<unk>"))
+
+
+def byte_level(prefix_space: bool) -> PreTrainedTokenizerFast:
+    """GPT-2's way, and RoBERTa's."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return train(backend, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet))
+
+
+TOKENIZERS = {
+    "Metaspace, always": lambda: metaspace("always"),
+    "Metaspace, first": lambda: metaspace("first"),
+    "Metaspace, never": lambda: metaspace("never"),
+    "Llama's normalizer": llama,
+    "Unigram": unigram,
+    "bytes": lambda: byte_level(False),
+    "bytes with a space first": lambda: byte_level(True),
+}
+
+
+@pytest.mark.parametrize("template", [ZEPHYR, ALTERNATING, None], ids=["headers", "no header", "texts"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_prompt_and_answer_are_the_tokens_of_the_whole(name: str, template: str | None):
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.chat_template = template
+    text = render(MESSAGES, tokenizer)
+    fitted = fit_pairs(texts(text), tokenizer, 512, 64, workers=1)[0]
+    end = tokenizer.eos_token_id
+    for side, answer in (("chosen", GOOD), ("rejected", BAD)):
+        ids = fitted["prompt_ids"] + fitted[f"{side}_ids"]
+        if template:
+            rendered = tokenizer.apply_chat_template([*TURNS, *answer], tokenize=False)
+            whole = tokenizer(rendered, add_special_tokens=False).input_ids
+            whole = whole[: len(whole) - whole[::-1].index(end)]  # up to the last end token: a line may end after it
+        else:
+            plain = tokenizer(
+                text["prompt"] + text[side], add_special_tokens=False, split_special_tokens=True
+            ).input_ids
+            whole = [*get_bos_ids(tokenizer), *plain, end]
+        shown = tokenizer.convert_ids_to_tokens(ids), tokenizer.convert_ids_to_tokens(whole)
+        assert ids == whole, f"{name}: {side} is not trained on as it is written: {shown[0]} for {shown[1]}"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_token_that_spans_prompt_and_answer_goes_to_the_answers(name: str):
+    """Both answers then still see one prompt, and its last human turn is counted without that token."""
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = {"prompt": "How are", "chosen": " you?", "rejected": "n't Well."}
+    pair = {"templated": True, "question": 0, **rows}
+    fitted = fit_pairs(texts(pair), tokenizer, 512, 64, workers=1)[0]
+    for side in ("chosen", "rejected"):
+        whole = tokenizer(rows["prompt"] + rows[side], add_special_tokens=False).input_ids
+        assert fitted["prompt_ids"] + fitted[f"{side}_ids"][:-1] == whole, f"{name}: {side} is not the text's tokens"
+    (pair,) = tokenize_pairs(texts(pair), tokenizer)
+    assert pair.question == len(pair.prompt), f"{name}: a token of the answers counts as the question's"

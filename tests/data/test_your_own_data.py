@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from examples import CHATML, with_template
 from running import ROOT
-from test_bad_datasets import CHATML, templated
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.recipe import parse_args
@@ -81,13 +81,13 @@ def test_every_form_of_the_table_is_read(form: tuple[str, ...], tmp_path: Path, 
         (tmp_path / f"{split}.jsonl").write_text(row + "\n")
     data = parse_args(DataArguments, argv=["--dataset_name", str(tmp_path), *shlex.split(flags)])[0]
     for stage in stages.split(", "):
-        split = load_pairs(data, templated(tiny_tokenizer, CHATML), 128, need_pairs=stage == "DPO")["train"]
+        split = load_pairs(data, with_template(tiny_tokenizer, CHATML), 128, need_pairs=stage == "DPO")["train"]
         text = split.texts[0]
         assert "Curry?" in text["prompt"] and text["chosen"].strip() == "Gladly!", f"{name} ({stage}): read as {text}"
         rejected = (text["rejected"] or "").strip()
         assert rejected == ("Look it up." if "DPO" in stages else ""), f"{name} ({stage}): rejected is {rejected!r}"
         assert text["prompt"].count("Curry?") == 1, f"{name} ({stage}): the prompt stands there twice"
-        told = {note for note in split.summary["notes"] if "is not read" in note}
-        assert not told, f"{name} ({stage}): {told}"
+        unread = {note for note in split.summary["notes"] if "is not read" in note}
+        assert not unread, f"{name} ({stage}): {unread}"
         fitted = tiny_tokenizer.decode(split.pairs[0]["prompt_ids"] + split.pairs[0]["chosen_ids"])
         assert "Curry?" in fitted and "Gladly!" in fitted, f"{name} ({stage}): trained on {fitted!r}"

@@ -88,6 +88,7 @@ def test_shuffled_labels_exchange_half_of_the_training_pairs_and_no_others(task:
         after = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
         exchanged = 0
         for old, new in zip(before, after, strict=True):
+            new = {side: new["prompt"] + new[side] for side in old}
             swapped = {**old, "chosen": old["rejected"], "rejected": old["chosen"]}
             assert new in (old, swapped), "the control has other texts than the data"
             exchanged += new == swapped

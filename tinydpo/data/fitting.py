@@ -1,13 +1,13 @@
-"""Fit a pair to the token budget: no pair loses its signal, no question its end, and little of any answer is cut.
+"""Fit a pair to the token budget: both answers keep their signal, and the prompt keeps its last human turn.
 
-Cutting `prompt + completion` after its first 128 tokens makes 38 % of HH's pairs identical: the prompt alone fills the
-budget. Here the prompt is sure of room for its last human turn only; then completions come first and keep their
-start; what room is left goes to the prompt, which keeps its end.
+Cutting `prompt + completion` after its first 128 tokens makes 38 % of HH's pairs identical, because the prompt alone
+fills the budget. Here the last human turn is always kept (up to `max_question_length` tokens). Then completions come
+first and keep their start. The room that is left goes to the prompt, which keeps its end. `fit_pair` is the rule.
 """
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
@@ -19,21 +19,32 @@ from tinydpo.models.stop_tokens import get_end_token_id
 
 Ids = list[int]
 WHOLE = {(True, True): "both", (True, False): "chosen", (False, True): "rejected", (False, False): "neither"}
-COUNTS = ("prompt_tokens", "completion_tokens", "longest_tokens", "stock_completion_tokens")
 FITTED_FEATURES = Features(
     {
         "prompt_ids": List(Value("int32")),
         "chosen_ids": List(Value("int32")),
-        "rejected_ids": List(Value("int32")),
+        "rejected_ids": List(Value("int32")),  # empty for SFT rows without one
+        "whole": Value("string"),  # the answers that were not cut: both, chosen, rejected, neither; null for one alone
         "subset": Value("string"),
         "dropped": Value("string"),  # why the pair carries no signal, else null
-        "question_whole": Value("bool"),
-        "whole": Value("string"),  # which answers were not cut: both, chosen, rejected, neither; null for one alone
-        "stock_kept": Value("bool"),  # whether the stock rule (keep the first tokens) would have kept the pair
-        **{name: Value("int32") for name in COUNTS},  # before fitting, BOS and end tokens included;
-        # longest: prompt and longer completion; stock: after its cut
+        "prompt_tokens": Value("int32"),  # before fitting, with BOS
+        "completion_tokens": Value("int32"),  # of both answers before fitting, with end tokens
     }
 )
+
+
+class TokenizedPair(NamedTuple):
+    """A pair before fitting: BOS (apart, since it is never cut), prompt, completions without end token, end token.
+
+    The last human turn is the last `question` tokens of the prompt. `completions` are the chosen and the rejected
+    answer, or one answer alone.
+    """
+
+    bos: Ids
+    prompt: Ids
+    question: int
+    completions: list[Ids]
+    end: int
 
 
 def fit_pair(
@@ -55,7 +66,7 @@ def fit_pair(
         end: the end token's id; it stays only where the completion is whole.
         bos: the BOS token if the tokenizer puts one first, else empty; it is never cut.
         max_length: the budget of prompt and one completion together.
-        max_question_length: how much of the question is sure of room.
+        max_question_length: the last human turn is always kept, up to this many tokens.
 
     Returns:
         The prompt that all completions see, BOS included, and the completions, end tokens included.
@@ -67,84 +78,53 @@ def fit_pair(
     return fitted_prompt, [completion[: max_length - len(fitted_prompt)] for completion in ended]
 
 
-def keep_first_tokens(prompt: Sequence[int], completions: Sequence[Sequence[int]], max_length: int) -> list[Ids]:
-    """What the stock rule (keep the first `max_length` tokens of prompt and completion) leaves of the completions."""
-    return [list(completion)[: max(0, max_length - len(prompt))] for completion in completions]
-
-
 def fit_pairs(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: int, workers: int) -> Dataset:
-    """Tokenize and fit text pairs, in the same order; pairs without signal stay, with the reason in `dropped`.
+    """Tokenize and fit text pairs (columns of `text.TEXT_FEATURES`), in the same order, cached on disk.
 
-    Args:
-        texts: the columns of `dialogues.TEXTS`.
-        tokenizer: a fast tokenizer with an end token.
-        max_length: tokens of prompt and one completion together.
-        max_question_length: tokens of the last human turn that are sure of room, below `max_length`.
-        workers: processes to tokenize with.
-
-    Returns:
-        The columns of `FITTED`, cached on disk by content.
-
-    Raises:
-        UserError: if the budget is not one.
+    Pairs without signal stay, with the reason in `dropped`. A budget without room for an answer is a UserError.
     """
     if not max_length or max_length < 2:
         raise UserError(f"max_length is {max_length}, it must be a number of tokens of at least 2")
     bos = get_bos_ids(tokenizer)
     if max_question_length + len(bos) >= max_length:
+        reason = " by two, one is for the BOS token" if bos else ""
         raise UserError(
-            f"max_question_length ({max_question_length}) must be below max_length ({max_length})"
-            f"{' by two, one is for the BOS token' if bos else ''}; pass a lower --max_question_length"
+            f"max_question_length ({max_question_length}) must be below max_length ({max_length}){reason}; "
+            "pass a lower --max_question_length"
         )
-    ends = {templated: get_end_token_id(tokenizer, templated) for templated in (False, True)}
 
     def fit_batch(batch: dict[str, list]) -> dict[str, list]:
-        given, questions = tokenize_prompts(batch, tokenizer)
-        prompts, completions = tokenize_completions(batch, given, tokenizer)
-        rows = []
-        for i, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
-            alone = batch["rejected"][i] is None
-            question = max(questions[i] - (len(given[i]) - len(prompt)), 0)
-            first = bos if prompt[: len(bos)] == bos else []  # a chat template may write it itself, or none
-            question, end = min(question, len(prompt) - len(first)), ends[bool(batch["templated"][i])]
-            fitted_prompt, fitted = fit_pair(
-                prompt[len(first) :], question, answers, end=end, bos=first,
+        rows: dict[str, list] = {name: [] for name in FITTED_FEATURES}
+        for i, pair in enumerate(tokenize_pairs(batch, tokenizer)):
+            broken = batch["broken"][i]
+            prompt, completions = fit_pair(
+                pair.prompt, pair.question, pair.completions, end=pair.end, bos=pair.bos,
                 max_length=max_length, max_question_length=max_question_length,
             )  # fmt: skip
-            whole = [len(part) > len(answer) for part, answer in zip(fitted, answers, strict=True)]
-            stock = keep_first_tokens(prompt, [[*answer, end] for answer in answers], max_length)
-            empty = not all(answers)  # a blank is an answer: some of HH's prefer it, or not, to words
-            rows.append(
-                {
-                    "prompt_ids": fitted_prompt,
-                    "chosen_ids": fitted[0],
-                    "rejected_ids": [] if alone else fitted[1],
-                    "subset": batch["subset"][i],
-                    "dropped": _drop_reason(batch["broken"][i], empty, fitted_prompt, fitted),
-                    "question_whole": len(fitted_prompt) - len(first) >= question,
-                    "whole": None if alone else WHOLE[tuple(whole)],
-                    "stock_kept": not empty and all(stock) and (alone or stock[0] != stock[1]),
-                    "prompt_tokens": len(prompt),
-                    "completion_tokens": sum(len(answer) + 1 for answer in answers) if not batch["broken"][i] else 0,
-                    "longest_tokens": len(prompt) + max(map(len, answers)) + 1,
-                    "stock_completion_tokens": sum(map(len, stock)),
-                }
-            )
-        return {name: [row[name] for row in rows] for name in FITTED_FEATURES}
+            is_pair = len(completions) == 2
+            whole = tuple(len(cut) > len(given) for cut, given in zip(completions, pair.completions, strict=True))
+            rows["prompt_ids"].append(prompt)
+            rows["chosen_ids"].append(completions[0])
+            rows["rejected_ids"].append(completions[1] if is_pair else [])
+            rows["whole"].append(WHOLE[whole] if is_pair else None)
+            rows["subset"].append(batch["subset"][i])
+            rows["dropped"].append("broken row" if broken else _find_drop_reason(pair, prompt, completions))
+            rows["prompt_tokens"].append(len(pair.bos) + len(pair.prompt))
+            rows["completion_tokens"].append(0 if broken else sum(len(given) + 1 for given in pair.completions))
+        return rows
 
-    key = (texts._fingerprint, tokenizer.backend_tokenizer.to_str(), bos, ends, max_length, max_question_length)
-    fingerprint = Hasher.hash((*key, CACHE_VERSION))
+    ends = [get_end_token_id(tokenizer, templated) for templated in (False, True)]
+    budget = (max_length, max_question_length)
+    key = (texts._fingerprint, tokenizer.backend_tokenizer.to_str(), bos, ends, budget, CACHE_VERSION)
     return texts.map(
         fit_batch, batched=True, remove_columns=texts.column_names, features=FITTED_FEATURES,
-        num_proc=workers if workers > 1 else None, new_fingerprint=fingerprint,
+        num_proc=workers if workers > 1 else None, new_fingerprint=Hasher.hash(key),
         desc=f"Fitting pairs to {max_length} tokens",
     )  # fmt: skip
 
 
-def _drop_reason(broken: str | None, empty: bool, prompt: Ids, completions: list[Ids]) -> str | None:
-    if broken:
-        return "broken row"
-    if empty:
+def _find_drop_reason(pair: TokenizedPair, prompt: Ids, completions: list[Ids]) -> str | None:
+    if not all(pair.completions):  # white space is an answer: some of HH's prefer it, or not, to words
         return "empty completion"
     if not prompt:
         return "empty prompt"  # a completion's first token needs one before it to be scored
@@ -153,11 +133,44 @@ def _drop_reason(broken: str | None, empty: bool, prompt: Ids, completions: list
     return None
 
 
-def get_bos_ids(tokenizer: Any) -> Ids:
-    """The BOS token as a list if the tokenizer puts one before a text, else an empty list (GPT-2's does not)."""
-    # Not from an empty text: there, an end token that a tokenizer puts last looks like a BOS token where they are one.
-    plain, ids = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    return ids[:1] if ids[: len(plain) + 1] == [tokenizer.bos_token_id, *plain] else []
+def tokenize_pairs(texts: Any, tokenizer: Any) -> list[TokenizedPair]:
+    """Tokenize pairs so that a prompt's tokens and a completion's are those of the whole text.
+
+    What a chat template writes is tokenized whole, and so is every text if the tokenizer puts a space before a text
+    (as SentencePiece does): alone, a completion would begin with a space that is not there. Other completions are
+    tokenized alone, as they continue their prompt at inference. Plain text never turns into special tokens.
+    `texts` is a dataset or batch with the columns of `text.TEXT_FEATURES`.
+    """
+    bos = get_bos_ids(tokenizer)
+    prompts, questions = tokenize_prompts(texts, tokenizer)
+    columns = {name: texts[name][:] for name in ("prompt", "chosen", "rejected")}
+    templated = [bool(value) for value in texts["templated"][:]]
+    together = [value or adds_leading_space(tokenizer) for value in templated]
+    ends = {value: get_end_token_id(tokenizer, value) for value in (False, True)}
+    encodings = {}
+    for name in ("chosen", "rejected"):
+        given = [answer or "" for answer in columns[name]]
+        for i, prompt in enumerate(columns["prompt"]):
+            if together[i] and given[i]:
+                given[i] = (prompt or "") + given[i]
+        encodings[name] = _encode(given, templated, tokenizer)
+
+    pairs = []
+    for i, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
+        names = ("chosen",) if columns["rejected"][i] is None else ("chosen", "rejected")
+        completions = [encodings[name][i].ids for name in names]
+        if together[i]:
+            before = [] if templated[i] else bos  # a chat template writes BOS itself
+            wholes = [[*before, *ids] if ids else [] for ids in completions]
+            # A token may span the prompt's end and a completion's start: it then belongs to the completions.
+            shared = min((common_prefix_length(prompt, ids) for ids in wholes if ids), default=len(prompt))
+            question = max(question - (len(prompt) - shared), 0)
+            prompt = prompt[:shared]
+            completions = [ids[shared:] for ids in wholes]
+        first = bos if prompt[: len(bos)] == bos else []
+        prompt = prompt[len(first) :]
+        pairs.append(TokenizedPair(first, prompt, min(question, len(prompt)), completions, ends[templated[i]]))
+    return pairs
 
 
 def tokenize_prompts(texts: Any, tokenizer: Any) -> tuple[list[Ids], list[int]]:
@@ -170,72 +183,47 @@ def tokenize_prompts(texts: Any, tokenizer: Any) -> tuple[list[Ids], list[int]]:
     Returns:
         One list of ids a prompt, and how many tokens at its end are the last human turn.
     """
-    given, templated, starts = (texts[name][:] for name in ("prompt", "templated", "question"))
-    prompts = [prompt or "" for prompt in given]
-    bos, ids, questions = get_bos_ids(tokenizer), [], [0] * len(prompts)
-    for special in (False, True):
-        chosen = [i for i in range(len(prompts)) if bool(templated[i]) is special]
-        if not chosen:
-            continue
-        encoded = _encode(tokenizer, [prompts[i] for i in chosen], special)
-        for place, i in enumerate(chosen):
-            tokens, start = encoded.input_ids[place], starts[i] or 0
-            # Some tokenizers give white space no token of its own: the question then starts at the next one.
-            covering = (encoded.char_to_token(place, at) for at in range(start, len(prompts[i])))
-            first = next((token for token in covering if token is not None), len(tokens))
-            questions[i] = len(tokens) - first
-            ids.append((i, tokens if special or given[i] is None else [*bos, *tokens]))
-    return [tokens for _, tokens in sorted(ids)], questions
+    prompts = [prompt or "" for prompt in texts["prompt"][:]]
+    templated = [bool(value) for value in texts["templated"][:]]
+    starts = [start or 0 for start in texts["question"][:]]
+    bos = get_bos_ids(tokenizer)
+    ids = []
+    questions = []
+    for i, encoding in enumerate(_encode(prompts, templated, tokenizer)):
+        # Some tokenizers give white space no token of its own: the question then starts at the next token.
+        covering = (encoding.char_to_token(at) for at in range(starts[i], len(prompts[i])))
+        first = next((token for token in covering if token is not None), len(encoding.ids))
+        questions.append(len(encoding.ids) - first)
+        ids.append(encoding.ids if templated[i] else [*bos, *encoding.ids])
+    return ids, questions
 
 
-def tokenize_completions(texts: Any, prompts: list[Ids], tokenizer: Any) -> tuple[list[Ids], list[list[Ids]]]:
-    """Tokenize completions so that a prompt's tokens and theirs are those of the whole text.
-
-    What a chat template writes is tokenized whole, and so is every text where the tokenizer puts a space before a text
-    (SentencePiece's way): alone, a completion would begin with a space that is not there. Elsewhere completions are
-    tokenized alone, as they go on from their prompt at inference. Plain text never turns into special tokens.
-
-    Args:
-        texts: a dataset or batch with the columns `prompt`, `chosen`, `rejected` (null for none) and `templated`.
-        prompts: their tokens, as `tokenize_prompts` gives them.
-        tokenizer: a fast tokenizer.
-
-    Returns:
-        The prompts' tokens, without those at their end that a completion's first token takes in, and the completions':
-        a list of one or two for each.
-    """
-    columns = (texts[name][:] for name in ("prompt", "chosen", "rejected", "templated"))
-    rows = [(prompt or "", [c] if r is None else [c, r], bool(t)) for prompt, c, r, t in zip(*columns, strict=True)]
-    bos, spaced = get_bos_ids(tokenizer), adds_leading_space(tokenizer)
-    ids: dict[tuple[int, int], Ids] = {}
-    for special in (False, True):
-        places = [(i, k) for i, (_, a, t) in enumerate(rows) if t is special for k, text in enumerate(a) if text]
-        if places:
-            given = [(rows[i][0] if special or spaced else "") + rows[i][1][k] for i, k in places]
-            ids.update(zip(places, _encode(tokenizer, given, special).input_ids, strict=True))
-    kept, completions = [], []
-    for i, (prompt, (_, answers, special)) in enumerate(zip(prompts, rows, strict=True)):
-        found = [ids.get((i, k), []) for k in range(len(answers))]
-        if special or spaced:
-            found = [tokens and [*bos * (not special), *tokens] for tokens in found]
-            shared = min((common_prefix_length(prompt, tokens) for tokens in found if tokens), default=len(prompt))
-            prompt, found = prompt[:shared], [tokens[shared:] for tokens in found]
-        kept.append(prompt)
-        completions.append(found)
-    return kept, completions
+def _encode(texts: list[str], templated: list[bool], tokenizer: Any) -> list[Any]:
+    """A `tokenizers.Encoding` for each text; only what a chat template wrote may hold special tokens."""
+    encodings: list[Any] = [None] * len(texts)
+    for special in set(templated):
+        places = [i for i, value in enumerate(templated) if value is special]
+        batch = tokenizer(
+            [texts[i] for i in places],
+            add_special_tokens=False,
+            split_special_tokens=not special,
+            verbose=False,  # no warning of a prompt longer than the model: it is cut next
+        )
+        for i, encoding in zip(places, batch.encodings, strict=True):
+            encodings[i] = encoding
+    return encodings
 
 
 @cache
 def adds_leading_space(tokenizer: Any) -> bool:
-    """Whether a text begins with a space that it does not have when it goes on from another."""
+    """Whether a text begins with a space that it does not have when it continues another."""
     alone, after = tokenizer(["a", "\na"], add_special_tokens=False).input_ids
     return after[-len(alone) :] != alone
 
 
-def _encode(tokenizer: Any, texts: list[str], special: bool) -> Any:
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=not special,
-        verbose=False,  # a prompt longer than the model is no news: it is cut to the budget next
-    )
+def get_bos_ids(tokenizer: Any) -> Ids:
+    """The BOS token as a list if the tokenizer puts one before a text, else an empty list (GPT-2's does not)."""
+    # Not from an empty text: there, an end token that a tokenizer puts last looks like a BOS token if they are one.
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    ids = tokenizer("a").input_ids
+    return ids[:1] if ids[: len(plain) + 1] == [tokenizer.bos_token_id, *plain] else []

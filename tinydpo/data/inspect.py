@@ -1,85 +1,141 @@
 """What a token budget does to preference pairs, as a page of text: before any training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
+from tinydpo.data.fitting import WHOLE, Ids, tokenize_pairs
 from tinydpo.data.pairs import FittedSplit
 
-WIDTH = 40  # characters of the longest histogram bar
-MOST = 6  # notes that a line has room for
+BAR_WIDTH = 40  # characters of the longest histogram bar
+MAX_NOTES = 6
+LENGTH_BINS = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
-def format_data_notes(splits: Mapping[str, Mapping[str, Any]]) -> str:
-    """What of the data is not trained on, or not as it stands, in one line; empty where there is nothing of the kind.
-
-    Args:
-        splits: summaries by split, as `pairs.summarize` gives them.
-    """
+def format_data_notes(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line on what is not trained on, or was changed, by the summary of each split; empty if there is nothing."""
     parts = []
-    for name, summary in splits.items():
-        pairs, dropped = summary["pairs_in"], summary["dropped"]
-        if of := summary.get("drawn_from"):
-            parts.append(f"{name}: {pairs:,} of {of:,} rows drawn (--max_{name}_pairs)")
-        if dropped:
-            parts.append(
-                f"{name}: {1 - summary['pairs_kept'] / pairs:.1%} of {pairs:,} pairs dropped ({_format_counts(dropped)})"
-            )
-        if notes := summary["notes"]:
-            parts.append(f"{name}: {_format_notes(notes)}")
+    for name, summary in summaries.items():
+        pairs = summary["pairs_in"]
+        if "drawn_from" in summary:
+            parts.append(f"{name}: {pairs:,} of {summary['drawn_from']:,} rows drawn (--max_{name}_pairs)")
+        if summary["dropped"]:
+            share = 1 - summary["pairs_kept"] / pairs
+            parts.append(f"{name}: {share:.1%} of {pairs:,} pairs dropped ({_format_counts(summary['dropped'])})")
+        if summary["notes"]:
+            parts.append(f"{name}: {_format_notes(summary['notes'])}")
     return "Data: " + "; ".join(parts) if parts else ""
 
 
-def describe_split(name: str, split: FittedSplit, tokenizer: Any, max_length: int, examples: int) -> str:
-    """Describe one fitted split.
+def measure_split(split: FittedSplit, tokenizer: Any, max_length: int) -> dict[str, Any]:
+    """Measure what fitting did to the kept pairs, and what keeping the first `max_length` tokens would have done.
 
-    Args:
-        name: the split's name.
-        split: pairs and summary, as `pairs.load_pairs` gives them.
-        tokenizer: to show pairs as the model will see them.
-        max_length: the budget in tokens.
-        examples: how many pairs to show.
+    Returns:
+        Shares from 0 to 1: `prompt_tokens_kept`; `questions_whole`, how many last human turns are whole (of a dropped
+        pair none); `answers_whole`, by which answers are not cut. `tokens_per_pair` in token positions. `stock`: the
+        same for the stock rule. `lengths`: pairs by tokens of prompt and longer completion, before fitting.
     """
-    summary, stock = split.summary, split.summary["stock"]
-    pairs, kept = summary["pairs_in"], summary["pairs_kept"]
-    dropped = _format_counts(summary["dropped"]) or "none"
-    positions = summary["tokens_per_pair"]
-    rows = [
-        ("", "fitted", f"stock: first {max_length}"),
-        ("pairs kept", *(f"{n:,} ({n / pairs:.1%})" for n in (kept, stock["pairs_kept"]))),
-        ("completion tokens kept", *(f"{s['completion_tokens_kept']:.1%}" for s in (summary, stock))),
-        ("last human turn whole", *(f"{s['questions_whole']:.1%}" for s in (summary, stock))),
-        ("prompt tokens kept", f"{summary['prompt_tokens_kept']:.1%}", ""),
-    ]
-    most = max(summary["lengths"].values())
-    lines = [
-        f"{name}: {pairs:,} pairs in, {kept:,} kept, dropped: {dropped}",
-        *([f"  drawn from {summary['drawn_from']:,} (--max_{name}_pairs)"] if "drawn_from" in summary else []),
-        *([f"  not taken as it stands: {_format_notes(summary['notes'])}"] if summary["notes"] else []),
-        *(f"  {what:<24}{ours:>16}{theirs:>20}".rstrip() for what, ours, theirs in rows),
-        *([f"  answers not cut: {_format_shares(summary['answers_whole'])}"] if summary["answers_whole"] else []),
-        f"  token positions a pair: {positions['padded']:.0f} padded to {max_length}, "
-        f"{positions['unpadded']:.1f} unpadded, {positions['shared_prefix']:.1f} with the prompt once",
-        "  tokens of prompt and longer completion, before fitting:",
-        *(f"  {bin_:>10} {'#' * round(WIDTH * n / most):<{WIDTH}} {n:,}" for bin_, n in summary["lengths"].items()),
-    ]
+    before = []  # of each pair: tokens of prompt, question, prompt and longer completion; number of completions
+    stock = []  # completion tokens that the stock rule keeps
+    for batch in split.texts.iter(1_000):
+        for pair in tokenize_pairs(batch, tokenizer):
+            prompt = len(pair.bos) + len(pair.prompt)
+            ended = [[*completion, pair.end] for completion in pair.completions]
+            longest = prompt + max(map(len, ended))
+            before.append((prompt, len(pair.bos) + pair.question, longest, len(ended)))
+            stock.append(_count_stock_tokens(ended, max_length - prompt))
+    prompt_before, question, longest, answers = np.array(before).T
+    stock = np.array(stock)
+    columns = [split.pairs[f"{part}_ids"][:] for part in ("prompt", "chosen", "rejected")]
+    prompt, chosen, rejected = (np.array([len(ids) for ids in column]) for column in columns)
+    whole = [value for value in split.pairs["whole"][:] if value]
+    bins = np.histogram(longest, [*LENGTH_BINS, np.inf])[0]
+    pairs_in = split.summary["pairs_in"]
+    return {
+        "prompt_tokens_kept": float(prompt.sum() / max(prompt_before.sum(), 1)),
+        "questions_whole": int((prompt >= question).sum()) / pairs_in,
+        "answers_whole": {name: whole.count(name) / len(whole) for name in WHOLE.values()} if whole else {},
+        "tokens_per_pair": {
+            "padded": float(np.mean(answers * max_length)),
+            "unpadded": float(np.mean(answers * prompt + chosen + rejected)),
+            "shared_prefix": float(np.mean(prompt + chosen + rejected)),
+        },
+        "stock": {
+            "pairs_kept": int((stock > 0).sum()),
+            "completion_tokens_kept": int(stock.sum()) / split.summary["completion_tokens"],
+            "questions_whole": int(((stock > 0) & (prompt_before <= max_length)).sum()) / pairs_in,
+        },
+        "lengths": dict(zip(_name_bins(), bins.tolist(), strict=True)),
+    }
+
+
+def _count_stock_tokens(completions: Sequence[Ids], room: int) -> int:
+    """Completion tokens that the stock rule keeps; 0 if it loses the pair: one completion is empty, or both alike."""
+    cut = [completion[: max(0, room)] for completion in completions]
+    is_lost = not all(cut) or (len(cut) == 2 and cut[0] == cut[1])
+    return 0 if is_lost else sum(map(len, cut))
+
+
+def _name_bins() -> list[str]:
+    return [*(f"{low}-{high - 1}" for low, high in pairwise(LENGTH_BINS)), f"{LENGTH_BINS[-1]}+"]
+
+
+def describe_split(
+    name: str, split: FittedSplit, measures: Mapping[str, Any], tokenizer: Any, max_length: int, examples: int
+) -> str:
+    """Describe a fitted split, with the figures of `measure_split` and some pairs as the model will see them."""
+    summary = split.summary
+    stock = measures["stock"]
+    pairs = summary["pairs_in"]
+    kept = summary["pairs_kept"]
+    lines = [f"{name}: {pairs:,} pairs in, {kept:,} kept, dropped: {_format_counts(summary['dropped']) or 'none'}"]
+    if "drawn_from" in summary:
+        lines.append(f"  drawn from {summary['drawn_from']:,} (--max_{name}_pairs)")
+    if summary["notes"]:
+        lines.append(f"  ignored or changed: {_format_notes(summary['notes'])}")
+    lines.append(f"  {'':<24}{'fitted':>16}{f'stock: first {max_length}':>20}")
+    for label, ours, theirs in (
+        (
+            "pairs kept",
+            f"{kept:,} ({kept / pairs:.1%})",
+            f"{stock['pairs_kept']:,} ({stock['pairs_kept'] / pairs:.1%})",
+        ),
+        ("completion tokens kept", *(f"{rule['completion_tokens_kept']:.1%}" for rule in (summary, stock))),
+        ("last human turn whole", *(f"{rule['questions_whole']:.1%}" for rule in (measures, stock))),
+        ("prompt tokens kept", f"{measures['prompt_tokens_kept']:.1%}", ""),
+    ):
+        lines.append(f"  {label:<24}{ours:>16}{theirs:>20}".rstrip())
+    if measures["answers_whole"]:
+        labels = {"both": "both", "chosen": "only chosen", "rejected": "only rejected", "neither": "neither"}
+        shares = [f"{labels[which]} {share:.1%}" for which, share in measures["answers_whole"].items()]
+        lines.append(f"  answers not cut: {', '.join(shares)}")
+    positions = measures["tokens_per_pair"]
+    lines.append(
+        f"  token positions per pair: {positions['padded']:.0f} padded to {max_length}, "
+        f"{positions['unpadded']:.1f} unpadded, {positions['shared_prefix']:.1f} with the prompt once"
+    )
+    lines.append("  tokens of prompt and longer completion, before fitting:")
+    most = max(measures["lengths"].values())
+    for bin_name, count in measures["lengths"].items():
+        lines.append(f"  {bin_name:>10} {'#' * round(BAR_WIDTH * count / most):<{BAR_WIDTH}} {count:,}")
     for pair in split.pairs.select(range(min(examples, len(split.pairs)))):
         lines += ["", "  as the model sees it:"]
-        for part in ("prompt", "chosen", "rejected") if pair["rejected_ids"] else ("prompt", "chosen"):
-            text = tokenizer.decode(pair[f"{part}_ids"]).replace("\n", "\\n")
-            lines.append(f"  {part:>8} ({len(pair[f'{part}_ids']):>3}) {text}")
+        for part in ("prompt", "chosen", "rejected"):
+            ids = pair[f"{part}_ids"]
+            if ids:
+                text = tokenizer.decode(ids).replace("\n", "\\n")
+                lines.append(f"  {part:>8} ({len(ids):>3}) {text}")
     return "\n".join(lines)
 
 
-def _format_shares(whole: Mapping[str, float]) -> str:
-    names = {"both": "both", "chosen": "the chosen alone", "rejected": "the rejected alone", "neither": "neither"}
-    return ", ".join(f"{names[which]} {share:.1%}" for which, share in whole.items())
-
-
-def _format_counts(numbers: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in numbers.items())
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items())
 
 
 def _format_notes(notes: Mapping[str, int]) -> str:
-    """The most frequent notes, each with its rows."""
-    shown = [f"{note} ({rows:,} row{'s' * (rows != 1)})" for note, rows in list(notes.items())[:MOST]]
-    return ", ".join(shown) + f" and {len(notes) - MOST} more" * (len(notes) > MOST)
+    """The most frequent notes, each with the number of its rows."""
+    shown = [f"{note} ({rows:,} row{'' if rows == 1 else 's'})" for note, rows in list(notes.items())[:MAX_NOTES]]
+    more = f" and {len(notes) - MAX_NOTES} more" if len(notes) > MAX_NOTES else ""
+    return ", ".join(shown) + more

@@ -1,9 +1,7 @@
-"""Preference rows to fitted token pairs, in one call: records, texts, tokens, each cached in Arrow on disk."""
+"""Preference rows to fitted token pairs in one call: rows, texts and tokens, each cached in Arrow on disk."""
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +12,8 @@ from trl.trainer.utils import global_then_local_main_first
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import count_cores
-from tinydpo.data.fitting import WHOLE, fit_pairs
-from tinydpo.data.rows import ColumnNames
-from tinydpo.data.splits import SHARED_PROMPT_NOTE, count_shared_prompts, draw_rows, hide_progress_bars, load_records
+from tinydpo.data.fitting import fit_pairs
+from tinydpo.data.splits import SHARED_PROMPT_NOTE, count_shared_prompts, draw_rows, hide_progress_bars, load_rows
 from tinydpo.data.text import render_texts
 from tinydpo.errors import UserError
 
@@ -25,8 +22,14 @@ MANY_ROWS = 8_000  # rows from which more processes are worth their start
 
 @dataclass
 class FittedSplit:
-    """One split: `texts` (the columns of `dialogues.TEXTS`, kept pairs only), `pairs` in the same order with columns
-    `prompt_ids`, `chosen_ids`, `rejected_ids`, `whole` and, where there are some, `subset`; and what fitting did."""
+    """The kept pairs of one split.
+
+    Attributes:
+        texts: columns of `text.TEXT_FEATURES`.
+        pairs: the same rows as tokens: `prompt_ids`, `chosen_ids`, `rejected_ids`, `whole` and, if the data have
+            subsets, `subset`.
+        summary: what reading and fitting did, see `summarize`.
+    """
 
     texts: Dataset
     pairs: Dataset
@@ -40,15 +43,15 @@ def load_pairs(
     need_pairs: bool | None = True,
     workers: int | None = None,
 ) -> dict[str, FittedSplit]:
-    """Load, read and fit the train and test split.
+    """Load, read and fit the train and the test split.
 
     Args:
-        data: which dataset, and how to fit it.
+        data: which datasets, and how to fit them.
         tokenizer: the model's.
         max_length: tokens of prompt and one completion together.
-        need_pairs: whether every row must have a rejected answer. False is for SFT, which does without; None takes
-            pairs as DPO does, and other rows too.
-        workers: processes to read and fit with; by default one, or for large data as many as may run.
+        need_pairs: whether every row must have a rejected answer. False for SFT, which learns the chosen one alone;
+            None takes pairs as DPO does and other rows as SFT does.
+        workers: processes to read and fit with; by default one, or all cores for large data.
 
     Returns:
         `{"train": …, "test": …}`.
@@ -61,49 +64,47 @@ def load_pairs(
             f"dataset_train_split and dataset_test_split are both {data.dataset_train_split!r}, so evaluation would "
             "see trained rows; name two splits"
         )
-    with global_then_local_main_first():  # the others find the cache that the first process wrote
-        records = load_records(data)
-        splits = {
-            split: _fit_split(split, rows, data, tokenizer, max_length, need_pairs, workers)
-            for split, rows in records.items()
-        }
-    if shared := count_shared_prompts(splits["train"].texts, splits["test"].texts):
-        splits["test"].summary["notes"][SHARED_PROMPT_NOTE] = shared
-    return splits
+    with global_then_local_main_first():  # the first process writes the cache, the others read it
+        rows = load_rows(data)
+        train = _fit_split("train", rows, data, tokenizer, max_length, need_pairs, workers)
+        test = _fit_split("test", rows, data, tokenizer, max_length, need_pairs, workers)
+    shared = count_shared_prompts(train.texts, test.texts)
+    if shared:
+        test.summary["notes"][SHARED_PROMPT_NOTE] = shared
+    return {"train": train, "test": test}
 
 
 def load_split(data: DataArguments, tokenizer: Any, max_length: int, split: str) -> FittedSplit:
-    """`load_pairs`, one split of it; the other is not fitted, and may be the same (`--dataset_test_split train`)."""
+    """Load one split alone; evaluation may name the train split as `--dataset_test_split`."""
     with global_then_local_main_first():
-        return _fit_split(split, load_records(data)[split], data, tokenizer, max_length, need_pairs=True)
+        return _fit_split(split, load_rows(data), data, tokenizer, max_length)
 
 
 def _fit_split(
     split: str,
-    records: Dataset,
+    splits: dict[str, Dataset],
     data: DataArguments,
     tokenizer: Any,
     max_length: int,
-    need_pairs: bool | None,
+    need_pairs: bool | None = True,
     workers: int | None = None,
 ) -> FittedSplit:
-    rows = len(records)
-    records = draw_rows(records, data.max_train_pairs if split == "train" else data.max_test_pairs)
-    large = len(records) >= MANY_ROWS
-    workers = workers or (count_cores() if large else 1)
+    rows = splits[split]
+    most = data.max_train_pairs if split == "train" else data.max_test_pairs
+    if most is not None:
+        rows = draw_rows(rows, most)
+    is_large = len(rows) >= MANY_ROWS
+    if workers is None:
+        workers = count_cores() if is_large else 1
     if workers > 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores already
-    with hide_progress_bars(small=not large), _explain_lost_workers(data.names, workers):
-        texts = render_texts(records, tokenizer, need_pairs, data.on_bad_row, workers, ColumnNames.of(data))
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    with hide_progress_bars(small=not is_large):
+        texts = render_texts(rows, tokenizer, need_pairs, data.on_bad_row, workers)
         fitted = fit_pairs(texts, tokenizer, max_length, data.max_question_length, workers)
-    notes = pc.value_counts(pc.list_flatten(texts.with_format("arrow")[:]["notes"])).to_pylist()
-    summary = summarize(fitted, max_length)
-    summary["notes"] = {
-        note["values"]: note["counts"] for note in sorted(notes, key=lambda n: (-n["counts"], n["values"]))
-    }
-    if rows > len(records):
-        summary["drawn_from"] = rows
-    summary["templated"] = pc.sum(texts.with_format("arrow")[:]["templated"]).as_py() or 0  # rows, by a chat template
+
+    summary = summarize(texts, fitted)
+    if len(rows) < len(splits[split]):
+        summary["drawn_from"] = len(splits[split])
     kept = np.flatnonzero(pc.is_null(fitted.with_format("arrow")[:]["dropped"]))
     if not len(kept):
         raise UserError(f"{data.names}: no pair of the {split} split is left, dropped: {summary['dropped']}")
@@ -113,76 +114,35 @@ def _fit_split(
     return FittedSplit(texts.select(kept), fitted.select(kept).select_columns(columns), summary)
 
 
-@contextmanager
-def _explain_lost_workers(name: str, workers: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "abruptly died" not in str(error):  # by `datasets`, which knows no more of it
-            raise
-        raise UserError(
-            f"{name}: one of the {workers} processes that read it was killed, as the system does where memory runs "
-            f"out; free some, or pass --dataset_num_proc {workers // 2} to training"
-        ) from None
-
-
-def summarize(fitted: Dataset, max_length: int) -> dict[str, Any]:
-    """What fitting kept and dropped, and what the stock rule would have.
-
-    Args:
-        fitted: the columns of `fitting.FITTED`.
-        max_length: the budget it was fitted to, in tokens.
+def summarize(texts: Dataset, fitted: Dataset) -> dict[str, Any]:
+    """Summarize what reading and fitting did to a split, dropped rows included.
 
     Returns:
-        Counts (`pairs_in`, `pairs_kept`, `dropped` by reason), shares from 0 to 1 of what all pairs held before
-        (dropped pairs count as 0, end tokens count), `answers_whole` (shares of kept pairs), `sha256` of all tokens in
-        order, `tokens_per_pair` in token
-        positions, `stock`, and `lengths`.
+        `pairs_in` and `pairs_kept`, `dropped` by reason, `completion_tokens` before fitting and the share that is kept
+        (`completion_tokens_kept`, end tokens count), `notes` with the number of their rows, `templated` (rows that a
+        chat template wrote) and the `sha256` of all fitted tokens in order.
     """
-    table = fitted.with_format("arrow")[:]  # on disk: 160,000 pairs as Python lists are gigabytes
-    reasons, kept = pc.value_counts(table["dropped"].drop_null()).to_pylist(), pc.is_null(table["dropped"]).to_numpy()
-    prompt, chosen, rejected = (
-        pc.list_value_length(table[f"{part}_ids"]).to_numpy() for part in ("prompt", "chosen", "rejected")
-    )
-    before, longest, all_tokens = (table[f"{n}_tokens"].to_numpy() for n in ("prompt", "longest", "completion"))
-    stock_kept, whole = table["stock_kept"].to_numpy(), table["question_whole"].to_numpy()
-    answers_whole = table["whole"].filter(table["dropped"].is_null()).drop_null().to_numpy()
-    answers = 1 + (rejected[kept] > 0)  # SFT rows may have one completion
-    longest = longest[all_tokens > 0]  # broken rows have no length
-
-    def mean(values: np.ndarray) -> float:
-        return float(values.mean()) if len(values) else 0.0
-
-    def share(part: np.ndarray, of: np.ndarray) -> float:
-        return float(part.sum() / of.sum()) if of.sum() else 0.0
-
+    table = fitted.with_format("arrow")[:]  # not as Python lists: 160,000 pairs would take gigabytes
+    kept = table.filter(pc.is_null(table["dropped"]))
+    tokens_in = pc.sum(table["completion_tokens"]).as_py()
+    tokens_kept = sum(len(pc.list_flatten(kept[name])) for name in ("chosen_ids", "rejected_ids"))
     digest = hashlib.sha256()
-    for part in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        for values in (pc.list_value_length(table[part]), pc.list_flatten(table[part])):
-            digest.update(values.to_numpy())
-
-    edges = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        digest.update(pc.list_value_length(table[name]).to_numpy())
+        digest.update(pc.list_flatten(table[name]).to_numpy())
+    text_table = texts.with_format("arrow")[:]
+    notes = _count_values(pc.list_flatten(text_table["notes"]))
     return {
         "sha256": digest.hexdigest(),
-        "pairs_in": len(fitted),
-        "pairs_kept": int(kept.sum()),
-        "dropped": {reason["values"]: reason["counts"] for reason in sorted(reasons, key=lambda r: r["values"])},
-        "completion_tokens_kept": share((chosen + rejected)[kept], all_tokens),
-        "prompt_tokens_kept": share(prompt[kept], before),
-        "questions_whole": mean(kept & whole),
-        "answers_whole": {name: mean(answers_whole == name) for name in WHOLE.values()} if len(answers_whole) else {},
-        "tokens_per_pair": {
-            "padded": mean(answers * max_length),
-            "unpadded": mean(answers * prompt[kept] + (chosen + rejected)[kept]),
-            "shared_prefix": mean((prompt + chosen + rejected)[kept]),
-        },
-        "stock": {
-            "pairs_kept": int(stock_kept.sum()),
-            "completion_tokens_kept": share(table["stock_completion_tokens"].to_numpy()[stock_kept], all_tokens),
-            "questions_whole": mean(stock_kept & (before <= max_length)),
-        },
-        "lengths": {  # pairs by the tokens of prompt and longer completion, before fitting
-            f"{low}-{high - 1}" if high else f"{low}+": int(np.sum((longest >= low) & (longest < (high or np.inf))))
-            for low, high in zip(edges, (*edges[1:], None), strict=True)
-        },
+        "pairs_in": len(table),
+        "pairs_kept": len(kept),
+        "dropped": dict(sorted(_count_values(table["dropped"].drop_null()).items())),
+        "completion_tokens": tokens_in,
+        "completion_tokens_kept": tokens_kept / tokens_in if tokens_in else 0.0,
+        "notes": dict(sorted(notes.items(), key=lambda note: (-note[1], note[0]))),
+        "templated": pc.sum(text_table["templated"]).as_py() or 0,
     }
+
+
+def _count_values(column: Any) -> dict[str, int]:
+    return {count["values"]: count["counts"] for count in pc.value_counts(column).to_pylist()}

@@ -25,8 +25,8 @@ from trl.trainer.utils import hash_module
 from tinydpo.config.arguments import DataArguments, resolve_row_length
 from tinydpo.config.recipe import load_recipe
 from tinydpo.data.pairs import load_split
-from tinydpo.data.rows import BrokenRow, ColumnNames, decode_row, rename_columns
-from tinydpo.data.splits import load_records
+from tinydpo.data.rows import ParsedRow
+from tinydpo.data.splits import load_rows
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import UserError
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
@@ -136,13 +136,12 @@ def write_shuffled_data(data: DataArguments, folder: Path) -> None:
     """Write the data's rows, with chosen and rejected of each training row exchanged with probability one half."""
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
-    for split, records in load_records(data).items():
+    for split, rows in load_rows(data).items():
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            for record in records["record"]:
-                try:
-                    row = rename_columns(decode_row(record), ColumnNames.of(data))
-                except BrokenRow:  # the runs before stopped at it, or skipped it
+            for parsed in rows["parsed"]:
+                if parsed is None:  # a broken row, at which the runs before have stopped, or which they skipped
                     continue
+                row = ParsedRow.from_json(parsed).to_columns()
                 if split == "train" and rng.random() < 0.5:
                     row["chosen"], row["rejected"] = row.get("rejected"), row.get("chosen")
                 file.write(json.dumps(row) + "\n")

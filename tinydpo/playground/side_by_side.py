@@ -25,7 +25,8 @@ from transformers import (
 
 from tinydpo.data.fitting import fit_pairs, get_bos_ids, tokenize_prompts
 from tinydpo.data.pairs import hide_progress_bars
-from tinydpo.data.text import TEXT_FEATURES, BrokenRow, Prompt, render_row, typed_to_dialogue, typed_to_messages
+from tinydpo.data.rows import BrokenRow, read_row
+from tinydpo.data.text import TEXT_FEATURES, Prompt, render_row, typed_to_dialogue, typed_to_messages
 from tinydpo.errors import UserError
 from tinydpo.evaluation.sampling import cut_prompt
 from tinydpo.models.stop_tokens import get_stop_token_ids
@@ -153,7 +154,7 @@ class SideBySide:
 
     def _render(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return render_row(row, self.tokenizer, need_pairs=True)
+            return render_row(read_row(row), self.tokenizer, need_pairs=True)
         except BrokenRow as error:
             raise UserError(f"this cannot be read: {error}") from None
 

@@ -1,0 +1,219 @@
+"""Pairs as texts: chat templates, HH's form, what stands beside a row, and prompts as people read and type them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from examples import (
+    ALTERNATING,
+    BAD,
+    CHATML,
+    GOOD,
+    HH,
+    MESSAGES,
+    OTHER_END,
+    PROMPT,
+    SYSTEM,
+    TEXTS,
+    THINKING,
+    TOOLS,
+    TURNS,
+    load_train,
+    render,
+    with_template,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from trl.data_utils import apply_chat_template
+
+from tinydpo.data.inspect import format_data_notes
+from tinydpo.data.text import format_dialogue, format_prompt, typed_to_dialogue, typed_to_messages
+
+
+@pytest.fixture
+def thinking(tiny_tokenizer: Any) -> Any:
+    return with_template(tiny_tokenizer, THINKING)
+
+
+def test_chat_template_with_a_default_system_message(tiny_tokenizer: Any):
+    tokenizer = with_template(tiny_tokenizer, CHATML)
+    pair = render({**MESSAGES, "prompt": TURNS[2:]}, tokenizer)
+    question = "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n"
+    assert pair["prompt"] == "<|im_start|>system\nBe kind.<|im_end|>\n" + question, "the prompt is not the template's"
+    assert pair["prompt"][pair["question"] :] == question, "the default system message counts as part of the question"
+    assert (pair["chosen"], pair["rejected"]) == ("Well.", "Bad, very bad."), "an answer is not the assistant's words"
+    longer = render({"chosen": TURNS + GOOD, "rejected": TURNS + BAD}, tokenizer)
+    assert longer["prompt"][longer["question"] :] == question, "the question is not the last user message"
+    repeated = render({**MESSAGES, "prompt": [*TURNS, GOOD[0], TURNS[2]]}, tokenizer)
+    assert repeated["prompt"][repeated["question"] :] == question, "a question asked twice is taken at its first place"
+    own = render({**MESSAGES, "prompt": [SYSTEM, *TURNS]}, tokenizer)
+    assert own["prompt"].startswith("<|im_start|>system\nBe brief."), "the user's system message is lost"
+
+
+@pytest.mark.parametrize("turns", [TURNS, TURNS[2:]])
+def test_chat_template_that_insists_on_alternating_roles(turns: list, tiny_tokenizer: Any):
+    pair = render({**MESSAGES, "prompt": turns}, with_template(tiny_tokenizer, ALTERNATING))
+    assert pair["prompt"].endswith("[INST] How are you? [/INST]"), "the prompt is not the template's"
+    assert pair["prompt"][pair["question"] :] == "[INST] How are you? [/INST]", "another question"
+    assert (pair["chosen"], pair["rejected"]) == (" Well.", " Bad, very bad."), "the end token stays in the text"
+
+
+def test_chat_template_with_another_end_of_turn(tiny_tokenizer: Any):
+    pair = render(MESSAGES, with_template(tiny_tokenizer, OTHER_END))
+    assert pair["chosen"] == "Well.<end>", "the template's own end of turn is lost"
+
+
+def test_without_a_template_a_system_message_opens_the_dialogue(tiny_tokenizer: Any):
+    pair = render({**MESSAGES, "prompt": [SYSTEM, *TURNS]}, tiny_tokenizer)
+    assert pair["prompt"] == "\n\nBe brief." + PROMPT
+
+
+@pytest.mark.parametrize("template", [None, OTHER_END])
+def test_answer_without_words_is_dropped(template: str | None, tiny_tokenizer: Any, tmp_path: Path):
+    row = {**MESSAGES, "rejected": [{"role": "assistant", "content": ""}]}
+    split = load_train(tmp_path, with_template(tiny_tokenizer, template), row, MESSAGES)
+    assert split.summary["dropped"] == {"empty completion": 1}
+
+
+def test_end_token_comes_back_where_the_answer_is_whole(tiny_tokenizer: Any, tmp_path: Path):
+    row = {**MESSAGES, "rejected": [{"role": "assistant", "content": "no " * 200}]}
+    for template in (None, CHATML, ALTERNATING):
+        tokenizer = with_template(tiny_tokenizer, template)
+        pair = load_train(tmp_path, tokenizer, row).pairs[0]
+        end = tokenizer.eos_token_id
+        assert pair["chosen_ids"][-1] == end and pair["chosen_ids"].count(end) == 1, "a whole answer must end, once"
+        assert end not in pair["rejected_ids"], "a cut answer ends as if it were whole"
+        assert len(pair["prompt_ids"] + pair["rejected_ids"]) == 128, "the cut answer does not fill the budget"
+    start = tokenizer.decode(pair["prompt_ids"])
+    rendered = "<|start|>[INST] Hi! [/INST] Hello.<|endoftext|>[INST] How are you? [/INST]"
+    assert rendered.endswith(start), "the prompt's tokens are not the template's text"
+
+
+BESIDE = {
+    "a system text": {"system": "Be brief."},
+    "tools": {"tools": TOOLS},
+    "options of the template": {"chat_template_kwargs": {"enable_thinking": False}},
+    "all of them": {"system": "Be brief.", "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}},
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_columns_beside_messages_are_written_as_trl_writes_them(kind: str, thinking: Any):
+    row = MESSAGES | BESIDE[kind]
+    pair = render(row, thinking)
+    example = {key: value for key, value in row.items() if key not in ("system", "tools")}
+    if "system" in row:
+        example["prompt"] = [SYSTEM, *TURNS]
+    theirs = apply_chat_template(example, thinking, tools=row.get("tools"))
+    assert pair["prompt"] == theirs["prompt"], "the prompt is not the one TRL trains on"
+    for side in ("chosen", "rejected"):
+        assert pair[side] + thinking.eos_token == theirs[side].rstrip(), f"{side} is not the one TRL trains on"
+    assert pair["prompt"] != render(MESSAGES, thinking)["prompt"], "the column has no effect"
+    assert json.loads(pair["messages"]) == example["prompt"], "the conversation is not kept as one"
+    assert pair["notes"] == []
+
+
+def test_system_beside_texts_makes_messages_of_them(tiny_tokenizer: Any):
+    tokenizer = with_template(tiny_tokenizer, CHATML)
+    messages = {**MESSAGES, "prompt": [SYSTEM, TURNS[2]]}
+    expected = render(messages, tokenizer)
+    assert render(TEXTS | {"system": "Be brief."}, tokenizer) == expected, "a system text is lost or misplaced"
+    assert render(messages | {"system": "Be brief."}, tokenizer) == expected, "a system message is written twice"
+    assert render(TEXTS | {"system": ""}, tokenizer)["templated"], "rows of one file are written in two forms"
+
+
+def test_tool_turns_of_openai(thinking: Any):
+    function = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+    turns = [TURNS[0], call, {"role": "tool", "content": "Sun."}]
+    pair = render({**MESSAGES, "prompt": turns}, thinking)
+    assert '"arguments": {"city": "Rome"}' in pair["prompt"], "a call's arguments are written as text within text"
+    assert "None" not in pair["prompt"] and pair["chosen"] == "Well.", "a message that only calls a tool says None"
+    alone = render({"messages": [*turns, *GOOD]}, thinking, need_pairs=False)
+    assert (alone["prompt"], alone["chosen"]) == (pair["prompt"], pair["chosen"]), "SFT reads tool turns differently"
+
+
+def test_space_at_the_prompts_end_goes_to_the_answers(gpt2_tokenizer: Any, tmp_path: Path):
+    prompt = "Q: What is the capital of France?\nA: "
+    row = {"prompt": prompt, "chosen": "Paris", "rejected": "Rome is."}
+    empty = {**row, "chosen": ""}
+    split = load_train(tmp_path, gpt2_tokenizer, row, {**row, "prompt": prompt.rstrip()}, empty)
+    fitted, text = split.pairs[0], split.texts[0]
+    whole = gpt2_tokenizer(prompt + "Paris").input_ids
+    assert fitted["prompt_ids"] + fitted["chosen_ids"][:-1] == whole, "the tokens are not those of the text"
+    assert gpt2_tokenizer.convert_ids_to_tokens(fitted["chosen_ids"])[0] == "ĠParis", "ĠParis is learnt from Paris"
+    assert text["prompt"] + text["chosen"] == prompt + "Paris", "the text is another one"
+    assert split.summary["notes"] == {"a space at the prompt's end goes to the answers, where tokens have it": 2}
+    assert split.summary["dropped"] == {"empty completion": 1}, "a moved space makes an answer of none"
+    spaced = render({**row, "chosen": " Paris", "rejected": " Rome"}, gpt2_tokenizer)
+    assert (spaced["prompt"], spaced["notes"]) == (prompt, []), "a space is moved before another"
+
+
+def test_every_column_that_is_not_read_is_noted(thinking: Any, tmp_path: Path):
+    rows = [
+        {**MESSAGES, "score": 0.5, "response": "x", "source": ""},
+        {**MESSAGES, "score": 0, "messages": TURNS, "source": None},
+        {**MESSAGES, "chat_template_kwargs": {"verbosity": 2}},
+        {**HH, "chat_template_kwargs": {"enable_thinking": False}},
+        {**MESSAGES, "chosen": BAD},
+        b"{\n",
+    ]
+    summary = load_train(tmp_path, thinking, *rows, on_bad_row="skip").summary
+    assert summary["notes"] == {
+        "column 'score' is not read": 2,
+        "column 'chat_template_kwargs.enable_thinking' is not read": 1,
+        "column 'chat_template_kwargs.verbosity' is not read": 1,
+        "column 'messages' is not read": 1,
+        "column 'response' is not read": 1,
+    }
+    assert summary["templated"] == 4, "rows that the chat template wrote are miscounted"
+    clean = {**summary, "dropped": {}, "notes": {}}
+    line = format_data_notes({"train": summary, "test": clean})
+    assert line.startswith("Data: train: 33.3% of 6 pairs dropped (1 broken row, 1 identical"), line
+    assert "column 'score' is not read (2 rows)" in line and "test" not in line and "\n" not in line, line
+    assert format_data_notes({"test": clean}) == "", "a line is printed about nothing"
+
+
+def test_another_template_or_stage_is_another_cache(tiny_tokenizer: Any, tmp_path: Path):
+    row = {"chosen": TURNS + GOOD, "rejected": TURNS + BAD}
+    tokenizers = [with_template(tiny_tokenizer, template) for template in (None, CHATML, ALTERNATING)]
+    texts = [load_train(tmp_path, tokenizer, row).texts for tokenizer in tokenizers for _ in range(2)]
+    assert len({text._fingerprint for text in texts}) == 3, "another template gets the old texts, or none is kept"
+    assert len({text[0]["prompt"] for text in texts}) == 3, "the chat template has no effect"
+    twice = {"chosen": [*TURNS, *GOOD, TURNS[0], *GOOD], "rejected": [*TURNS, *BAD]}
+    answers = [
+        load_train(tmp_path, tiny_tokenizer, twice, need_pairs=need).texts[0]["chosen"] for need in (True, False)
+    ]
+    assert answers[0] != answers[1], "SFT gets DPO's texts"
+
+
+def test_typed_text_becomes_turns():
+    for typed, turns in (
+        (" What now?\n", [("user", "What now?")]),
+        ("Human: Hi\n\nAssistant: Hello\n\nHuman: Bye", [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]),
+        ("\n\nHuman: Hi\n\nAssistant:", [("user", "Hi")]),
+        ("Be kind.\n\nHuman: Hi", [("system", "Be kind."), ("user", "Hi")]),
+        ("Is 'Human: Fall Flat' fun?", [("user", "Is 'Human: Fall Flat' fun?")]),
+        ("half \ud83d", [("user", "half ?")]),
+    ):
+        assert [(turn["role"], turn["content"]) for turn in typed_to_messages(typed)] == turns, f"{typed!r} is misread"
+
+
+words = (
+    st.text(st.characters(exclude_categories=["Cs"])).map(str.strip).filter(lambda text: text and "\n\n" not in text)
+)
+
+
+@given(st.lists(words, min_size=1, max_size=5).filter(lambda turns: len(turns) % 2))
+def test_people_and_models_see_the_same_turns(turns: list[str]):
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    shown = format_prompt(messages)
+    assert typed_to_messages(shown) == messages, "a dialogue as it is shown is read as another"
+    assert typed_to_dialogue(shown) == shown, "a shown conversation is not in HH's form"
+
+
+def test_other_roles_and_calls_are_shown():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock"}}]}
+    shown = format_dialogue([SYSTEM, call, {"role": "tool", "content": "12:00"}])
+    assert shown == '\n\nSystem: Be brief.\n\nAssistant: [{"function": {"name": "clock"}}]\n\nTool: 12:00'
