@@ -199,31 +199,29 @@ def test_votes_that_prefer_nothing_are_refused(tmp_path: Path):
         save_vote(tmp_path / "file" / "votes.jsonl", "p", "a", "b")
 
 
-def free_port() -> int:
+@pytest.fixture
+def port() -> int:
     with socket.socket() as stream:
         stream.bind(("127.0.0.1", 0))
         return stream.getsockname()[1]
 
 
-def test_a_taken_port_is_one_sentence():
+def test_a_taken_port_is_one_sentence(port: int):
     gradio = pytest.importorskip("gradio", reason="needs the extra 'playground'")
     from tinydpo.playground.app import serve_app
 
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} is taken"):
-            with gradio.Blocks() as app:
-                pass
-            serve_app(app, port)
+    taken = pytest.raises(UserError, match=f"port {port} is taken")
+    with gradio.Blocks() as app, socket.create_server(("127.0.0.1", port)), taken:
+        serve_app(app, port)
 
 
 @pytest.fixture
-def address(folders: Path, tmp_path: Path) -> Iterator[str]:
-    """Where the real script, in a process of its own, serves the page."""
+def page(folders: Path, tmp_path: Path, port: int) -> Iterator[Any]:
+    """The page in a real browser, served by the real script; whatever goes wrong on either side fails the test."""
     pytest.importorskip("gradio", reason="needs the extra 'playground'")
-    port = free_port()
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if not shutil.which(CHROMIUM):
+        pytest.skip(f"needs {CHROMIUM} (Debian: apt-get install chromium)")
     command = [
         *(sys.executable, "-c", WATCHED, "--port", str(port), "--max_length", "2000"),
         *("--model_name_or_path", f"{folders}/policy", "--ref_model_name_or_path", f"{folders}/ref"),
@@ -231,32 +229,23 @@ def address(folders: Path, tmp_path: Path) -> Iterator[str]:
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    errors = []
+    local = re.compile(rf"(http|ws)://127\.0\.0\.1:{port}/|data:|blob:")
     try:
         line = server.stdout.readline()
         assert f"http://127.0.0.1:{port}" in line, f"the playground does not start: {line}{server.stdout.read()}"
-        yield f"http://127.0.0.1:{port}"
+        with sync_api.sync_playwright() as playwright:
+            page = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES).new_page()
+            page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("request", lambda request: local.match(request.url) or errors.append(request.url))
+            page.goto(f"http://127.0.0.1:{port}")
+            yield page
     finally:
         server.terminate()
         printed, _ = server.communicate(timeout=30)
     assert printed == "", "the server logs errors, or connects to another machine"
-
-
-@pytest.fixture
-def page(address: str) -> Iterator[Any]:
-    """The page in a real browser; errors in its console and requests to other hosts fail the test."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if not shutil.which(CHROMIUM):
-        pytest.skip(f"needs {CHROMIUM} (Debian: apt-get install chromium)")
-    errors = []
-    local = re.compile(rf"{address.replace('http', '(http|ws)')}/|data:|blob:")
-    with sync_api.sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES).new_page()
-        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda request: local.match(request.url) or errors.append(request.url))
-        page.goto(address)
-        yield page
-    assert not errors
+    assert not errors, "errors in the browser's console, or requests to other hosts"
 
 
 @pytest.mark.slow

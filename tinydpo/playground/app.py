@@ -6,7 +6,7 @@ Gradio serves it with its own files alone: no fonts, scripts or figures come fro
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,11 +50,10 @@ def serve_app(app: gr.Blocks, port: int) -> None:
     try:
         app.launch(
             server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, footer_links=[], quiet=True,
-            prevent_thread_lock=True, css_paths=CSS,
-            theme=gr.themes.Default(primary_hue="blue", **fonts),
+            prevent_thread_lock=True, css_paths=CSS, theme=gr.themes.Default(primary_hue="blue", **fonts),
         )  # fmt: skip
-    except OSError:
-        raise UserError(f"port {port} is taken; pass another --port") from None
+    except (OSError, OverflowError):
+        raise UserError(f"port {port} is taken or not a port; pass another --port") from None
     print(f"The playground is at http://127.0.0.1:{port} (Ctrl-C ends it).", flush=True)
     app.block_thread()
 
@@ -142,7 +141,7 @@ class Handlers:
             message += f" Cut to {self.models.max_length} tokens, as in training."
         return *self._show(("Answer A", "Answer B"), answers), message
 
-    def _show(self, names: tuple[str, str], answers: list[Answer] | tuple[Answer, Answer], blind=False) -> list[str]:
+    def _show(self, names: tuple[str, str], answers: Sequence[Answer], blind: bool = False) -> list[str]:
         """Two answers as HTML; if `blind`, without anything that gives away which model wrote which."""
         scale = max((abs(reward) for answer in answers for reward in answer.rewards), default=0.0)
         shown = []

@@ -45,15 +45,15 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: the folder has nothing to report, or a file in it is damaged.
     """
-    evaluation = _find_stage(folder, "evaluation", "eval_results.json")
-    results = read_json(evaluation / "eval_results.json", "pairs", "reward_accuracy", "settings")
-    margins = [pair["margin"] for pair in read_jsonl(evaluation / "pairs.jsonl", "margin")]
-    samples = read_jsonl(evaluation / "samples.jsonl", "prompt", "policy", "ref")
-    frontier = read_json(_find_stage(folder, "frontier", "frontier.json") / "frontier.json", "points", "reward")
-    # A frontier has no points before its first run ends.
-    frontier = frontier if frontier.get("points") else {}
+    evaluation = _find_results(folder, "evaluation/eval_results.json")
+    results = read_json(evaluation, "pairs", "reward_accuracy", "settings")
+    margins = [pair["margin"] for pair in read_jsonl(evaluation.with_name("pairs.jsonl"), "margin")]
+    samples = read_jsonl(evaluation.with_name("samples.jsonl"), "prompt", "policy", "ref")
+    frontier = read_json(_find_results(folder, "frontier/frontier.json"), "points", "reward")
+    if not frontier.get("points"):  # none before its first run ends
+        frontier = {}
     frontier = add_rounds_to_frontier(frontier, read_json(folder / "rounds.json", "rounds"))
-    winrate = read_json(_find_stage(folder, "winrate", "winrate.json") / "winrate.json", "comparisons", "judge")
+    winrate = read_json(_find_results(folder, "winrate/winrate.json"), "comparisons", "judge")
     runs = _find_runs(folder, results)
     if not any((results, margins, samples, frontier, winrate, runs)):
         raise UserError(
@@ -66,8 +66,7 @@ def write_report(folder: Path) -> Path:
         name=folder.resolve().name,
         notice=CONTENT_NOTICE if _shows_hh([results, frontier, winrate], runs) else "",
         summary=summarize_evaluation(results) if results else "",
-        head=sorted((row for row in rows if row.label in HEAD), key=lambda row: HEAD.index(row.label))
-        + _select_judged(winrate),
+        head=[row for label in HEAD for row in rows if row.label == label] + _select_judged(winrate),
         rows=[row for row in rows if row.label not in HEAD],
         pairs=build_pair_charts(margins, results.get("subsets")),
         frontier=build_frontier(frontier) if frontier else {},
@@ -80,12 +79,11 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _find_stage(folder: Path, name: str, file: str) -> Path:
-    """Where a stage's results are: in `folder`/`name`, or else in the last subfolder by name that has some."""
-    found = sorted(folder.glob(f"*/{file}"))
-    if (folder / name / file).is_file() or not found:
-        return folder / name
-    return found[-1].parent
+def _find_results(folder: Path, default: str) -> Path:
+    """A stage's results: the file at `default`, or else of the last subfolder by name that has such a file."""
+    path = folder / default
+    found = sorted(folder.glob(f"*/{path.name}"))
+    return path if path.is_file() or not found else found[-1]
 
 
 def _find_runs(folder: Path, results: dict[str, Any]) -> dict[str, RunFolder]:
