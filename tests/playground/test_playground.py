@@ -211,8 +211,8 @@ def test_a_taken_port_is_one_sentence(port: int):
     from tinydpo.playground.app import serve_app
 
     taken = pytest.raises(UserError, match=f"port {port} is taken")
-    with socket.create_server(("127.0.0.1", port)), taken:
-        serve_app(gradio.Blocks(), port)
+    with gradio.Blocks() as app, socket.create_server(("127.0.0.1", port)), taken:
+        serve_app(app, port)
 
 
 @pytest.fixture
