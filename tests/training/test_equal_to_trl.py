@@ -1,6 +1,8 @@
 """Packed rows give TRL's own numbers: log-probs, losses, metrics and gradients, for every loss and model family."""
 
 import gc
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from engines import (
     uneven_pairs,
 )
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from trl import RewardTrainer, SFTTrainer
+from running import ROOT
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
+from trl import DPOConfig, DPOTrainer, RewardTrainer, SFTTrainer
 
 from tinydpo.training.reward_trainer import FittedRewardTrainer, PackedRewardTrainer
 from tinydpo.training.trainers import (
@@ -36,20 +39,18 @@ from tinydpo.training.trainers import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-PLAIN_LOSSES = ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
-                "apo_down", "sft", "sigmoid_norm")  # fmt: skip
-SETTINGS = {
-    **{loss: {"loss_type": [loss]} for loss in PLAIN_LOSSES},
-    **{loss: {"loss_type": [loss], "label_smoothing": 0.1} for loss in ("exo_pair", "robust")},
-    "discopop": {"loss_type": ["discopop"], "discopop_tau": 1.0},  # at 0.05 it magnifies rounding 20 times
-    **{f: {"f_divergence_type": f} for f in ("forward_kl", "js_divergence", "alpha_divergence")},
-    "ld_alpha": {"ld_alpha": 0.5, "precompute_ref_log_probs": True},
-    "use_weighting": {"use_weighting": True},
-    "two losses": {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.7, 0.3]},
-    "cached": {"precompute_ref_log_probs": True},
-    "new LoRA": {"peft_config": LORA},
-    "LoRA continued": {"precompute_ref_log_probs": True},
-}
+# The rows of docs/losses.md: the flags in their first column -> the first loss in their last.
+PAGE = (ROOT / "docs/losses.md").read_text(encoding="utf-8")
+
+
+def read_flags(cell: str) -> str:
+    """What to type: a bare name is a loss."""
+    names = re.findall(r"`([^`]+)`", cell)
+    return " ".join(name if name.startswith("--") else f"--loss_type {name}" for name in names)
+
+
+ROWS = [re.split(r"(?<!\\)\|", line)[1:-1] for line in PAGE.splitlines() if line.startswith("| `")]
+FIRST_LOSS = {read_flags(row[0]): row[-1].strip() for row in ROWS if "`--loss_type`" not in row[0]}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}  # fmt: skip
 FAMILIES = {  # attention is sdpa in one half and eager in the other
@@ -81,14 +82,48 @@ def pairs(tiny_tokenizer: Any) -> Dataset:
 
 @pytest.fixture
 def trainer(gpt2: str, tiny_tokenizer: Any, pairs: Dataset, tmp_path: Path) -> Callable:
-    """Build a trainer whose policy is not its reference."""
-
     def make(engine: type, rows: Dataset = pairs, model: Any = gpt2, **settings: Any) -> Any:
-        made = build(engine, model, tiny_tokenizer, rows, tmp_path, **settings)
-        nudge(made.model)
-        return made
+        return build(engine, model, tiny_tokenizer, rows, tmp_path, **settings)
 
     return make
+
+
+def find_values_in_source(name: str) -> set[str]:
+    """The values that TRL's loss compares `name` with."""
+    return set(re.findall(rf'{name} == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss)))
+
+
+def test_the_page_names_every_loss_of_trl():
+    losses = find_values_in_source("loss_type")
+    assert len(losses) >= 15, "TRL's losses cannot be read off its source any more"
+    assert losses == {flags.split()[1] for flags in FIRST_LOSS if re.match(r"--loss_type \w+( --|$)", flags)}
+    divergences = set(re.findall(r"--f_divergence_type (\w+)", PAGE)) | {"reverse_kl"}  # the default
+    assert divergences == find_values_in_source("f_divergence_type")
+
+
+def parse_flags(flags: str) -> dict[str, Any]:
+    args = [*flags.split(), "--output_dir", "unused", "--bf16", "false", "--use_cpu", "true"]
+    (config,) = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(args)
+    names = [flag.removeprefix("--") for flag in flags.split() if flag.startswith("--")]
+    return {name: getattr(config, name) for name in names}
+
+
+@pytest.mark.parametrize("flags", FIRST_LOSS)
+def test_every_row_of_the_page_is_as_it_says_and_as_trl_has_it(flags: str, trainer: Callable):
+    settings = parse_flags(flags)
+    if "discopop_tau" in settings:
+        settings["discopop_tau"] = 1.0  # 0.05 magnifies rounding 20 times
+    stock, packed = (trainer(engine, **settings) for engine in (StockDPOTrainer, SharedPrefixDPOTrainer))
+    if FIRST_LOSS[flags] and "discopop" not in flags:
+        with torch.no_grad():
+            loss = packed.compute_loss(packed.model.train(), first_batch(packed))
+        packed._metrics["train"].clear()
+        packed._total_train_tokens = 0
+        assert loss.item() == pytest.approx(float(FIRST_LOSS[flags]), abs=6e-4), "the page has another first loss"
+    for made in (stock, packed):
+        nudge(made.model)
+    assert_same_step(packed, stock)
+    assert abs(stock.state.log_history[0]["rewards/chosen"]) > 1e-3, "policy and reference are the same here"
 
 
 def continue_adapter(base: str) -> Any:
@@ -98,17 +133,22 @@ def continue_adapter(base: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_dpo_step_is_that_of_trl(name: str, trainer: Callable, gpt2: str):
-    stock, packed = (
-        trainer(engine, model=continue_adapter(gpt2) if name == "LoRA continued" else gpt2, **SETTINGS[name])
-        for engine in (StockDPOTrainer, SharedPrefixDPOTrainer)
-    )
-    if "precompute_ref_log_probs" in SETTINGS[name]:
-        for column in ("ref_chosen_logps", "ref_rejected_logps"):
-            assert_close(*(torch.tensor(made.train_dataset[column][:]) for made in (packed, stock)), column)
+@pytest.mark.parametrize("adapter", ["none", "new", "continued"])
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_a_step_with_cached_log_probs_is_that_of_trl(
+    adapter: str, ld_alpha: float | None, trainer: Callable, gpt2: str
+):
+    def make(engine: type) -> Any:
+        model = continue_adapter(gpt2) if adapter == "continued" else gpt2
+        settings = {"peft_config": LORA} if adapter == "new" else {}
+        return trainer(engine, model=model, precompute_ref_log_probs=True, ld_alpha=ld_alpha, **settings)
+
+    stock, packed = make(StockDPOTrainer), make(SharedPrefixDPOTrainer)
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert_close(*(torch.tensor(made.train_dataset[column][:]) for made in (packed, stock)), column)
+    for made in (stock, packed):
+        nudge(made.model)
     assert_same_step(packed, stock)
-    assert abs(stock.state.log_history[0]["rewards/chosen"]) > 1e-3, "policy and reference are the same here"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,7 +248,7 @@ ENGINES = {
 
 @pytest.mark.parametrize("stage", ENGINES)
 def test_a_run_is_that_of_trl(stage: str, trainer: Callable, tiny_tokenizer: Any):
-    """Several epochs of uneven batches, accumulated, recomputed in the backward pass; padded rows as well as packed."""
+    """Several epochs of uneven batches, accumulated, recomputed in the backward pass; padded rows too."""
     rows = uneven_pairs(24, len(tiny_tokenizer), seed=1)
     rows = build_sft_rows(rows) if stage == "sft" else rows
     logs = []

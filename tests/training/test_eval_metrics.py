@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from engines import build, first_batch, nudge, tiny_gpt2, uneven_pairs, without_clocks
 from peft import LoraConfig
-from running import BIN, FLOAT32, ROOT, call, log
+from running import BIN, FLOAT32, call, log
 from transformers import AutoModelForCausalLM
 
 from tinydpo.evaluation.metrics import pair_metrics

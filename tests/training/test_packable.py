@@ -9,7 +9,7 @@ import torch
 import transformers
 from datasets import Dataset
 from engines import ROW_LENGTH, build, tiny_gpt2, uneven_pairs
-from running import log, run
+from running import run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from tinydpo.errors import UserError
@@ -171,12 +171,6 @@ def dpo(task: Path, tiny_model: Path, tmp_path: Path) -> Any:
         return tmp_path / folder
 
     return main
-
-
-def test_shared_prefix_false_changes_no_result(dpo: Any):
-    packed = log(dpo("packed"), "loss")
-    padded = log(dpo("padded", "--shared_prefix", "false"), "loss")
-    assert padded == pytest.approx(packed, rel=1e-3) and len(padded) == 3
 
 
 def test_too_short_a_row_is_refused(dpo: Any, tmp_path: Path):
