@@ -9,8 +9,8 @@ import functools
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -206,6 +206,11 @@ def use_fused_gelu(model: PreTrainedModel) -> None:
                 setattr(module, name, GELUTanh())
 
 
+def use_small_lm_head_tiles() -> None:
+    """Let TRL's LM head project `CPU_TILE` columns of the vocabulary at once, in the whole process."""
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE
+
+
 def _packed_forward(
     model: PreTrainedModel,
     fused_forward: Callable[..., Any],
@@ -223,8 +228,7 @@ def _packed_forward(
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[packed["predicts"]][None]
         return output
 
-    tile = CPU_TILE if model.device.type == "cpu" else trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    with model.base_model.register_forward_hook(keep_predicting_positions), _lm_head_tile(tile):
+    with model.base_model.register_forward_hook(keep_predicting_positions):
         output = fused_forward(
             **build_model_inputs(packed, get_mask_dtype(model)),
             shift_labels=packed["targets"][None],  # the same as labels[:, 1:][answers], without waiting for the GPU
@@ -237,17 +241,6 @@ def _packed_forward(
             setattr(output, name, values.new_zeros(answers.shape).masked_scatter(answers, values))
     output.label_mask = answers
     return output
-
-
-@contextmanager
-def _lm_head_tile(columns: int) -> Iterator[None]:
-    """Let TRL's LM head project this many columns of the vocabulary at once."""
-    before = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = columns
-    try:
-        yield
-    finally:
-        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
 
 
 def get_mask_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -130,5 +130,5 @@ class PackedRewardTrainer(PackedTrainerMixin, FittedRewardTrainer):
         model.forward = types.MethodType(forward, model)
 
     def compute_results(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """What the check compares: the scores of both answers."""
-        return model(**inputs).logits
+        """What the check compares."""
+        return self.score_rows(model, inputs)

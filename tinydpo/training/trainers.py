@@ -32,6 +32,7 @@ from tinydpo.training.packed_forward import (
     patch_packed_forward,
     take_compile_options,
     unwrap_peft,
+    use_small_lm_head_tiles,
 )
 from tinydpo.training.packing import Tree, count_tokens, pack
 from tinydpo.training.throughput import Counts
@@ -40,7 +41,9 @@ from tinydpo.training.throughput import Counts
 class FittedTrainerMixin(SealedCheckpointsMixin):
     """For a TRL trainer: trains on rows of token ids in whole steps, and evaluates every row by itself.
 
-    A subclass defines `count_batch`, `score_rows` and `get_eval_metrics`.
+    A subclass defines three methods: `count_batch(inputs)` returns what a training batch makes the model compute,
+    `score_rows(model, inputs)` what an evaluation needs of each row, (rows, scores), and `get_eval_metrics(prediction)`
+    the metrics, without their prefix `eval_`, from the scores of all rows.
     """
 
     head_outputs = ("log_probs",)  # what TRL's fused LM head computes for the policy
@@ -107,18 +110,6 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
         with torch.no_grad(), self.compute_loss_context_manager():
             scores = self.score_rows(model, inputs)
         return None, scores, scores  # transformers computes metrics only if there are labels as well
-
-    def count_batch(self, inputs: dict[str, Any]) -> Counts:
-        """What a training batch makes a model compute."""
-        raise NotImplementedError
-
-    def score_rows(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """What an evaluation needs of each row of a batch, (rows, scores)."""
-        raise NotImplementedError
-
-    def get_eval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The metrics of an evaluation, without their prefix `eval_`, from the scores of all rows."""
-        raise NotImplementedError
 
 
 def shrink_step(args: TrainingArguments, rows: int) -> None:
@@ -331,6 +322,8 @@ class PackedTrainerMixin:
     def _prepare_models(self) -> None:
         """Patch the models' forward and check it: before the reference pass, and before the run's folder exists."""
         super()._prepare_models()
+        if self.args.device.type == "cpu":
+            use_small_lm_head_tiles()
         for model in self.get_models():
             self.patch_model(model)
         if not (
@@ -349,7 +342,6 @@ class PackedTrainerMixin:
         """Let a model compute `packed` rows."""
         patch_packed_forward(model, self.data_collator.row_length)
 
-    @torch.no_grad()
     def check_model(self, model: torch.nn.Module | None) -> None:
         """Compare one full row of the run's own data with the plain forward, once for each model and mode.
 
