@@ -225,21 +225,6 @@ def test_a_reward_step_is_that_of_trl(
         assert_same_step(ours, make(RewardTrainer))
 
 
-def test_sft_examples_of_one_row_do_not_see_each_other(trainer: Callable, pairs: Dataset):
-    packed = trainer(PackedSFTTrainer, build_sft_rows(pairs))
-
-    def token_logps(rows: Dataset) -> torch.Tensor:
-        with torch.no_grad():
-            return packed.model(**packed.data_collator(list(rows)), fused_lm_head=True).log_probs
-
-    rows = packed.train_dataset
-    together = token_logps(rows)
-    assert len(packed.data_collator(list(rows))["packed"]["input_ids"]) < len(rows), "no row holds two examples"
-    for i in range(len(rows)):
-        alone = token_logps(rows.select([i]))[0]
-        torch.testing.assert_close(together[i, : len(alone)], alone, rtol=1e-4, atol=1e-5, msg="neighbours leak")
-
-
 ENGINES = {
     "dpo": (StockDPOTrainer, SharedPrefixDPOTrainer, FittedDPOTrainer),
     "sft": (SFTTrainer, PackedSFTTrainer, FittedSFTTrainer),
@@ -263,29 +248,6 @@ def test_a_run_is_that_of_trl(stage: str, trainer: Callable, tiny_tokenizer: Any
     assert stock[11]["loss"] < 0.9 * stock[0]["loss"], "too little is learnt to compare"
     assert_same_log(packed, stock, rel=1e-3, small=5e-5)
     assert_same_log(padded, stock, rel=1e-3, small=5e-5)
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["weights in bfloat16", "autocast"])
-def test_bfloat16_rounds_no_worse_than_padded_rows(
-    autocast: bool, trainer: Callable, tiny_tokenizer: Any, tmp_path: Path
-):
-    folder = tiny_gpt2(tiny_tokenizer, tmp_path / "model", initializer_range=0.1)
-    pairs = uneven_pairs(60, len(tiny_tokenizer))
-
-    def ref_logps(engine: type, low: bool) -> torch.Tensor:
-        """Of the same weights, rounded to bfloat16, whatever computes."""
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        model = model if low and not autocast else model.float()
-        made = trainer(engine, pairs, model=model, bf16=low and autocast, precompute_ref_log_probs=True,
-                       precompute_ref_batch_size=16)  # fmt: skip
-        return torch.tensor([made.train_dataset[f"ref_{part}_logps"][:] for part in ("chosen", "rejected")])
-
-    exact = ref_logps(FittedDPOTrainer, low=False)
-    padded, packed = (
-        (ref_logps(engine, low=True) - exact).abs().median() for engine in (FittedDPOTrainer, SharedPrefixDPOTrainer)
-    )
-    assert padded > 1e-3, "nothing was computed in bfloat16"
-    assert packed <= 1.5 * padded, f"packed rows lose precision: {packed:.2e} in the median, padded {padded:.2e}"
 
 
 def test_each_engine_has_its_own_reference_cache(trainer: Callable, task: Path, tiny_tokenizer: Any):

@@ -38,6 +38,88 @@ FLOAT32_TOLERANCE = 1e-4
 LOW_PRECISION_TOLERANCE = 0.25
 
 
+def patch_packed_forward(model: PreTrainedModel, row_length: int) -> None:
+    """Let a model with TRL's fused LM head compute `packed` rows when a batch has them.
+
+    Args:
+        model: a causal LM or a PEFT model around one, after TRL's `add_fused_lm_head`.
+        row_length: the most tokens in a packed row.
+
+    Raises:
+        UserError: the model cannot compute packed rows.
+    """
+    model = unwrap_peft(model)
+    check_packable(model, row_length)
+    use_fused_gelu(model)
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads its arguments from the signature
+    def forward(
+        self: PreTrainedModel, *args: Any, packed: dict | None = None, fused_lm_head: bool = False, **kwargs: Any
+    ) -> Any:
+        if packed is None or not fused_lm_head:
+            return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+        return _packed_forward(self, fused_forward, packed, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _packed_forward(
+    model: PreTrainedModel,
+    fused_forward: Callable[..., Any],
+    packed: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    **kwargs: Any,
+) -> Any:
+    """TRL's fused output for a padded batch, (sequences, length - 1) a field, computed from its packed rows."""
+    answers = labels[:, 1:] != -100
+
+    def keep_predicting_positions(module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        """Give the LM head only the positions that predict an answer's token; on CPUs TRL's head scores them all."""
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[packed["predicts"]][None]
+        return output
+
+    with model.base_model.register_forward_hook(keep_predicting_positions):
+        output = fused_forward(
+            **build_model_inputs(packed, get_mask_dtype(model)),
+            shift_labels=packed["targets"][None],  # the same as labels[:, 1:][answers], without waiting for the GPU
+            fused_lm_head=True,
+            **kwargs,
+        )
+    for name in PER_TOKEN_FIELDS:
+        values = getattr(output, name)
+        if values is not None:
+            setattr(output, name, values.new_zeros(answers.shape).masked_scatter(answers, values))
+    output.label_mask = answers
+    return output
+
+
+def get_mask_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype in which a model's attention adds a mask."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+
+
+def unwrap_peft(model: torch.nn.Module) -> PreTrainedModel:
+    """The model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def use_fused_gelu(model: PreTrainedModel) -> None:
+    """Replace GPT-2's GELU, eight elementwise operations, by PyTorch's single one: the same formula."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELUTanh())
+
+
+def use_small_lm_head_tiles() -> None:
+    """Let TRL's LM head project `CPU_TILE` columns of the vocabulary at once, in the whole process."""
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE
+
+
 def check_packable(model: PreTrainedModel, row_length: int) -> None:
     """Refuse models that are known to be wrong in packed rows.
 
@@ -170,85 +252,3 @@ def compile_blocks(model: PreTrainedModel, options: dict[str, Any]) -> None:
         return plain_forward(*args, attention_mask=attention_mask, **kwargs)
 
     base.forward = forward
-
-
-def patch_packed_forward(model: PreTrainedModel, row_length: int) -> None:
-    """Let a model with TRL's fused LM head compute `packed` rows when a batch has them.
-
-    Args:
-        model: a causal LM or a PEFT model around one, after TRL's `add_fused_lm_head`.
-        row_length: the most tokens in a packed row.
-
-    Raises:
-        UserError: the model cannot compute packed rows.
-    """
-    model = unwrap_peft(model)
-    check_packable(model, row_length)
-    use_fused_gelu(model)
-    fused_forward = model.forward
-
-    @functools.wraps(type(model).forward)  # `generate` reads its arguments from the signature
-    def forward(
-        self: PreTrainedModel, *args: Any, packed: dict | None = None, fused_lm_head: bool = False, **kwargs: Any
-    ) -> Any:
-        if packed is None or not fused_lm_head:
-            return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        return _packed_forward(self, fused_forward, packed, **kwargs)
-
-    model.forward = types.MethodType(forward, model)
-
-
-def use_fused_gelu(model: PreTrainedModel) -> None:
-    """Replace GPT-2's GELU, eight elementwise operations, by PyTorch's single one: the same formula."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, GELUTanh())
-
-
-def use_small_lm_head_tiles() -> None:
-    """Let TRL's LM head project `CPU_TILE` columns of the vocabulary at once, in the whole process."""
-    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE
-
-
-def _packed_forward(
-    model: PreTrainedModel,
-    fused_forward: Callable[..., Any],
-    packed: dict[str, torch.Tensor],
-    labels: torch.Tensor,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    **kwargs: Any,
-) -> Any:
-    """TRL's fused output for a padded batch, (sequences, length - 1) a field, computed from its packed rows."""
-    answers = labels[:, 1:] != -100
-
-    def keep_predicting_positions(module: torch.nn.Module, args: tuple, output: Any) -> Any:
-        """Give the LM head only the positions that predict an answer's token; on CPUs TRL's head scores them all."""
-        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[packed["predicts"]][None]
-        return output
-
-    with model.base_model.register_forward_hook(keep_predicting_positions):
-        output = fused_forward(
-            **build_model_inputs(packed, get_mask_dtype(model)),
-            shift_labels=packed["targets"][None],  # the same as labels[:, 1:][answers], without waiting for the GPU
-            fused_lm_head=True,
-            **kwargs,
-        )
-    for name in PER_TOKEN_FIELDS:
-        values = getattr(output, name)
-        if values is not None:
-            setattr(output, name, values.new_zeros(answers.shape).masked_scatter(answers, values))
-    output.label_mask = answers
-    return output
-
-
-def get_mask_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype in which a model's attention adds a mask."""
-    device = model.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-
-
-def unwrap_peft(model: torch.nn.Module) -> PreTrainedModel:
-    """The model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

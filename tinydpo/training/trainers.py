@@ -41,9 +41,8 @@ from tinydpo.training.throughput import Counts
 class FittedTrainerMixin(SealedCheckpointsMixin):
     """For a TRL trainer: trains on rows of token ids in whole steps, and evaluates every row by itself.
 
-    A subclass defines three methods: `count_batch(inputs)` returns what a training batch makes the model compute,
-    `score_rows(model, inputs)` what an evaluation needs of each row, (rows, scores), and `get_eval_metrics(prediction)`
-    the metrics, without their prefix `eval_`, from the scores of all rows.
+    A subclass counts what a training batch computes (`count_batch`), scores rows for an evaluation (`score_rows`, of
+    shape (rows, scores)) and makes metrics of the scores of all rows (`get_eval_metrics`, without the prefix `eval_`).
     """
 
     head_outputs = ("log_probs",)  # what TRL's fused LM head computes for the policy
