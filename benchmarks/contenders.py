@@ -89,7 +89,7 @@ def with_trl(name: str, spec: dict[str, Any], turns: Turns) -> None:
         def _precompute_ref_logps(self, *args: Any) -> Dataset:
             if name in OURS:
                 with turns.turn("check"):
-                    self.prepare_models()
+                    self._pack()
                     if name == "e":  # compile here: the reference pass is timed as if it were long
                         rows = [self.train_dataset[i] for i in range(spec["pairs_per_step"])]
                         self.compute_ref_log_probs(self.model, self._prepare_inputs(self.data_collator(rows)))

@@ -77,12 +77,17 @@ def float32_mode(model: Any) -> Iterator[None]:
     import torch
 
     before = get_compute_dtype(model)
-    model.compute_dtype = torch.float32
+    model.compute_dtype, model.is_exact = torch.float32, True
     try:
         with torch.autocast(model.device.type, enabled=False), matmul_precision("highest"):
             yield
     finally:
-        model.compute_dtype = before
+        model.compute_dtype, model.is_exact = before, False
+
+
+def in_float32_mode(model: Any) -> bool:
+    """Whether a model computes `exactly` just now."""
+    return getattr(model, "is_exact", False)
 
 
 @contextmanager
