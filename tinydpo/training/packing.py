@@ -29,7 +29,8 @@ def assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """
     room = max(row_length, *lengths)
     fewest_rows = math.ceil(sum(lengths) / room)
-    best_rows, lowest_cost = [], math.inf
+    best_rows: list[list[int]] = []
+    lowest_cost = math.inf
     for count in range(fewest_rows, len(lengths) + 1):
         rows = _spread_evenly(lengths, count)
         longest = max(sum(lengths[i] for i in row) for row in rows)
@@ -114,17 +115,16 @@ def _index_completions(
     trees: Sequence[Tree], starts: dict[tuple[int, int], tuple[int, int, int]], length: int
 ) -> dict[str, torch.Tensor]:
     """`predicts`, `targets` and `lasts` of `pack`, from where each completion starts in rows of this length."""
-    predicts, targets, lasts = [], [], []
+    flat: dict[str, list[int]] = {"predicts": [], "targets": [], "lasts": []}
     for index, part in sorted(starts, key=lambda start: (start[1], start[0])):
         row, start, prompt_end = starts[index, part]
         tokens = trees[index][1][part]
         # The prompt's last token predicts the first one of the completion, which predicts the second, and so on.
         columns = [prompt_end, *range(start, start + len(tokens))]
         places = [row * length + column for column in columns]
-        predicts += places[:-1]
-        targets += tokens
-        lasts.append(places[-1])
-    flat = {"predicts": predicts, "targets": targets, "lasts": lasts}
+        flat["predicts"] += places[:-1]
+        flat["targets"] += tokens
+        flat["lasts"].append(places[-1])
     return {name: torch.tensor(values, dtype=torch.long) for name, values in flat.items()}
 
 
