@@ -1,4 +1,4 @@
-"""The packed engines beside TRL's own: tiny models, uneven pairs, and runs of either laid side by side."""
+"""TRL's trainers and ours side by side: tiny models, uneven pairs, and one step or a whole run of each compared."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,19 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import DPOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from tinydpo.training.trainers import FittedDPOTrainer, FittedSFTTrainer, PackedSFTTrainer, SharedPrefixDPOTrainer
+from tinydpo.training.trainers import PackedTrainerMixin
 
-DPO, SFT = (FittedDPOTrainer, SharedPrefixDPOTrainer), (SFTTrainer, PackedSFTTrainer)  # TRL's, and the engine's
-WEIGHTED = (FittedSFTTrainer, PackedSFTTrainer)  # both count tokens, where TRL's metrics count batches
 ROW_LENGTH = 160
 LENGTHS = (1, 1, 2, 7, 20, 50)
+
+
+class StockDPOTrainer(DPOTrainer):
+    """TRL's own, for pairs that are tokens already."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
 
 
 def uneven_pairs(count: int, vocab_size: int, seed: int = 0) -> Dataset:
@@ -35,10 +40,10 @@ def tiny_gpt2(tokenizer: PreTrainedTokenizerBase, folder: Path, **config: Any) -
     end = tokenizer.eos_token_id
     settings = {
         "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 160, "initializer_range": 0.3,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": len(tokenizer),
+        "bos_token_id": end, "eos_token_id": end,
     }  # fmt: skip
-    given = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}
-    GPT2LMHeadModel(GPT2Config(**given, **settings | config)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(**settings | config)).save_pretrained(folder)
     return str(folder)
 
 
@@ -49,35 +54,27 @@ class Gradients(TrainerCallback):
         self.of = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def build(
-    engine: type,
-    model: Any,
-    tokenizer: Any,
-    pairs: Dataset,
-    folder: Path,
-    eval_dataset: Dataset | None = None,
-    peft_config: Any = None,
-    **settings: Any,
-) -> Any:
-    """A trainer on the CPU that writes nothing and takes one step over all pairs, if not told otherwise."""
+def build(engine: type, model: Any, tokenizer: Any, rows: Dataset, folder: Path, **settings: Any) -> Any:
+    """A trainer on the CPU that saves nothing and by default takes one step over all rows."""
+    outside = ("eval_dataset", "peft_config", "ref_model")
+    given = {name: settings.pop(name) for name in outside if name in settings}
     defaults = {
-        "per_device_train_batch_size": len(pairs), "max_steps": 1, "learning_rate": 1e-2, "max_grad_norm": 0.0,
+        "per_device_train_batch_size": len(rows), "max_steps": 1, "learning_rate": 1e-2, "max_grad_norm": 0.0,
         "max_length": 128, "activation_checkpointing": False, "gradient_checkpointing": False,
         "use_cpu": True, "bf16": False, "seed": 0, "logging_steps": 1, "save_strategy": "no",
         "report_to": "none", "disable_tqdm": True, "output_dir": str(folder),
     }  # fmt: skip
-    config, packed = DPOConfig, engine in (DPO[1], SFT[1])
-    if issubclass(engine, SFTTrainer):  # rows come with labels
-        config, defaults["dataset_kwargs"] = SFTConfig, {"skip_prepare_dataset": True}
+    config = DPOConfig
+    if issubclass(engine, SFTTrainer):
+        config = SFTConfig
+        defaults["dataset_kwargs"] = {"skip_prepare_dataset": True}  # rows have labels
+    elif issubclass(engine, RewardTrainer):
+        config = RewardConfig
+    if issubclass(engine, PackedTrainerMixin):
+        given["row_length"] = ROW_LENGTH
+    args = config(**defaults | settings)
     return engine(
-        model=model,
-        args=config(**defaults | settings),
-        train_dataset=pairs,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        callbacks=[Gradients()],
-        **({"row_length": ROW_LENGTH} if packed else {}),
+        model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[Gradients()], **given
     )
 
 
@@ -98,29 +95,33 @@ def gradients(trainer: Any) -> dict[str, torch.Tensor]:
     return next(c.of for c in trainer.callback_handler.callbacks if isinstance(c, Gradients))
 
 
-def assert_close(packed: torch.Tensor, stock: torch.Tensor, what: str, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(packed, stock, rtol=tolerance, atol=0, msg=lambda told: f"{what}: {told}")
+def without_clocks(entry: dict[str, float]) -> dict[str, float]:
+    """A log's entry without what differs between two equal runs, or counts padding."""
+    clocks = ("runtime", "per_second", "preparation_time", "total_flos")
+    return {name: value for name, value in entry.items() if not name.endswith(clocks)}
 
 
-def assert_same_log(packed: list[dict], stock: list[dict], rel: float = 1e-4, small: float = 1e-5) -> None:
-    """Every entry of two runs' logs, clocks left out."""
-    assert len(packed) == len(stock) and packed, "the two engines log at other steps"
-    for ours, theirs in zip(packed, stock, strict=True):
-        assert list(ours) == list(theirs), "the engines do not log the same metrics"
-        for name in (name for name in theirs if not name.endswith(("runtime", "per_second"))):
-            assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=small), (
-                f"step {theirs['step']}: {name} is {ours[name]} in packed rows and {theirs[name]} under TRL"
-            )
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: str, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0, msg=lambda difference: f"{what}: {difference}")
 
 
-def assert_same_step(packed: Any, stock: Any) -> None:
-    """Loss, metrics and the gradient of every tensor of two trainers' first step, `stock`'s taken first."""
-    stock.train()
-    packed.train()
-    assert_same_log(packed.state.log_history, stock.state.log_history)
-    ours, theirs = gradients(packed), gradients(stock)
-    assert set(ours) == set(theirs), "other parameters are trained"
-    assert sum(gradient.norm() for gradient in theirs.values()) > 1e-3, "no gradient to compare"
-    for name, gradient in theirs.items():
-        off = (ours[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
-        assert off <= 1e-4, f"the gradient of {name} differs from TRL's by {off:.1e} of its norm"
+def assert_same_log(ours: list[dict], theirs: list[dict], rel: float = 1e-4, small: float = 1e-5) -> None:
+    """Every training entry of two runs' logs, clocks left out."""
+    ours, theirs = ([without_clocks(entry) for entry in log if "loss" in entry] for log in (ours, theirs))
+    assert len(ours) == len(theirs) and ours, "the two engines log at other steps"
+    for our_entry, their_entry in zip(ours, theirs, strict=True):
+        assert our_entry == pytest.approx(their_entry, rel=rel, abs=small), f"step {their_entry['step']} differs"
+
+
+def assert_same_step(ours: Any, theirs: Any) -> None:
+    """Loss, metrics and the gradient of every tensor of two trainers' first step."""
+    theirs.train()
+    ours.train()
+    assert_same_log(ours.state.log_history, theirs.state.log_history)
+    our_gradients, their_gradients = gradients(ours), gradients(theirs)
+    assert set(our_gradients) == set(their_gradients), "other parameters are trained"
+    whole = torch.stack([gradient.norm() for gradient in their_gradients.values()]).norm()
+    assert whole > 1e-3, "no gradient to compare"
+    for name, gradient in their_gradients.items():  # a reward's last bias moves both scores alike: its gradient is 0
+        difference = (our_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-4 * whole)
+        assert difference <= 1e-4, f"the gradient of {name} differs from TRL's by {difference:.1e} of its norm"

@@ -2,11 +2,10 @@
 
 Prompts are computed once and rows packed (`packing`), or, for models that cannot take such rows, sequences padded. The
 LM head runs only where a completion token is predicted: at 128 tokens it is a seventh of GPT-2 Medium's work and
-nearly all of its memory. Those positions go to the model's own `logits_to_keep`, so that whatever a family does after
-the LM head (Gemma's softcapping, Cohere's and Granite's scale) happens here too.
+nearly all of its memory. Those positions go through the model's own `logits_to_keep`, so that whatever a family does
+after the LM head (Gemma's softcapping, Cohere's and Granite's scale) happens here too.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tinydpo.models.precision import float32_mode, get_compute_dtype
-from tinydpo.training.packed_forward import check_packable, check_same_results, fill_row, get_low_precision_dtype
-from tinydpo.training.packing import Tree, build_additive_mask, pack
+from tinydpo.models.precision import get_compute_dtype
+from tinydpo.training.packed_forward import check_packable, check_same_results, fill_row, has_float32_weights
+from tinydpo.training.packing import Tree, build_model_inputs, count_tokens, pack
 
 # Positions whose softmax is taken at once: 64 rows of GPT-2's vocabulary stay in a CPU's cache (2,048 rows take 0.17 s
 # on one core, against 0.48 s by 1,024 at once), and the float32 copy of bfloat16 logits stays small.
@@ -53,8 +52,8 @@ def token_logps(
         prompts: n token lists, each of at least one token (the first completion token needs something before it).
         completions: n token lists, each of at least one token.
         batch_size: completions in one forward pass; changes speed and memory, not the result (beyond rounding).
-        desc: what the progress bar says.
-        row_length: the most tokens in a packed row; None: padded sequences, for models that cannot take such rows.
+        desc: label of the progress bar.
+        row_length: the most tokens in a packed row; None: padded sequences, for models that cannot take packed rows.
 
     Returns:
         n float64 arrays, the i-th of shape (len(completions[i]),), in the order given. Head and softmax are computed
@@ -81,7 +80,7 @@ def pair_logps(
         model: a causal LM in eval mode.
         pairs: n rows with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int).
         batch_size: completions in one forward pass.
-        desc: what the progress bar says.
+        desc: label of the progress bar.
         row_length: as in `token_logps`; with it, a pair's prompt is computed once.
 
     Returns:
@@ -90,66 +89,77 @@ def pair_logps(
     prompts, chosen, rejected = (pairs[name][:] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     trees = list(zip(prompts, zip(chosen, rejected, strict=True), strict=True))
     logps = _get_tree_logps(model, trees, batch_size, desc, row_length)
-    sums = [np.array([both[i].sum() for both in logps]) for i in range(2)]
-    return PairLogps(*sums, *(np.array([len(both[i]) for both in logps]) for i in range(2)))
+    return PairLogps(
+        chosen=np.array([of_chosen.sum() for of_chosen, _ in logps]),
+        rejected=np.array([of_rejected.sum() for _, of_rejected in logps]),
+        chosen_tokens=np.array([len(ids) for ids in chosen]),
+        rejected_tokens=np.array([len(ids) for ids in rejected]),
+    )
 
 
 def _get_tree_logps(
     model: PreTrainedModel, trees: list[Tree], batch_size: int, desc: str, row_length: int | None
 ) -> list[list[np.ndarray]]:
-    """For each tree, the log-probs of each of its completions (all trees have as many)."""
+    """For each tree, the log-probs of each of its completions; all trees have the same number of them."""
+    if not trees:
+        return []
     for index, (prompt, completions) in enumerate(trees):
         if not prompt or not all(completions):
             raise ValueError(f"row {index} has an empty {'completion' if prompt else 'prompt'}: nothing to score.")
     # Longest first: the batch that needs the most memory comes at once, not after ten minutes.
-    order = sorted(range(len(trees)), key=lambda i: -len(trees[i][0]) - sum(map(len, trees[i][1])))
-    if row_length and trees:
+    order = sorted(range(len(trees)), key=lambda i: -count_tokens(trees[i]))
+    if row_length is not None:
         check_packed_rows(model, [trees[i] for i in order[:64]], row_length)
     result: list[list[np.ndarray]] = [[] for _ in trees]
-    step = max(1, batch_size // len(trees[0][1])) if trees else 1
-    for start in tqdm(range(0, len(order), step), desc=desc, leave=False, disable=None):
-        batch = order[start : start + step]
+    trees_per_batch = max(1, batch_size // len(trees[0][1]))
+    for start in tqdm(range(0, len(order), trees_per_batch), desc=desc, leave=False, disable=None):
+        batch = order[start : start + trees_per_batch]
         logps = _get_batch_logps(model, [trees[i] for i in batch], row_length)
         for place, values in enumerate(logps):
             result[batch[place % len(batch)]].append(values.double().numpy())
     return result
 
 
-@torch.no_grad()
 def check_packed_rows(model: PreTrainedModel, trees: list[Tree], row_length: int) -> None:
-    """Refuse (UserError) a model that does not compute these trees in a packed row as it computes them alone."""
+    """Refuse a model that computes other log-probs for these trees in a packed row than in its plain forward.
+
+    Raises:
+        UserError: it does.
+    """
     check_packable(model, row_length)
-    probe, dtype = fill_row(trees, row_length), get_low_precision_dtype(model) or torch.float32
-    one_row = [list(range(len(probe)))]
-    with float32_mode(model) if dtype == torch.float32 else nullcontext():
-        check_same_results(
-            model,
-            lambda: torch.cat(_get_batch_logps(model, probe, row_length, one_row)),
-            lambda: torch.cat(_get_batch_logps(model, probe, None)),
-            dtype,
-        )
+    row = fill_row(trees, row_length)
+    check_same_results(
+        model,
+        compute_packed=lambda: torch.cat(_get_batch_logps(model, row, row_length, rows=[list(range(len(row)))])),
+        compute_plain=lambda: torch.cat(_get_batch_logps(model, row, None)),
+        in_float32=has_float32_weights(model),
+    )
 
 
 @torch.no_grad()
 def _get_batch_logps(
     model: PreTrainedModel, trees: list[Tree], row_length: int | None, rows: list[list[int]] | None = None
 ) -> list[torch.Tensor]:
-    """Token log-probs, on the CPU: of the first completion of every tree, then of every second one."""
-    if row_length is None:
-        count = len(trees[0][1])
-        trees = [(prompt, (completions[i],)) for i in range(count) for prompt, completions in trees]
+    """Token log-probs, on the CPU: of the first completion of every tree, then of every second one, and so on."""
+    completions_per_tree = len(trees[0][1])
+    if row_length is None:  # each completion in a row of its own, behind a copy of the prompt
+        trees = [(prompt, (completions[i],)) for i in range(completions_per_tree) for prompt, completions in trees]
+        completions_per_tree = 1
     packed = {name: values.to(model.device) for name, values in pack(trees, row_length, rows).items()}
     if row_length is None:
-        inputs = {"attention_mask": (packed["segment_ids"] >= 0).long()}
+        inputs = {"input_ids": packed["input_ids"], "attention_mask": (packed["segment_ids"] >= 0).long()}
     else:
-        mask = build_additive_mask(packed["segment_ids"], packed["prefix_ids"], get_compute_dtype(model))
-        inputs = {"attention_mask": mask, "position_ids": packed["position_ids"]}
-    keep = torch.zeros_like(packed["input_ids"], dtype=torch.bool).flatten()
-    keep[packed["predicts"]] = True  # a prompt's last token predicts the first of each completion
-    logits = model(
-        input_ids=packed["input_ids"], **inputs, logits_to_keep=keep.view_as(packed["input_ids"]), use_cache=False
-    ).logits.flatten(0, -2)
-    source = (keep.cumsum(0) - 1)[packed["predicts"]]
-    parts = zip(source.split(SOFTMAX_ROWS), packed["targets"].split(SOFTMAX_ROWS), strict=True)
-    logps = torch.cat([-cross_entropy(logits[part].float(), target, reduction="none") for part, target in parts])
-    return list(logps.cpu().split([len(tree[1][i]) for i in range(len(trees[0][1])) for tree in trees]))
+        inputs = build_model_inputs(packed, get_compute_dtype(model))
+    # A prompt's last token predicts the first token of several completions, but its logits are computed once.
+    keep = torch.zeros_like(packed["input_ids"], dtype=torch.bool)
+    keep.flatten()[packed["predicts"]] = True
+    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.flatten(0, -2)
+    row_of_logits = (keep.flatten().cumsum(0) - 1)[packed["predicts"]]
+    logps = [
+        -cross_entropy(logits[index].float(), targets, reduction="none")
+        for index, targets in zip(
+            row_of_logits.split(SOFTMAX_ROWS), packed["targets"].split(SOFTMAX_ROWS), strict=True
+        )
+    ]
+    lengths = [len(completions[i]) for i in range(completions_per_tree) for _, completions in trees]
+    return list(torch.cat(logps).cpu().split(lengths))

@@ -1,17 +1,16 @@
-"""Whether a model computes packed rows rightly: refused by what it is, or held against its own plain forward.
+"""A model's forward on packed rows, and the check that it gives what the plain forward gives.
 
 Packed rows need a model that takes each token's position from `position_ids` and what it sees from a 4-D mask. Some
-decoders ignore one of them in silence (sliding windows, ALiBi, GPT-Neo's local layers). What can be read off a model
-is read first; then a full row is computed both ways, before the first step and again in train mode. Wherever the
-weights are float32 that is done in float32, outside autocast: the question does not depend on precision.
+decoders silently ignore one of them (sliding windows, ALiBi, GPT-Neo's local layers). `check_packable` refuses those
+that can be recognized by their configuration; `check_same_results` then computes one full row both ways.
 """
 
 import functools
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,35 +20,119 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tinydpo.errors import UserError
-from tinydpo.models.precision import in_float32_mode
-from tinydpo.training.packing import Tree, build_additive_mask
+from tinydpo.models.precision import float32_mode
+from tinydpo.training.packing import Tree, build_model_inputs, count_tokens
 
-# Vocabulary columns that TRL's LM head projects at once on a CPU: its own 32,768 do not stay in the cache (forward and
-# backward of 664 positions over GPT-2's vocabulary took 3.5 s, with 1,024 1.6 s, on two cores).
+# Vocabulary columns that TRL's LM head projects at once on a CPU. TRL's own 32,768 do not stay in the cache: forward
+# and backward of 664 positions over GPT-2's vocabulary took 3.5 s, with 1,024 columns 1.6 s, on two cores.
 CPU_TILE = 1024
-PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
-
+PER_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 INSTEAD = "pass --shared_prefix false, which runs the plain padded forward"
-# Root mean square, over tokens, of the difference in natural-log probability. In float32 rounding makes some 1e-6.
-TOLERANCE = 1e-4
-# Where weights themselves are short, rounding is measured: by how far one rounding more, at its start, moves the plain
-# forward (padded otherwise, it gives the same bits on CPUs). docs/performance.md has the rates of false alarms.
-ROUNDINGS = 3.0
+
+# How far packed rows may be from the plain forward: the root mean square, over tokens, of the difference in
+# natural-log probability. In float32 rounding makes some 1e-6.
+FLOAT32_TOLERANCE = 1e-4
+# With weights (or a sharded run) in 16, 8 or 4 bits. Measured on SmolLM2-135M's weights with rows of 512 tokens from
+# HH-RLHF (2026-11-27): rounding makes at most 0.006 in fp16, 0.04 in bf16 and NF4, 0.2 in int8, while a model that
+# ignores positions or the mask, attends over a window or weighs places in the row (ALiBi) is off by at least 0.37.
+LOW_PRECISION_TOLERANCE = 0.25
+
+
+def patch_packed_forward(model: PreTrainedModel, row_length: int) -> None:
+    """Let a model with TRL's fused LM head compute `packed` rows when a batch has them.
+
+    Args:
+        model: a causal LM or a PEFT model around one, after TRL's `add_fused_lm_head`.
+        row_length: the most tokens in a packed row.
+
+    Raises:
+        UserError: the model cannot compute packed rows.
+    """
+    model = unwrap_peft(model)
+    check_packable(model, row_length)
+    use_fused_gelu(model)
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads its arguments from the signature
+    def forward(
+        self: PreTrainedModel, *args: Any, packed: dict | None = None, fused_lm_head: bool = False, **kwargs: Any
+    ) -> Any:
+        if packed is None or not fused_lm_head:
+            return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+        return _packed_forward(self, fused_forward, packed, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _packed_forward(
+    model: PreTrainedModel,
+    fused_forward: Callable[..., Any],
+    packed: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    **kwargs: Any,
+) -> Any:
+    """TRL's fused output for a padded batch, (sequences, length - 1) a field, computed from its packed rows."""
+    answers = labels[:, 1:] != -100
+
+    def keep_predicting_positions(module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        """Give the LM head only the positions that predict an answer's token; on CPUs TRL's head scores them all."""
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[packed["predicts"]][None]
+        return output
+
+    with model.base_model.register_forward_hook(keep_predicting_positions):
+        output = fused_forward(
+            **build_model_inputs(packed, get_mask_dtype(model)),
+            shift_labels=packed["targets"][None],  # the same as labels[:, 1:][answers], without waiting for the GPU
+            fused_lm_head=True,
+            **kwargs,
+        )
+    for name in PER_TOKEN_FIELDS:
+        values = getattr(output, name)
+        if values is not None:
+            setattr(output, name, values.new_zeros(answers.shape).masked_scatter(answers, values))
+    output.label_mask = answers
+    return output
+
+
+def get_mask_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype in which a model's attention adds a mask."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+
+
+def unwrap_peft(model: torch.nn.Module) -> PreTrainedModel:
+    """The model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def use_fused_gelu(model: PreTrainedModel) -> None:
+    """Replace GPT-2's GELU, eight elementwise operations, by PyTorch's single one: the same formula."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, GELUTanh())
+
+
+def use_small_lm_head_tiles() -> None:
+    """Let TRL's LM head project `CPU_TILE` columns of the vocabulary at once, in the whole process."""
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE
 
 
 def check_packable(model: PreTrainedModel, row_length: int) -> None:
-    """Refuse what is known beforehand to be wrong in packed rows.
+    """Refuse models that are known to be wrong in packed rows.
 
     Args:
-        model: a causal LM.
+        model: a causal LM or a reward model.
         row_length: the most tokens in a packed row.
 
     Raises:
         UserError: no position ids, an attention window shorter than a row, an attention backend without 4-D masks, or
             a mixture of experts.
     """
-    config, name = model.config.get_text_config(), type(model).__name__
+    config = model.config.get_text_config()
+    name = type(model).__name__
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise UserError(f"{name} takes no position ids, which packed rows need; {INSTEAD}")
     window = get_attention_window(config)
@@ -60,230 +143,112 @@ def check_packable(model: PreTrainedModel, row_length: int) -> None:
             f"attn_implementation {config._attn_implementation} takes no 4-D mask, which packed rows need; pass "
             f"--attn_implementation sdpa, or {INSTEAD}"
         )
-    if hasattr(config, "output_router_logits"):  # TRL asks for them whatever the config says
+    if hasattr(config, "output_router_logits"):  # TRL asks for them, whatever the value in the config
         raise UserError(f"{name} is a mixture of experts, balanced over padded sequences; {INSTEAD}")
 
 
 def get_attention_window(config: Any) -> int | None:
-    """The fewest tokens that some layer of a model looks back over, None where all see everything."""
+    """The fewest tokens that some layer of a model attends over, None if all layers see everything."""
     windows = []
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-        windows += [config.sliding_window] * any("sliding" in kind for kind in kinds)
+        layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+        if any("sliding" in layer_type for layer_type in layer_types):
+            windows.append(config.sliding_window)
     if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo
         windows.append(config.window_size)
     return min(windows, default=None)
 
 
 def fill_row(trees: Sequence[Tree], row_length: int) -> list[Tree]:
-    """As many trees as one row holds, from the first on, and over again where they are too few."""
-    row, room = [], row_length
+    """As many trees as fit in one row, from the first on, starting over if there are too few."""
+    row: list[Tree] = []
+    tokens = 0
     while True:
-        prompt, completions = tree = trees[len(row) % len(trees)]
-        room -= len(prompt) + sum(map(len, completions))
-        if room < 0 and row:
+        tree = trees[len(row) % len(trees)]
+        tokens += count_tokens(tree)
+        if tokens > row_length and row:
             return row
         row.append(tree)
 
 
+def has_float32_weights(model: torch.nn.Module) -> bool:
+    """Whether all weights are float32 or more; quantized ones are not."""
+    return {parameter.dtype for parameter in model.parameters()} <= {torch.float32, torch.float64}
+
+
 def check_same_results(
     model: PreTrainedModel,
-    together: Callable[[], torch.Tensor],
-    alone: Callable[[], torch.Tensor],
-    dtype: torch.dtype,
-    of: str = "log-probs",
+    compute_packed: Callable[[], torch.Tensor],
+    compute_plain: Callable[[], torch.Tensor],
+    in_float32: bool,
+    results: str = "log-probs",
 ) -> None:
     """Refuse a model whose packed rows differ from its plain forward by more than rounding.
 
     Args:
-        model: without gradients.
-        together: computes token log-probs, or what else `of` says, from a full packed row, of any shape.
-        alone: computes the same from the plain forward.
-        dtype: what both round to: float32, or what weights or a sharded run are kept in.
-        of: what they compute, in a word.
+        model: the model that both compute with.
+        compute_packed: computes token log-probs, or other `results`, from a full packed row.
+        compute_plain: computes the same from the plain forward.
+        in_float32: whether both can compute in float32, outside autocast, where rounding cannot hide a difference.
+        results: what they compute, for the message.
 
     Raises:
         UserError: they differ, or packed rows cannot be computed at all.
     """
-    plain = alone()
-    off = _rms(explain_packing_errors(together, model) - plain)
-    allowed, told = TOLERANCE, f"in float32, where rounding makes less than {TOLERANCE:g}"
-    if dtype != torch.float32:
-        with _rounded_once_more(model, dtype):
-            rounding = _rms(alone() - plain)
-        allowed = max(TOLERANCE, ROUNDINGS * rounding)
-        told = f"where one rounding to {str(dtype).removeprefix('torch.')} makes {rounding:.2g}"
-    if not off <= allowed:
+    name = type(model).__name__
+    with torch.no_grad(), float32_mode(model) if in_float32 else nullcontext():
+        plain = compute_plain()
+        try:
+            packed = compute_packed()
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise UserError(f"{name} cannot compute packed rows ({error}); {INSTEAD}") from error
+    difference = (packed - plain).float().square().mean().sqrt().item()
+    tolerance = FLOAT32_TOLERANCE if in_float32 else LOW_PRECISION_TOLERANCE
+    if not difference <= tolerance:  # NaN is refused too
         raise UserError(
-            f"{type(model).__name__} gives other {of} in packed rows than alone (by {off:.2g} on average, "
-            f"{told}): it does not go by position_ids and a 4-D mask; {INSTEAD}"
+            f"{name} gives other {results} in packed rows than in its plain forward (by {difference:.2g} on average; "
+            f"rounding makes less than {tolerance:g}), so it ignores position_ids or the 4-D mask; {INSTEAD}"
         )
 
 
-def get_low_precision_dtype(model: torch.nn.Module) -> torch.dtype | None:
-    """The shortest type that a model keeps weights in, None where that is float32; 4 and 8 bits count as bfloat16."""
-    dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.float64}
-    short = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)
-    return short or (torch.bfloat16 if dtypes else None)
-
-
-@contextmanager
-def _rounded_once_more(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Move the embedded tokens by as much as rounding to `dtype` may."""
-
-    def move(module: torch.nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator(embedded.device).manual_seed(0)
-        by = torch.rand(embedded.shape, generator=generator, device=embedded.device) - 0.5
-        return (embedded.float() * (1 + torch.finfo(dtype).eps * by)).to(embedded.dtype)
-
-    hook = model.get_input_embeddings().register_forward_hook(move)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _rms(difference: torch.Tensor) -> float:
-    return difference.float().square().mean().sqrt().item()
-
-
-def explain_packing_errors(forward: Callable[[], Any], model: PreTrainedModel) -> Any:
-    """`forward()`, or a UserError where the model cannot take packed rows at all."""
-    try:
-        return forward()
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UserError(f"{type(model).__name__} cannot compute packed rows ({error}); {INSTEAD}") from error
-
-
 def take_compile_options(args: TrainingArguments) -> dict[str, Any] | None:
-    """What `torch.compile` was asked for, by `--torch_compile` or accelerate's `dynamo_backend`, or None.
+    """The options for `torch.compile` from `--torch_compile` or accelerate's `dynamo_backend`, None without either.
 
-    transformers and accelerate then leave the model alone.
+    They are removed from where they stood, so that transformers and accelerate do not compile the model as well.
     """
-    told = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_DYNAMO_")}
-    backend = told.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    names = [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]
+    launcher = {name: os.environ.pop(name) for name in names}
+    backend = launcher.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if not args.torch_compile and backend == "no":
         return None
     options = {
         "backend": args.torch_compile_backend or backend,
-        "mode": args.torch_compile_mode or told.get("ACCELERATE_DYNAMO_MODE"),
+        "mode": args.torch_compile_mode or launcher.get("ACCELERATE_DYNAMO_MODE"),
     }
-    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+    args.torch_compile = False
+    args.torch_compile_backend = None
+    args.torch_compile_mode = None
     return options
 
 
 def compile_blocks(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Compile the transformer blocks of a causal LM for calls with a 4-D mask: packed rows, and nothing else.
+    """Compile the transformer blocks of a causal LM, for calls with packed rows only.
 
-    One graph serves all blocks. PyTorch takes a size of 1 for fixed, so a batch of a single row is one graph more.
+    One graph serves all blocks. PyTorch treats a size of 1 as fixed, so a batch of a single row makes a second graph.
     """
     base = model.base_model
-    plain = base.forward
+    plain_forward = base.forward
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    compiled = [torch.compile(block._call_impl, dynamic=True, **options) for block in blocks]
+    compiled_calls = [torch.compile(block._call_impl, dynamic=True, **options) for block in blocks]
 
-    @functools.wraps(plain)
+    @functools.wraps(plain_forward)
     def forward(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         packed = attention_mask is not None and attention_mask.dim() == 4
-        # They stay so for the backward pass, where checkpointing computes the blocks again.
-        for block, call in zip(blocks, compiled, strict=True):
-            block._compiled_call_impl = call if packed else None
-        return plain(*args, attention_mask=attention_mask, **kwargs)
+        # Not reset afterwards: with activation checkpointing the backward pass computes the blocks again.
+        for block, compiled_call in zip(blocks, compiled_calls, strict=True):
+            block._compiled_call_impl = compiled_call if packed else None
+        return plain_forward(*args, attention_mask=attention_mask, **kwargs)
 
     base.forward = forward
-
-
-def patch_packed_forward(model: PreTrainedModel, row_length: int) -> None:
-    """Have a model with TRL's fused LM head compute `packed` rows where a batch brings them.
-
-    Args:
-        model: a causal LM or a PEFT model around one, after TRL's `add_fused_lm_head`.
-        row_length: the most tokens in a packed row.
-
-    Raises:
-        UserError: the model cannot compute packed rows.
-    """
-    model = unwrap_peft(model)
-    if getattr(model.forward, "packs", False):
-        return
-    check_packable(model, row_length)
-    use_fused_gelu(model)
-    # What accelerate prepared, as it does a reference, enters autocast by itself, whatever `exactly` asks for.
-    wrapped, bare = model.forward, getattr(model, "_original_forward", model.forward)
-
-    @functools.wraps(type(model).forward)  # `generate` reads its arguments off the signature
-    def forward(
-        self: PreTrainedModel, *args: Any, packed: dict | None = None, fused_lm_head: bool = False, **kwargs: Any
-    ) -> Any:
-        fused_forward = bare if in_float32_mode(self) else wrapped
-        if packed is None or not fused_lm_head:
-            return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        return _packed_forward(self, fused_forward, packed, **kwargs)
-
-    forward.packs = True
-    model.forward = types.MethodType(forward, model)
-
-
-def use_fused_gelu(model: PreTrainedModel) -> None:
-    """Swap GPT-2's GELU, eight elementwise operations, for PyTorch's one: the same formula, rounded otherwise."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, GELUTanh())
-
-
-def _packed_forward(
-    model: PreTrainedModel,
-    fused_forward: Any,
-    packed: dict[str, torch.Tensor],
-    labels: torch.Tensor,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    **kwargs: Any,
-) -> Any:
-    """TRL's fused output for a padded batch, (sequences, length - 1) a field, computed from its packed rows."""
-    answers = labels[:, 1:] != -100
-
-    def keep(module: torch.nn.Module, args: tuple, output: Any) -> Any:
-        """Leave the LM head the positions that predict an answer's token, on CPUs too, where TRL's takes all."""
-        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[packed["predicts"]][None]
-        return output
-
-    with model.base_model.register_forward_hook(keep), _lm_head_tile(CPU_TILE if model.device.type == "cpu" else None):
-        output = fused_forward(
-            input_ids=packed["input_ids"],
-            position_ids=packed["position_ids"],
-            attention_mask=build_additive_mask(packed["segment_ids"], packed["prefix_ids"], get_mask_dtype(model)),
-            shift_labels=packed["targets"][None],  # as labels[:, 1:][answers], without waiting for a GPU
-            fused_lm_head=True,
-            **kwargs,
-        )
-    for name in PER_TOKEN:
-        if getattr(output, name) is not None:
-            setattr(output, name, output[name].new_zeros(answers.shape).masked_scatter(answers, output[name]))
-    output.label_mask = answers
-    return output
-
-
-@contextmanager
-def _lm_head_tile(columns: int | None) -> Iterator[None]:
-    """Have TRL's LM head take so many columns of the vocabulary at once, None: its own number."""
-    before = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = columns or before
-    try:
-        yield
-    finally:
-        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
-
-
-def get_mask_dtype(model: PreTrainedModel) -> torch.dtype:
-    """What a model's attention adds a mask in."""
-    device = model.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-
-
-def unwrap_peft(model: torch.nn.Module) -> PreTrainedModel:
-    """The model below a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,47 +1,62 @@
-"""Rows without padding: prompts and what follows them, side by side, none seeing another.
+"""Rows without padding: prompts and their completions side by side, none seeing another.
 
-A tree is a prompt with its completions. Its tokens stand in one row, `prompt | completion | completion …`: the prompt
-is computed once, each completion's positions go on where the prompt's end, and a mask keeps completions of one prompt,
-and trees of one row, from seeing each other. What a completion token sees is what it would see alone.
+A tree is a prompt with its completions, laid out in one row as `prompt | completion | completion …`. The prompt is
+computed once. Positions of every completion continue from the prompt's end, and a mask keeps the completions of a
+prompt, and the trees of a row, from seeing each other: a completion token sees what it would see alone.
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 
 import torch
 
-Tree = tuple[Sequence[int], Sequence[Sequence[int]]]
+Tree = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and its completions, all as token ids
 ATTENTION_TOKENS = 4608  # row length at which attention costs a block of GPT-2 small as much as its matrices do
 PAD_MULTIPLE = 8  # attention kernels on GPUs want masks whose rows are aligned
+PADDING = {"input_ids": 0, "position_ids": 0, "segment_ids": -1, "prefix_ids": -1}
 
 
 def assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Spread trees over rows as evenly as a longest-first rule gets.
-
-    Even rows rather than full ones: the batch is padded to its longest row. Of all numbers of rows the one is taken
-    that costs least, by what a block of GPT-2 small computes.
+    """Choose a row for each tree: of all numbers of rows, the one that costs a model least.
 
     Args:
         lengths: tokens of each tree.
-        row_length: the most tokens a row may hold, or as many as the longest tree has if that is more.
+        row_length: the most tokens a row may hold; a longer tree gets its own length.
 
     Returns:
         For each row the indices of its trees.
     """
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    room = max(row_length, lengths[longest_first[0]])
-    fewest = -(-sum(lengths) // room)
+    room = max(row_length, *lengths)
+    fewest_rows = math.ceil(sum(lengths) / room)
+    best_rows: list[list[int]] = []
+    lowest_cost = math.inf
+    for count in range(fewest_rows, len(lengths) + 1):
+        rows = _spread_evenly(lengths, count)
+        longest = max(sum(lengths[i] for i in row) for row in rows)
+        # All rows are padded to the longest one. Matrices cost by its length, attention by the square of it.
+        cost = count * longest * (1 + longest / ATTENTION_TOKENS)
+        if longest <= room and cost < lowest_cost:
+            best_rows = rows
+            lowest_cost = cost
+    return best_rows
 
-    def spread(count: int) -> tuple[float, list[list[int]]]:
-        rows, filled = [[] for _ in range(count)], [(0, row) for row in range(count)]
-        for index in longest_first:
-            tokens, row = heapq.heappop(filled)
-            rows[row].append(index)
-            heapq.heappush(filled, (tokens + lengths[index], row))
-        longest = max(filled)[0]
-        return (count * longest * (1 + longest / ATTENTION_TOKENS) if longest <= room else float("inf")), rows
 
-    return min((spread(count) for count in range(fewest, len(lengths) + 1)), key=lambda option: option[0])[1]
+def _spread_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Put trees, the longest first, each into the row that is shortest so far."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    shortest_first = [(0, row) for row in range(count)]  # a heap of (tokens, row)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens, row = heapq.heappop(shortest_first)
+        rows[row].append(index)
+        heapq.heappush(shortest_first, (tokens + lengths[index], row))
+    return rows
+
+
+def count_tokens(tree: Tree) -> int:
+    """Tokens of a prompt and all its completions."""
+    prompt, completions = tree
+    return len(prompt) + sum(len(completion) for completion in completions)
 
 
 def pack(
@@ -52,65 +67,74 @@ def pack(
     Args:
         trees: prompts of at least one token, each with its completions (or with none).
         row_length: the most tokens a row may hold; None gives each tree a row of its own.
-        rows: which trees stand in which row, by index; by default `assign_rows` says.
+        rows: for each row the indices of its trees; by default `assign_rows` decides.
 
     Returns:
         int64 tensors, four of shape (rows, length) and three flat:
-            `input_ids`: the tokens, 0 where a row is padded;
-            `position_ids`: each token's place in its own sequence;
-            `segment_ids`: which prompt or completion a token belongs to, -1 for padding;
+            `input_ids`: the tokens, 0 for padding;
+            `position_ids`: each token's position in its own sequence;
+            `segment_ids`: the prompt or completion that a token belongs to, -1 for padding;
             `prefix_ids`: the segment of its prompt;
-            `predicts`: for every completion token, first completions of all trees first, then all second ones …, the
-            flat index into (rows · length) of the token that predicts it;
+            `predicts`: for each completion token, the flat index into (rows · length) of the token that predicts it,
+            ordered by first completions of all trees, then second completions …;
             `targets`: those completion tokens;
-            `lasts`: for every completion, in that order, the flat index of its last token (of the prompt's, where it
-            is empty).
+            `lasts`: for each completion, in that order, the flat index of its last token (of its prompt's last token
+            if it is empty).
     """
-    lengths = [len(prompt) + sum(map(len, completions)) for prompt, completions in trees]
     if rows is None:
+        lengths = [count_tokens(tree) for tree in trees]
         rows = assign_rows(lengths, row_length) if row_length else [[index] for index in range(len(trees))]
-    segments = 1 + max((len(completions) for _, completions in trees), default=0)
-    laid, starts = [], {}  # starts: (tree, completion) -> (row, its first token's place, its prompt's last)
+    segments_per_tree = 1 + max(len(completions) for _, completions in trees)
+    packed_rows = []
+    starts = {}  # (tree, completion) -> its row, the column of its first token, the column of its prompt's last token
     for row, indices in enumerate(rows):
-        ids, positions, segment_ids, prefix_ids = [], [], [], []
+        columns: dict[str, list[int]] = {name: [] for name in PADDING}
         for index in indices:
             prompt, completions = trees[index]
-            last = len(ids) + len(prompt) - 1
+            prompt_segment = index * segments_per_tree
+            prompt_end = len(columns["input_ids"]) + len(prompt) - 1
             for part, tokens in enumerate([prompt, *completions]):
-                if part:
-                    starts[index, part - 1] = (row, len(ids), last)
-                first = len(prompt) if part else 0
-                ids += tokens
-                positions += range(first, first + len(tokens))
-                segment_ids += [index * segments + part] * len(tokens)
-                prefix_ids += [index * segments] * len(tokens)
-        laid.append((ids, positions, segment_ids, prefix_ids))
-    length = -(-max(len(ids) for ids, *_ in laid) // PAD_MULTIPLE) * PAD_MULTIPLE
-    predicts, targets, lasts = [], [], []
-    for part in range(segments - 1):
-        for index, (_, completions) in enumerate(trees):
-            if part < len(completions):
-                row, start, last = starts[index, part]
-                places = [row * length + at for at in (last, *range(start, start + len(completions[part])))]
-                predicts += places[:-1]  # the last token predicts nothing
-                targets += completions[part]
-                lasts.append(places[-1])
-    names, fills = ("input_ids", "position_ids", "segment_ids", "prefix_ids"), (0, 0, -1, -1)
+                if part > 0:
+                    starts[index, part - 1] = (row, len(columns["input_ids"]), prompt_end)
+                first_position = len(prompt) if part > 0 else 0
+                columns["input_ids"] += tokens
+                columns["position_ids"] += range(first_position, first_position + len(tokens))
+                columns["segment_ids"] += [prompt_segment + part] * len(tokens)
+                columns["prefix_ids"] += [prompt_segment] * len(tokens)
+        packed_rows.append(columns)
+    longest = max(len(columns["input_ids"]) for columns in packed_rows)
+    length = math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE
     packed = {
-        name: torch.tensor([row[k] + [fill] * (length - len(row[k])) for row in laid])
-        for k, (name, fill) in enumerate(zip(names, fills, strict=True))
+        name: torch.tensor([columns[name] + [fill] * (length - len(columns[name])) for columns in packed_rows])
+        for name, fill in PADDING.items()
     }
-    flat = {"predicts": predicts, "targets": targets, "lasts": lasts}
-    return packed | {name: torch.tensor(values, dtype=torch.long) for name, values in flat.items()}
+    return packed | _index_completions(trees, starts, length)
+
+
+def _index_completions(
+    trees: Sequence[Tree], starts: dict[tuple[int, int], tuple[int, int, int]], length: int
+) -> dict[str, torch.Tensor]:
+    """`predicts`, `targets` and `lasts` of `pack`, from where each completion starts in rows of this length."""
+    flat: dict[str, list[int]] = {"predicts": [], "targets": [], "lasts": []}
+    for index, part in sorted(starts, key=lambda start: (start[1], start[0])):
+        row, start, prompt_end = starts[index, part]
+        tokens = trees[index][1][part]
+        # The prompt's last token predicts the first one of the completion, which predicts the second, and so on.
+        columns = [prompt_end, *range(start, start + len(tokens))]
+        places = [row * length + column for column in columns]
+        flat["predicts"] += places[:-1]
+        flat["targets"] += tokens
+        flat["lasts"].append(places[-1])
+    return {name: torch.tensor(values, dtype=torch.long) for name, values in flat.items()}
 
 
 def build_additive_mask(segment_ids: torch.Tensor, prefix_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What each token may attend to, to be added to attention scores.
 
     Args:
-        segment_ids: (rows, length), as `pack` gives it.
+        segment_ids: (rows, length), as `pack` returns it.
         prefix_ids: (rows, length), likewise.
-        dtype: floating; a bool mask would be added as 0 and 1 by transformers' eager attention, without a word.
+        dtype: floating point. transformers' eager attention would add a bool mask as 0 and 1, without a warning.
 
     Returns:
         (rows, 1, length, length): 0 for a token's own segment and its prompt, up to itself; else the dtype's lowest.
@@ -121,3 +145,12 @@ def build_additive_mask(segment_ids: torch.Tensor, prefix_ids: torch.Tensor, dty
     seen &= torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
     mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype, device=segment_ids.device)
     return mask.masked_fill_(seen, 0)[:, None]
+
+
+def build_model_inputs(packed: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What a decoder takes of `packed` rows when its attention computes in `dtype`."""
+    return {
+        "input_ids": packed["input_ids"],
+        "position_ids": packed["position_ids"],
+        "attention_mask": build_additive_mask(packed["segment_ids"], packed["prefix_ids"], dtype),
+    }

@@ -2,36 +2,30 @@
 
 A reward model is a decoder with one output, read at the last token of `prompt + answer` that is not the pad token
 (transformers' rule). `scripts/reward.py` pads with the token that ends an answer, so the score is that of an answer's
-last word, whether it came to its end or was cut: what samples are scored by too. `packing` puts both answers behind
-one prompt, and the scores come back in the order of TRL's padded batch, whose loss and metrics stay TRL's.
+last word, whether the answer ended or was cut. Samples are scored by the same rule.
 """
 
 import functools
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from tinydpo.errors import UserError
 from tinydpo.models.precision import use_float32_head
-from tinydpo.training.by_length import ByLength
-from tinydpo.training.checkpoints import SealedCheckpointsMixin
-from tinydpo.training.means import RewardsAlike
 from tinydpo.training.packed_forward import INSTEAD, check_packable, get_mask_dtype, use_fused_gelu
-from tinydpo.training.packing import Tree, build_additive_mask
+from tinydpo.training.packing import Tree, build_model_inputs
 from tinydpo.training.throughput import Counts
-from tinydpo.training.trainers import PackedCollator, PackedTrainerMixin, TokenCounterMixin
+from tinydpo.training.trainers import FittedTrainerMixin, PackedCollator, PackedTrainerMixin
 
-# A causal LM has no score and a score needs no LM head: TRL keeps transformers from telling so, but not of GPT-2.
+# A causal LM has no score, and a reward model no LM head. TRL hides transformers' warning about it, but not GPT-2's.
 EXPECTED_KEY_MISMATCHES = {
     "_keys_to_ignore_on_load_missing": [r"^score\.weight$"],
     "_keys_to_ignore_on_load_unexpected": [r"^lm_head\."],
@@ -40,113 +34,101 @@ EXPECTED_KEY_MISMATCHES = {
 
 @dataclass
 class PreferenceCollator(DataCollatorForPreference):
-    """TRL's batch of pairs, each answer behind its prompt, and how many `tokens` there are with each prompt once."""
+    """TRL's batch of pairs, each answer behind its prompt."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """See TRL's."""
         joined = [
-            {f"{part}_ids": [*row["prompt_ids"], *row[f"{part}_ids"]] for part in ("chosen", "rejected")}
-            for row in examples
+            {name: [*row["prompt_ids"], *row[name]] for name in ("chosen_ids", "rejected_ids")} for row in examples
         ]
-        tokens = sum(len(row[f"{part}_ids"]) for row in examples for part in ("prompt", "chosen", "rejected"))
-        return super().torch_call(joined) | {"tokens": tokens}
+        return super().torch_call(joined)
 
 
 @dataclass
 class PackedRewardCollator(PackedCollator, PreferenceCollator):
     """TRL's batch of pairs, and each pair as one tree that ends where its scores are read."""
 
-    def tree(self, row: dict[str, Any]) -> Tree:
-        """A pair without what follows the last token that is not the pad token: no score sees it."""
+    def build_tree(self, row: dict[str, Any]) -> Tree:
+        """A pair without the tokens behind the last one that is not the pad token: no score depends on them."""
         prompt = row["prompt_ids"]
-        read = [self._upto_score([*prompt, *row[f"{part}_ids"]]) for part in ("chosen", "rejected")]
-        shared = min(len(prompt), *map(len, read))
-        return prompt[:shared], tuple(ids[shared:] for ids in read)
+        sequences = [self._cut_at_score([*prompt, *row[name]]) for name in ("chosen_ids", "rejected_ids")]
+        shared = min(len(prompt), *map(len, sequences))
+        return prompt[:shared], tuple(ids[shared:] for ids in sequences)
 
-    def _upto_score(self, ids: list[int]) -> list[int]:
-        last = next((at for at in reversed(range(len(ids))) if ids[at] != self.pad_token_id), 0)
+    def _cut_at_score(self, ids: list[int]) -> list[int]:
+        last = next((i for i in reversed(range(len(ids))) if ids[i] != self.pad_token_id), 0)
         return ids[: last + 1]
 
 
-class FittedRewardTrainer(SealedCheckpointsMixin, ByLength, TokenCounterMixin, RewardsAlike, RewardTrainer):
-    """`RewardTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`)."""
+class FittedRewardTrainer(FittedTrainerMixin, RewardTrainer):
+    """`RewardTrainer` for rows with `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
-    def __init__(
-        self, *given: Any, args: RewardConfig, processing_class: Any, data_collator: Any = None, **kwargs: Any
-    ):
+    def __init__(self, *, args: RewardConfig, processing_class: Any, data_collator: Any = None, **kwargs: Any):
         """TRL's own arguments; the tokenizer has a pad token."""
-        pad, multiple = processing_class.pad_token_id, args.pad_to_multiple_of
-        collator = data_collator or PreferenceCollator(pad_token_id=pad, pad_to_multiple_of=multiple)
+        if data_collator is None:
+            data_collator = PreferenceCollator(
+                processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
+            )
         with patch.multiple(PreTrainedModel, **EXPECTED_KEY_MISMATCHES):
-            super().__init__(*given, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
-        self.model.config.fitted_to = self.args.max_length  # evaluation reads it and scores likewise
-        use_float32_head(self.model)
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset
+            super().__init__(args=args, processing_class=processing_class, data_collator=data_collator, **kwargs)
+        self.model.config.fitted_to = self.args.max_length  # evaluation reads it and cuts what it scores likewise
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
-    def cost(self, tokens: Callable[[str], np.ndarray]) -> np.ndarray:
-        """Both sequences of a pair are padded to the longer one."""
-        return tokens("prompt_ids") + np.maximum(tokens("chosen_ids"), tokens("rejected_ids"))
+    def _prepare_models(self) -> None:
+        use_float32_head(self.model)
 
-    def computed(self, inputs: dict[str, Any]) -> Counts:
-        """See `Counted`: there is no LM head."""
-        packed = inputs.get("packed")
-        tokens, positions = (packed["tokens"], packed["input_ids"].numel()) if packed else (inputs["tokens"], 0)
-        return Counts(len(inputs["input_ids"]) // 2, tokens, 0, positions)
+    def count_batch(self, inputs: dict[str, Any]) -> Counts:
+        """Prompts are counted twice, as they are computed; no LM head scores anything."""
+        return Counts(len(inputs["input_ids"]) // 2, inputs["attention_mask"].sum())
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's; the model has no use for the count of tokens."""
-        inputs = {name: value for name, value in inputs.items() if name != "tokens"}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def score_rows(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Rewards of each pair's chosen and rejected answer."""
+        return model(**inputs, use_cache=False).logits.view(2, -1).T
+
+    def get_eval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """`loss` is -log sigmoid(margin), whatever `center_rewards_coefficient` adds to it in training."""
+        rewards = prediction.predictions.astype(np.float64)
+        margins = rewards[:, 0] - rewards[:, 1]
+        return {
+            "loss": np.logaddexp(0, -margins).mean(),
+            "accuracy": (margins > 0).mean(),
+            "margin": margins.mean(),
+            "min_reward": rewards.min(),
+            "mean_reward": rewards.mean(),
+            "max_reward": rewards.max(),
+        }
 
 
 class PackedRewardTrainer(PackedTrainerMixin, FittedRewardTrainer):
-    """`RewardTrainer` for fitted pairs, with each pair's prompt computed once and no padding."""
+    """`FittedRewardTrainer` that computes each pair's prompt once, without padding."""
 
-    collator = PackedRewardCollator
-    checks = "scores"
+    collator_type = PackedRewardCollator
+    results = "scores"
 
-    def cost(self, tokens: Callable[[str], np.ndarray]) -> np.ndarray:
-        """Each part of a pair is computed once."""
-        return sum(map(tokens, ("prompt_ids", "chosen_ids", "rejected_ids")))
-
-    @staticmethod
-    def pack_model(model: PreTrainedModel, row_length: int) -> None:
-        """Have a reward model compute `packed` rows where a batch brings them.
+    def patch_model(self, model: PreTrainedModel) -> None:
+        """Let a reward model compute `packed` rows when a batch has them.
 
         Raises:
             UserError: it cannot.
         """
-        check_packable(model, row_length)
+        check_packable(model, self.data_collator.row_length)
         if not hasattr(model, "score"):
             raise UserError(f"{type(model).__name__} has no linear head on its last layer; {INSTEAD}")
         use_fused_gelu(model)
-        plain = model.forward
+        plain_forward = model.forward
 
         @functools.wraps(type(model).forward)
         def forward(self: PreTrainedModel, *args: Any, packed: dict | None = None, **kwargs: Any) -> Any:
             if packed is None:
-                return plain(*args, **kwargs)
-            hidden = self.base_model(
-                input_ids=packed["input_ids"],
-                position_ids=packed["position_ids"],
-                attention_mask=build_additive_mask(packed["segment_ids"], packed["prefix_ids"], get_mask_dtype(self)),
-                use_cache=False,
-            ).last_hidden_state
+                return plain_forward(*args, **kwargs)
+            inputs = build_model_inputs(packed, get_mask_dtype(self))
+            hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
             return SequenceClassifierOutputWithPast(logits=self.score(hidden.flatten(0, 1)[packed["lasts"]]))
 
         model.forward = types.MethodType(forward, model)
 
-    @staticmethod
-    def checked(model: torch.nn.Module, batch: dict[str, Any], **packed: Any) -> torch.Tensor:
-        """See `PackedTrainer`: a pair's two scores."""
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **packed).logits
-
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's, after the check."""
-        self._check(model)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_results(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """What the check compares."""
+        return self.score_rows(model, inputs)

@@ -1,21 +1,20 @@
-"""TRL's trainers on fitted pairs: losses, metrics, PEFT, checkpoints and logging stay TRL's."""
+"""TRL's trainers on fitted pairs. Losses, training metrics, PEFT, checkpoints and logging stay TRL's.
 
-from collections.abc import Callable
+`FittedTrainerMixin` is what all of them share: rows that are tokens already, whole optimizer steps, a float32 LM head
+and an evaluation that does not depend on the batch. `PackedTrainerMixin` adds packed rows.
+"""
+
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 from trl import DPOTrainer, SFTTrainer
-from trl.trainer import dpo_trainer, sft_trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
@@ -23,114 +22,227 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 from tinydpo.data.pairs import MANY_ROWS
 from tinydpo.data.splits import hide_progress_bars
 from tinydpo.errors import UserError
-from tinydpo.models.precision import float32_mode
-from tinydpo.training.by_length import ByLength
 from tinydpo.training.checkpoints import SealedCheckpointsMixin
-from tinydpo.training.means import SPARE, PairsAlike, TokensAlike
 from tinydpo.training.packed_forward import (
     INSTEAD,
     check_same_results,
     compile_blocks,
     fill_row,
-    get_low_precision_dtype,
+    has_float32_weights,
     patch_packed_forward,
     take_compile_options,
     unwrap_peft,
+    use_small_lm_head_tiles,
 )
-from tinydpo.training.packing import Tree, pack
-from tinydpo.training.reference_cache import hash_split, on_every_machine
+from tinydpo.training.packing import Tree, count_tokens, pack
 from tinydpo.training.throughput import Counts
 
-HEAD = "float32"  # part of the name of cached reference log-probs: earlier ones were rounded to the blocks' dtype
 
+class FittedTrainerMixin(SealedCheckpointsMixin):
+    """For a TRL trainer: trains on rows of token ids in whole steps, and evaluates every row by itself.
 
-class Float32HeadMixin:
-    """For a TRL trainer: its fused LM head computes in float32, outside autocast, for policy and reference alike.
-
-    TRL has it round logits to the blocks' dtype; `models.precision` says what that does to pretrained models.
+    A subclass counts what a training batch computes (`count_batch`), scores rows for an evaluation (`score_rows`, of
+    shape (rows, scores)) and makes metrics of the scores of all rows (`get_eval_metrics`, without the prefix `eval_`).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        """TRL's own arguments."""
-        fuse = partial(add_fused_lm_head, cast_lm_head_to_fp32=True)
-        with (
-            patch.object(dpo_trainer, "add_fused_lm_head", fuse),
-            patch.object(sft_trainer, "add_fused_lm_head", fuse),
-        ):
-            super().__init__(*args, **kwargs)
+    head_outputs = ("log_probs",)  # what TRL's fused LM head computes for the policy
+    counted = Counts()  # what this process's training steps have computed so far, for `Throughput`
+    _models_are_prepared = False
 
+    def __init__(self, *, args: TrainingArguments, train_dataset: Dataset, **kwargs: Any):
+        """TRL's own arguments.
 
-class TokenCounterMixin:
-    """For a TRL trainer: `counted` is what its training steps have computed, without a wait for the device."""
-
-    counted = Counts()
-
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's, counted."""
-        self.counted = self.counted.plus(Counts() if inputs.get(SPARE) else self.computed(inputs))
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def computed(self, inputs: dict[str, Any]) -> Counts:
-        """What a batch is to compute."""
-        rows, packed, mask = inputs["input_ids"], inputs.get("packed"), inputs.get("attention_mask")
-        completions = inputs.get("completion_mask")  # SFT's batches have labels
-        pairs = len(rows) if completions is None else len(rows) // 2
-        if packed:
-            return Counts(pairs, packed["tokens"], packed["targets"].numel(), packed["input_ids"].numel())
-        if completions is not None:
-            scored, prompts = completions.sum(), (mask - completions)[:pairs].sum()
-            return Counts(pairs, prompts + scored, scored)
-        scored = (inputs["labels"][:, 1:] != -100).sum()
-        free = mask is None  # `--packing`: all examples stand in one row
-        examples, tokens = (inputs["position_ids"].eq(0).sum(), rows.numel()) if free else (pairs, mask.sum())
-        return Counts(examples, tokens, scored)
-
-
-class FittedDPOTrainer(SealedCheckpointsMixin, ByLength, Float32HeadMixin, TokenCounterMixin, PairsAlike, DPOTrainer):
-    """`DPOTrainer` for pairs that are tokens already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
-
-    TRL tokenizes from text and cuts after the first `max_length` tokens, which takes the signal from a third of HH's
-    pairs; fitted pairs need neither.
-    """
+        Raises:
+            UserError: fewer rows than processes.
+        """
+        shrink_step(args, len(train_dataset))
+        super().__init__(args=args, train_dataset=train_dataset, **kwargs)
+        self.compute_metrics = self.get_eval_metrics
+        self.prepare_models()
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset
+        return dataset  # TRL would tokenize text, and cut it after the first `max_length` tokens
 
-    def cost(self, tokens: Callable[[str], np.ndarray]) -> np.ndarray:
-        """Both sequences of a pair are padded to the longer one."""
-        return tokens("prompt_ids") + np.maximum(tokens("chosen_ids"), tokens("rejected_ids"))
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """TRL's, less the last, incomplete step of an epoch, in which each pair would count for more."""
+        sampler = super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        rows = len(dataset) // per_step * per_step
+        if isinstance(sampler, RandomSampler):
+            return RandomSampler(dataset, num_samples=rows)  # every epoch leaves out other rows
+        if isinstance(sampler, SequentialSampler):
+            return SequentialSampler(range(rows))
+        return sampler
+
+    def get_models(self) -> list[PreTrainedModel]:
+        """The policy and, if it is in memory, the reference, without what accelerate wraps around them."""
+        models = [self.model, getattr(self, "ref_model", None)]
+        return [self.accelerator.unwrap_model(model) for model in models if model is not None]
+
+    def prepare_models(self) -> None:
+        """Change the models' forward, once, before they compute anything."""
+        if not self._models_are_prepared:
+            self._models_are_prepared = True
+            self._prepare_models()
+
+    def _prepare_models(self) -> None:
+        """Have TRL's LM head compute in float32, outside autocast; `models.precision` says why.
+
+        Added once more, it takes the place of the one that TRL's constructor added.
+        """
+        for model, outputs in zip(self.get_models(), (self.head_outputs, ("log_probs",)), strict=False):
+            add_fused_lm_head(unwrap_peft(model), cast_lm_head_to_fp32=True, outputs=outputs)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's, and counts what it computes."""
+        self.counted = self.counted.plus(self.count_batch(inputs))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """Score each row of an evaluation batch.
+
+        transformers gathers the scores of all batches and processes, each row once, for `get_eval_metrics`. TRL would
+        average the means of batches, which are not equally large.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scores = self.score_rows(model, inputs)
+        return None, scores, scores  # transformers computes metrics only if there are labels as well
+
+
+def shrink_step(args: TrainingArguments, rows: int) -> None:
+    """Make an optimizer step as small as the training data, if that is smaller than one step.
+
+    Raises:
+        UserError: fewer rows than processes.
+    """
+    processes = args.world_size
+    pairs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    if rows >= pairs_per_step:
+        return
+    share = rows // processes
+    if share == 0:
+        raise UserError(f"there are {rows} rows to train on, fewer than the {processes} processes; start fewer")
+    most = min(share, args.per_device_train_batch_size)
+    batch = max(size for size in range(1, most + 1) if share % size == 0)
+    args.per_device_train_batch_size = batch
+    args.gradient_accumulation_steps = share // batch
+    if args.process_index == 0:
+        print(f"{rows} rows are fewer than the {pairs_per_step} of a step: a step now takes {share * processes}.")
+
+
+def get_completion_logps(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of a batch's completion tokens (0 elsewhere) and where they are, both (sequences, length - 1).
+
+    Args:
+        model: with TRL's fused LM head.
+        inputs: a batch from TRL's collator for DPO (both answers of n pairs) or SFT; computed in packed rows if it
+            has them.
+    """
+    if "completion_mask" in inputs:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    else:
+        labels = inputs["labels"]
+    names = ("input_ids", "attention_mask", "position_ids", "packed")
+    model_inputs = {name: inputs[name] for name in names if name in inputs}
+    output = model(**model_inputs, labels=labels, fused_lm_head=True, use_cache=False)
+    return output.log_probs, labels[:, 1:] != -100
+
+
+class FittedDPOTrainer(FittedTrainerMixin, DPOTrainer):
+    """`DPOTrainer` for rows with `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+
+    head_outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
+
+    def _prepare_models(self) -> None:
+        if self.use_weighting:
+            self.head_outputs += ("log_sum_sq_probs",)
+        super()._prepare_models()
+        # Names the cache of reference log-probs. TRL takes the weights alone, but these change log-probs too.
+        precision = ("float32 head", self.args.bf16, self.args.fp16, self.args.tf32)
+        attention = self.model.config._attn_implementation
+        names = (self._precompute_model_hash, self.ld_alpha, precision, attention, type(self).__name__)
+        self._precompute_model_hash = Hasher.hash(names)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """TRL's own, with all that changes the log-probs in the cache's key, not data and weights alone."""
-        if is_deepspeed_zero3_enabled() and isinstance(self._precompute_model_hash, str):
-            self._precompute_model_hash = hash_split(self.ref_model or self.model)
-        weights = self._precompute_model_hash
-        args = self.args
-        precision = (args.bf16, args.fp16, args.tf32, self.model.config._attn_implementation)
-        self._precompute_model_hash = Hasher.hash((weights, self.ld_alpha, precision, type(self).__name__, HEAD))
-        key = broadcast_object_list([Hasher.hash((dataset._fingerprint, self._precompute_model_hash))])[0]
-        cached = Path(dataset._get_cache_file_path(key))
-        try:
-            with on_every_machine(self.accelerator, cached):
-                return super()._precompute_ref_logps(dataset, name, batch_size)
-        finally:
-            self._precompute_model_hash = weights
+        self.prepare_models()  # TRL's constructor calls this method before it returns
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def count_batch(self, inputs: dict[str, Any]) -> Counts:
+        """Prompts are counted once, though padded batches hold them twice."""
+        pairs = len(inputs["input_ids"]) // 2
+        scored = inputs["completion_mask"].sum()
+        prompts = (inputs["attention_mask"] - inputs["completion_mask"])[:pairs].sum()
+        return Counts(pairs, prompts + scored, scored)
+
+    def score_rows(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Log-probs of each pair: chosen and rejected under the policy, chosen and rejected under the reference."""
+        chosen, rejected = self._sum_logps(*get_completion_logps(model, inputs)).chunk(2)
+        if "ref_chosen_logps" in inputs:
+            reference = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+        else:
+            reference = self.compute_ref_log_probs(self.ref_model or model, inputs)
+        return torch.stack([chosen, rejected, *reference], dim=1)
+
+    def _sum_logps(self, logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Sum completions, (2n, length) to (2n,); with `ld_alpha`, tokens past the shorter answer count by it."""
+        if self.ld_alpha is not None:
+            shorter = mask.sum(1).view(2, -1).amin(0).repeat(2)
+            past_shorter = mask.cumsum(1) > shorter[:, None]
+            logps = torch.where(past_shorter, self.ld_alpha * logps, logps)
+        return logps.sum(1)
+
+    def get_eval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """As scripts/evaluate.py measures them. `loss` is DPO's own (arXiv 2305.18290, eq. 7) for every loss_type."""
+        chosen, rejected, ref_chosen, ref_rejected = prediction.predictions.astype(np.float64).T
+        reward_chosen = self.beta * (chosen - ref_chosen)
+        reward_rejected = self.beta * (rejected - ref_rejected)
+        margins = reward_chosen - reward_rejected
+        return {
+            "loss": np.logaddexp(0, -margins).mean(),  # -log sigmoid(margin)
+            "rewards/chosen": reward_chosen.mean(),
+            "rewards/rejected": reward_rejected.mean(),
+            "rewards/accuracies": (margins > 0).mean(),
+            "rewards/margins": margins.mean(),
+            "logps/chosen": chosen.mean(),
+            "logps/rejected": rejected.mean(),
+        }
 
 
-class FittedSFTTrainer(SealedCheckpointsMixin, ByLength, Float32HeadMixin, TokenCounterMixin, TokensAlike, SFTTrainer):
-    """`SFTTrainer` without dropout, for which `SFTConfig`, unlike `DPOConfig`, has no option.
+class FittedSFTTrainer(FittedTrainerMixin, SFTTrainer):
+    """`SFTTrainer` for rows with `input_ids` and `labels`, without dropout.
 
-    With it 1 and 2 processes, which draw other masks, would not agree.
+    `SFTConfig`, unlike `DPOConfig`, has no option for that. With dropout, 1 and 2 processes would not agree: they draw
+    other masks.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        """TRL's own arguments."""
-        super().__init__(*args, **kwargs)
+    head_outputs = ("log_probs", "entropy", "is_top1")
+
+    def _prepare_models(self) -> None:
         disable_dropout_in_model(self.model)
+        super()._prepare_models()
+
+    def count_batch(self, inputs: dict[str, Any]) -> Counts:
+        """Without an attention mask (`--packing`), examples stand in one row and positions begin with each."""
+        scored = (inputs["labels"][:, 1:] != -100).sum()
+        if "attention_mask" in inputs:
+            return Counts(len(inputs["input_ids"]), inputs["attention_mask"].sum(), scored)
+        return Counts((inputs["position_ids"] == 0).sum(), inputs["input_ids"].numel(), scored)
+
+    def score_rows(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Log-prob of each completion, and its tokens."""
+        logps, mask = get_completion_logps(model, inputs)
+        return torch.stack([logps.sum(1), mask.sum(1)], dim=1)
+
+    def get_eval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """NLL of a completion token in nats, for every loss_type."""
+        logps, tokens = prediction.predictions.astype(np.float64).T
+        return {"loss": -logps.sum() / tokens.sum()}
 
 
 def build_sft_rows(pairs: Dataset, completion_only: bool = True) -> Dataset:
-    """The chosen answers of fitted pairs as `SFTTrainer` reads them without preparing them again.
+    """The chosen answers of fitted pairs, as `SFTTrainer` reads them without preparing them again.
 
     Args:
         pairs: rows with `prompt_ids` and `chosen_ids`.
@@ -140,36 +252,37 @@ def build_sft_rows(pairs: Dataset, completion_only: bool = True) -> Dataset:
         A row for each, with `input_ids` and `labels` (-100 where a token carries no loss).
     """
 
-    def rows(batch: dict[str, list]) -> dict[str, list]:
-        both = list(zip(batch["prompt_ids"], batch["chosen_ids"], strict=True))
-        return {
-            "input_ids": [prompt + chosen for prompt, chosen in both],
-            "labels": [([-100] * len(prompt) if completion_only else prompt) + chosen for prompt, chosen in both],
-        }
+    def join(batch: dict[str, list]) -> dict[str, list]:
+        rows = {"input_ids": [], "labels": []}
+        for prompt, chosen in zip(batch["prompt_ids"], batch["chosen_ids"], strict=True):
+            rows["input_ids"].append(prompt + chosen)
+            rows["labels"].append(([-100] * len(prompt) if completion_only else prompt) + chosen)
+        return rows
 
     with hide_progress_bars(small=len(pairs) < MANY_ROWS):
-        return pairs.map(rows, batched=True, remove_columns=pairs.column_names, desc="Joining prompts and answers")
+        return pairs.map(join, batched=True, remove_columns=pairs.column_names, desc="Joining prompts and answers")
 
 
 @dataclass(kw_only=True)
 class PackedCollator:
-    """What both collators below add to TRL's batch: the same tokens as `packed` rows, each prompt once."""
+    """For one of TRL's collators: adds the same tokens as `packed` rows, each prompt once."""
 
     row_length: int
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """See TRL's; `packed` is what `packing.pack` returns, and how many `tokens` it holds."""
-        trees = [self.tree(row) for row in examples]
-        tokens = sum(len(prompt) + sum(map(len, completions)) for prompt, completions in trees)
-        return super().torch_call(examples) | {"packed": pack(trees, self.row_length) | {"tokens": tokens}}
+        """TRL's batch, and `packed`: what `packing.pack` returns, with the number of `trees` and their `tokens`."""
+        trees = [self.build_tree(row) for row in examples]
+        packed = pack(trees, self.row_length)
+        packed |= {"trees": len(trees), "tokens": sum(count_tokens(tree) for tree in trees)}
+        return super().torch_call(examples) | {"packed": packed}
 
 
 @dataclass
 class PackedPreferenceCollator(PackedCollator, DataCollatorForPreference):
     """TRL's batch of pairs, and each pair as one tree."""
 
-    def tree(self, row: dict[str, Any]) -> Tree:
-        """A pair as one tree."""
+    def build_tree(self, row: dict[str, Any]) -> Tree:
+        """A prompt with both of its answers."""
         return row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])
 
 
@@ -177,118 +290,123 @@ class PackedPreferenceCollator(PackedCollator, DataCollatorForPreference):
 class PackedSFTCollator(PackedCollator, DataCollatorForLanguageModeling):
     """TRL's batch of SFT examples, and each example as one tree."""
 
-    def tree(self, row: dict[str, Any]) -> Tree:
-        """What has no label, and at least the first token, is the prompt; the rest the only completion."""
-        ids, labels = row["input_ids"], row["labels"]
-        first = next((i for i, label in enumerate(labels) if label != -100 and i), len(ids))
-        return ids[:first], (ids[first:],)
+    def build_tree(self, row: dict[str, Any]) -> Tree:
+        """The tokens before the first label are the prompt, the rest is its only completion."""
+        ids = row["input_ids"]
+        # At least one token: the first completion token needs something before it.
+        prompt_length = next((i for i, label in enumerate(row["labels"]) if label != -100 and i > 0), len(ids))
+        return ids[:prompt_length], (ids[prompt_length:],)
 
 
 class PackedTrainerMixin:
-    """What packed trainers share: the collator, the model's forward, and the check before the first step."""
+    """For a fitted trainer: computes packed rows, after a check that the model gives the same results in them."""
 
-    collator: type
-    checks = "log-probs"  # what `checked` gives
+    collator_type: type
+    results = "log-probs"  # what the check compares, for its message
 
-    def __init__(self, *given: Any, args: TrainingArguments, row_length: int, processing_class: Any, **kwargs: Any):
+    def __init__(self, *, args: TrainingArguments, row_length: int, processing_class: Any, **kwargs: Any):
         """TRL's own arguments, and `row_length`: the most tokens in a packed row.
 
         Raises:
-            UserError: the model does not honour position ids and a 4-D mask, or a setting rules packed rows out.
+            UserError: the model ignores position ids or a 4-D mask, or a setting rules packed rows out.
         """
-        tokenizer, self._checked, self._compile = processing_class, set(), take_compile_options(args)
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        collator = self.collator(pad_token_id=pad, row_length=row_length)
-        super().__init__(*given, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
-        self._pack()
+        self._checked: set[tuple[bool, bool]] = set()
+        self._compile_options = take_compile_options(args)
+        pad_token = processing_class.pad_token_id
+        if pad_token is None:
+            pad_token = processing_class.eos_token_id
+        collator = self.collator_type(pad_token_id=pad_token, row_length=row_length)
+        super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
 
-    def _pack(self) -> None:
-        """Pack the models' forward and check it: before the reference pass and before the run's folder is written."""
-        models = [self.model, getattr(self, "ref_model", None)]
-        models = [self.accelerator.unwrap_model(model) for model in models if model is not None]
-        for model in models:
-            self.pack_model(model, self.data_collator.row_length)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those compute nothing before their first step
-            before = self.model.training
+    def _prepare_models(self) -> None:
+        """Patch the models' forward and check it: before the reference pass, and before the run's folder exists."""
+        super()._prepare_models()
+        if self.args.device.type == "cpu":
+            use_small_lm_head_tiles()
+        for model in self.get_models():
+            self.patch_model(model)
+        if not (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ):  # those can compute nothing before their first step
+            training = self.model.training
             for mode in (False, True):
-                self._check(self.model.train(mode))
-            self.model.train(before)
-            for reference in models[1:]:  # it may be of another kind
-                self._check(reference)
-        for model in models if self._compile else ():
-            compile_blocks(unwrap_peft(model), self._compile)
-        self._compile = None
+                self.check_model(self.model.train(mode))
+            self.model.train(training)
+            self.check_model(getattr(self, "ref_model", None))  # it may be of another family
+        if self._compile_options:
+            for model in self.get_models():
+                compile_blocks(unwrap_peft(model), self._compile_options)
 
-    @torch.no_grad()
-    def _check(self, model: torch.nn.Module) -> None:
-        """Hold one full row of the run's own data against the plain forward, once a model and mode."""
-        if (mode := (model is getattr(self, "ref_model", None), model.training)) in self._checked:
+    def patch_model(self, model: PreTrainedModel) -> None:
+        """Let a model compute `packed` rows."""
+        patch_packed_forward(model, self.data_collator.row_length)
+
+    def check_model(self, model: torch.nn.Module | None) -> None:
+        """Compare one full row of the run's own data with the plain forward, once for each model and mode.
+
+        Raises:
+            UserError: they differ.
+        """
+        if model is None:
             return
-        self._checked.add(mode)
-        lm, collator = unwrap_peft(self.accelerator.unwrap_model(model)), self.data_collator
+        key = (model is getattr(self, "ref_model", None), model.training)
+        if key in self._checked:
+            return
+        self._checked.add(key)
         if model.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
             raise UserError(f"packed rows need dropout off; leave --disable_dropout true, or {INSTEAD}")
+        batch = self._prepare_inputs(self._build_full_row())
+        plain_batch = {name: value for name, value in batch.items() if name != "packed"}
+        unwrapped = unwrap_peft(self.accelerator.unwrap_model(model))
+        in_float32 = has_float32_weights(unwrapped)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they compute in their own precision
+            in_float32 = in_float32 and not (self.args.bf16 or self.args.fp16)
+        with self.accelerator.autocast():
+            check_same_results(
+                unwrapped,
+                compute_packed=partial(self.compute_results, model, batch),
+                compute_plain=partial(self.compute_results, model, plain_batch),
+                in_float32=in_float32,
+                results=self.results,
+            )
+
+    def _build_full_row(self) -> dict[str, Any]:
+        """A batch of training data, as much of it as one packed row holds."""
+        collator = self.data_collator
         rows = [self.train_dataset[i] for i in range(min(64, len(self.train_dataset)))]
-        trees = fill_row([collator.tree(row) for row in rows], collator.row_length)
+        trees = fill_row([collator.build_tree(row) for row in rows], collator.row_length)
         batch = collator([rows[i % len(rows)] for i in range(len(trees))])
-        batch["packed"] = pack(trees, collator.row_length, rows=[list(range(len(trees)))])
-        batch = self._prepare_inputs(batch)
-        split = self.is_fsdp_enabled or self.is_deepspeed_enabled  # in their own precision, whatever is asked here
-        dtype = get_low_precision_dtype(lm) or (_get_trainer_dtype(self.args) if split else torch.float32)
-        with float32_mode(lm) if dtype == torch.float32 else self.accelerator.autocast():
-            alone = partial(self.checked, model, batch)
-            check_same_results(lm, partial(alone, packed=batch["packed"]), alone, dtype, self.checks)
+        return batch | {"packed": pack(trees, collator.row_length, rows=[list(range(len(trees)))])}
 
-    @staticmethod
-    def pack_model(model: PreTrainedModel, row_length: int) -> None:
-        """Have a model compute `packed` rows, see `pack_forward`."""
-        patch_packed_forward(model, row_length)
+    def compute_results(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """What the check compares: here the log-probs of all completion tokens."""
+        logps, mask = get_completion_logps(model, inputs)
+        return logps[mask]
 
-    @staticmethod
-    def checked(model: torch.nn.Module, batch: dict[str, Any], **packed: Any) -> torch.Tensor:
-        """What must be the same of a batch both ways: here the answers' token log-probs."""
-        mask = batch.get("completion_mask")
-        labels = batch["labels"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
-        given = {name: batch[name] for name in ("input_ids", "attention_mask")} | packed
-        output = model(**given, labels=labels, fused_lm_head=True, use_cache=False)
-        return output.log_probs[labels[:, 1:] != -100]
-
-
-class SharedPrefixDPOTrainer(PackedTrainerMixin, FittedDPOTrainer):
-    """`DPOTrainer` for fitted pairs, with each pair's prompt computed once and no padding."""
-
-    collator = PackedPreferenceCollator
-
-    def cost(self, tokens: Callable[[str], np.ndarray]) -> np.ndarray:
-        """Each part of a pair is computed once."""
-        return sum(map(tokens, ("prompt_ids", "chosen_ids", "rejected_ids")))
-
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        self._pack()  # TRL calls this from its constructor
-        return super()._precompute_ref_logps(dataset, name, batch_size)
-
-    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """TRL's, after the check."""
-        self._check(model)
-        return super().compute_ref_log_probs(model, inputs)
-
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        self._check(model)
-        if self.ref_model is not None:
-            self._check(self.ref_model)
-        return super()._compute_loss(model, inputs, return_outputs)
-
-
-class PackedSFTTrainer(PackedTrainerMixin, FittedSFTTrainer):
-    """`SFTTrainer` for rows with `input_ids` and `labels`, without padding."""
-
-    collator = PackedSFTCollator
+    def count_batch(self, inputs: dict[str, Any]) -> Counts:
+        """What the packed rows hold, and their padding."""
+        packed = inputs["packed"]
+        return Counts(packed["trees"], packed["tokens"], packed["targets"].numel(), packed["input_ids"].numel())
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's, after the check."""
-        self._check(model)
+        """TRL's, after the check, which a sharded model has not had yet."""
+        self.check_model(model)
+        self.check_model(getattr(self, "ref_model", None))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def _get_trainer_dtype(args: TrainingArguments) -> torch.dtype:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+class SharedPrefixDPOTrainer(PackedTrainerMixin, FittedDPOTrainer):
+    """`FittedDPOTrainer` that computes each pair's prompt once, without padding."""
+
+    collator_type = PackedPreferenceCollator
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """TRL's, after the check, which a sharded model has not had yet."""
+        self.check_model(model)
+        return super().compute_ref_log_probs(model, inputs)
+
+
+class PackedSFTTrainer(PackedTrainerMixin, FittedSFTTrainer):
+    """`FittedSFTTrainer` without padding."""
+
+    collator_type = PackedSFTCollator

@@ -1,0 +1,67 @@
+"""Training takes whole optimizer steps only, so that every pair of every step counts alike."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from engines import build, tiny_gpt2
+
+from tinydpo.training.trainers import FittedDPOTrainer, SharedPrefixDPOTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_gpt2(tiny_tokenizer, tmp_path_factory.mktemp("gpt2"))
+
+
+def train_and_record(trainer: Any) -> list[list[int]]:
+    """The first prompt token of every pair, for each micro-batch that was trained on."""
+    batches, step = [], trainer.training_step
+
+    def training_step(model: Any, inputs: dict[str, Any], *args: Any) -> Any:
+        batches.append(inputs["input_ids"][: len(inputs["input_ids"]) // 2, 0].tolist())
+        return step(model, inputs, *args)
+
+    trainer.training_step = training_step
+    trainer.train()
+    return batches
+
+
+def numbered_pairs(count: int) -> Dataset:
+    return Dataset.from_dict(
+        {"prompt_ids": [[i] for i in range(count)], "chosen_ids": [[1, 2]] * count, "rejected_ids": [[3]] * count}
+    )
+
+
+@pytest.mark.parametrize("engine", [SharedPrefixDPOTrainer, FittedDPOTrainer])
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+def test_the_incomplete_last_step_is_left_out(
+    engine: type, strategy: str, gpt2: str, tiny_tokenizer: Any, tmp_path: Path
+):
+    """22 pairs, 8 a step: 16 in each of three epochs."""
+    trainer = build(
+        engine, gpt2, tiny_tokenizer, numbered_pairs(22), tmp_path, per_device_train_batch_size=4,
+        gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=3, train_sampling_strategy=strategy,
+    )  # fmt: skip
+    batches = train_and_record(trainer)
+    assert trainer.state.global_step == 6 and trainer.state.epoch == 3
+    assert [len(batch) for batch in batches] == [4] * 12, "a micro-batch is not full"
+    epochs = [[*a, *b, *c, *d] for a, b, c, d in (batches[:4], batches[4:8], batches[8:])]
+    assert all(len(set(epoch)) == 16 for epoch in epochs), "a pair comes twice in an epoch"
+    if strategy == "random":
+        assert len({frozenset(epoch) for epoch in epochs}) > 1, "every epoch leaves out the same pairs"
+    else:
+        assert all(epoch == list(range(16)) for epoch in epochs)
+
+
+def test_data_smaller_than_a_step_shrinks_the_step(gpt2: str, tiny_tokenizer: Any, tmp_path: Path, capsys: Any):
+    trainer = build(
+        SharedPrefixDPOTrainer, gpt2, tiny_tokenizer, numbered_pairs(6), tmp_path, per_device_train_batch_size=4,
+        gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=2,
+    )  # fmt: skip
+    assert "6 rows are fewer than the 8 of a step: a step now takes 6." in capsys.readouterr().out
+    batches = train_and_record(trainer)
+    assert trainer.state.global_step == 2 and [len(batch) for batch in batches] == [3] * 4
