@@ -85,7 +85,8 @@ class FittedRewardTrainer(FittedTrainerMixin, RewardTrainer):
 
     def score_rows(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Rewards of each pair's chosen and rejected answer."""
-        return model(**inputs, use_cache=False).logits.view(2, -1).T
+        chosen, rejected = model(**inputs, use_cache=False).logits.flatten().chunk(2)
+        return torch.stack([chosen, rejected], dim=1)
 
     def get_eval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """`loss` is -log sigmoid(margin), whatever `center_rewards_coefficient` adds to it in training."""

@@ -325,9 +325,7 @@ class PackedTrainerMixin:
             use_small_lm_head_tiles()
         for model in self.get_models():
             self.patch_model(model)
-        if not (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        ):  # those can compute nothing before their first step
+        if not self.is_sharded:  # else they can compute nothing before their first step, and are checked then
             training = self.model.training
             for mode in (False, True):
                 self.check_model(self.model.train(mode))
@@ -336,6 +334,11 @@ class PackedTrainerMixin:
         if self._compile_options:
             for model in self.get_models():
                 compile_blocks(unwrap_peft(model), self._compile_options)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed holds the models."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def patch_model(self, model: PreTrainedModel) -> None:
         """Let a model compute `packed` rows."""
@@ -359,7 +362,7 @@ class PackedTrainerMixin:
         plain_batch = {name: value for name, value in batch.items() if name != "packed"}
         unwrapped = unwrap_peft(self.accelerator.unwrap_model(model))
         in_float32 = has_float32_weights(unwrapped)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they compute in their own precision
+        if self.is_sharded:  # it computes in its own precision
             in_float32 = in_float32 and not (self.args.bf16 or self.args.fp16)
         with self.accelerator.autocast():
             check_same_results(
