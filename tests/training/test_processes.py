@@ -85,6 +85,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step(recipes: Path):
     assert weights[0] == weights[1], "two processes that went on end with other weights than two never interrupted"
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_sentence_through_make(tmp_path: Path):
     done = call("make", "dpo", "RECIPE=recipes/quickstart", "ACCELERATE=accelerate_configs/cpu.yaml",
                 f"ARGS=--bta 0.3 --model_name_or_path x --output_dir {tmp_path}/run")  # fmt: skip
