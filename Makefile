@@ -55,10 +55,10 @@ install: .venv/installed ## Create .venv and install; again only when pyproject.
 quickstart: install ## SFT, DPO and evaluation on the toy task, on a CPU in minutes (SEED=1 for another)
 	$(PYTHON) scripts/quickstart.py --seed $(SEED) --output_dir runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-sft: $(LAUNCHER) ## Fine-tune GPT-2 Medium on HH's preferred answers
+sft: $(LAUNCHER) ## Fine-tune the recipe's model on the preferred answers
 	$(LAUNCH) scripts/sft.py $(TRAIN)
 
-dpo: $(LAUNCHER) ## Preference-tune it with DPO (runs the SFT that it starts from first if that is missing)
+dpo: $(LAUNCHER) ## Preference-tune it with DPO (trains the SFT model first if it is missing)
 	$(LAUNCH) scripts/dpo.py $(TRAIN)
 
 reward: $(LAUNCHER) ## Train a reward model on the same pairs, to compare the implicit reward with
@@ -88,10 +88,10 @@ report: install ## Everything measured so far on one page, runs/<recipe folder>/
 playground: .venv/playground ## Talk to reference and policy side by side in the browser, and vote
 	$(PYTHON) scripts/playground.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
-inspect: install ## See what the token budget does to the pairs, before any training
+inspect: install ## See what the token budget does to the pairs, before training
 	$(PYTHON) scripts/inspect_data.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
-bench: install ## Compare speed and memory of training with stock TRL's
+bench: install ## Compare speed and memory of training with plain TRL's
 	$(PYTHON) benchmarks/throughput.py $(ARGS)
 
 speedrun: install ## SFT, DPO and evaluation against the clock

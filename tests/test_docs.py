@@ -90,7 +90,38 @@ def test_commands_are_accepted(page: Path, monkeypatch: pytest.MonkeyPatch):
                 pytest.fail(f"{page.name}: {shlex.join(command)}: {error}")
 
 
+def find_anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name} links to {link}, which is not there"
+            assert not anchor or anchor in find_anchors(target), (
+                f"{page.name} links to {link}#{anchor}: no such heading"
+            )
+
+
+def test_contributing_names_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:\w+/)*\w+\.py)[`:]", text):
+        folder = next(
+            (folder for folder in (ROOT, ROOT / "tinydpo", ROOT / "tests") if (folder / file).is_file()), None
+        )
+        assert folder, f"CONTRIBUTING.md names {file}, which is not there"
+    way = text.partition("<!-- a row's way -->")[2].partition("\n## ")[0]
+    code = ""
+    for step in way.split("\n"):
+        names = re.findall(r"`(?:([\w/]+\.py): )?([\w.]+)`", step)
+        for file, name in names:
+            if file:
+                folder = ROOT if file.startswith("scripts/") else ROOT / "tinydpo"
+                code = (folder / file).read_text(encoding="utf-8")
+            if name.endswith(".py") or name.startswith("DPOTrainer") or name == "max_length":
+                continue
+            for part in name.split("."):
+                assert re.search(rf"(def|class) {part}\b", code), f"CONTRIBUTING.md names {name}, which is not there"
