@@ -63,10 +63,7 @@ def draw_training_curves(log_history: list[dict[str, Any]]) -> list[Figure]:
 
 @rc_context(STYLE)
 def draw_margin_histogram(margins: Sequence[float]) -> Figure:
-    """Implicit reward margins of held-out pairs, those above zero in another colour.
-
-    The outermost bars also count what lies beyond the 99th percentile of the absolute margins.
-    """
+    """Implicit reward margins of held-out pairs; the outermost bars count what lies beyond 99 % of them, too."""
     values = np.nan_to_num(np.asarray(margins, dtype=float))  # NaN, of a policy that diverged, counts as wrong
     width = (np.quantile(np.abs(values), 0.99) or 1.0) / 20
     right = np.clip(values[values > 0], width / 2, 19.5 * width)

@@ -22,10 +22,9 @@ from tinydpo.report.tokens import color_tokens, render_template
 from tinydpo.run_folder import RunFolder
 from tinydpo.training.curves import describe_rewards
 
-# The rows of an evaluation's table that stand on top of the page.
+# Rows of an evaluation's table that stand on top of the page
 HEAD = ("reward accuracy", "win rate", "KL per sequence", "ended by themselves", "NLL of chosen")
 ANSWERS = 20  # held-out prompts on the page
-ROLES = {"policy": "Policy", "ref": "Reference", "chosen": "Dataset, preferred"}
 SETTINGS = (  # shown of each run and evaluation, where they have them
     "seed", "sample_seed", "loss_type", "beta", "learning_rate", "num_train_epochs", "pairs_per_step", "max_length",
     "num_prompts", "temperature", "temperatures", "top_k", "top_p", "dtype",
@@ -74,7 +73,6 @@ def write_report(folder: Path) -> Path:
         color_tokens=color_tokens,
         public_name=public_name,
         OPPONENTS=OPPONENTS,
-        ROLES=ROLES,
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
