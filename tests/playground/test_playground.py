@@ -30,22 +30,6 @@ from tinydpo.training.logps import token_logps
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 CHROMIUM = "/usr/bin/chromium"
-SWITCHES = [  # without a sandbox, for root; and without the requests that a fresh profile makes by itself
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-]
-# The script, in a process that reports every connection to another machine than this one.
-WATCHED = """
-import sys
-def watch(event, args):
-    if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in ("127.0.0.1", "::1"):
-        print("connects to", args[1], flush=True)
-sys.addaudithook(watch)
-sys.path.insert(0, "scripts")
-import playground
-playground.main(sys.argv[1:])
-"""
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -115,12 +99,14 @@ def test_settings_have_effect_and_checkpoint_defaults_have_none(models: SideBySi
     assert sample() == plain, "the checkpoint's generation config reshapes the samples"
 
 
-def test_long_prompts_keep_their_end_and_say_so(models: SideBySide):
+def test_what_is_too_long_is_cut_and_says_so(models: SideBySide):
     text = models.make_prompt("word " * 200 + "the question?")
     assert text.startswith("\n\nHuman: word") and text.endswith("the question?\n\nAssistant:")
     ids, is_cut = models.fit_prompt(text, 32)
     assert is_cut and len(ids) == 32 and text.endswith(models.tokenizer.decode(ids))
     assert not models.fit_prompt(typed_to_dialogue("Hi"), 32)[1]
+    *answers, is_cut = models.compare_pair("question " * 100, "one " * 100, "two " * 100)
+    assert is_cut and not any(answer.ended for answer in answers), "a pair is cut without a word"
 
 
 def test_a_pair_is_scored_as_evaluation_does(models: SideBySide):
@@ -142,16 +128,14 @@ def test_pair_that_cannot_be_compared_is_one_sentence(pair: tuple[str, str, str]
         models.compare_pair(*pair)
 
 
-def test_cut_pair_says_so(models: SideBySide):
-    *answers, is_cut = models.compare_pair("question " * 100, "one " * 100, "two " * 100)
-    assert is_cut and not any(answer.ended for answer in answers), "a pair is cut without a word"
-
-
 def test_votes_are_training_data(tmp_path: Path, tiny_tokenizer: Any):
     rows = [(f'"{i}"\u2028 Human: {{"prompt"}}?', f" Yes\n{i}", "\n\nHuman: No é") for i in range(3)]
     path = tmp_path / "run" / "votes.jsonl"
     for row in rows:
         save_vote(path, *row)
+    for chosen, rejected in (("same", "same"), ("", "b"), ("a", " ")):
+        with pytest.raises(UserError, match="the same, or one is empty"):
+            save_vote(path, "p", chosen, rejected)
     splits = load_pairs(DataArguments(dataset_name=str(path)), tiny_tokenizer, 4096)
     read = [(row["prompt"], row["chosen"], row["rejected"]) for split in splits.values() for row in split.texts]
     assert sorted(read) == rows, "--dataset_name reads other preferences than those voted for"
@@ -167,13 +151,6 @@ def test_with_a_chat_template_prompts_and_votes_are_messages(models: SideBySide,
     vote = json.loads((tmp_path / "votes.jsonl").read_text())
     assert vote["prompt"] == [say("user", "Hi?")] and vote["chosen"] == [say("assistant", "Yes.")]
     assert isinstance(replace(chat, chat=False).make_prompt("Hi?"), str), "the model was trained on HH's form"
-
-
-@pytest.mark.parametrize(("chosen", "rejected"), [("same", "same"), ("", "b"), ("a", " ")])
-def test_vote_that_prefers_nothing_is_refused(chosen: str, rejected: str, tmp_path: Path):
-    with pytest.raises(UserError, match="the same, or one is empty"):
-        save_vote(tmp_path / "votes.jsonl", "p", chosen, rejected)
-    assert not (tmp_path / "votes.jsonl").exists()
 
 
 @pytest.fixture
@@ -200,7 +177,7 @@ def page(folders: Path, tmp_path: Path, port: int) -> Iterator[Any]:
     if not shutil.which(CHROMIUM):
         pytest.skip(f"needs {CHROMIUM} (Debian: apt-get install chromium)")
     command = [
-        *(sys.executable, "-c", WATCHED, "--port", str(port), "--max_length", "2000"),
+        *(sys.executable, "scripts/playground.py", "--port", str(port), "--max_length", "2000"),
         *("--model_name_or_path", f"{folders}/policy", "--ref_model_name_or_path", f"{folders}/ref"),
         *("--output_dir", f"{tmp_path}/evaluation", "--dataset_name", "Anthropic/hh-rlhf"),
     ]
@@ -210,9 +187,11 @@ def page(folders: Path, tmp_path: Path, port: int) -> Iterator[Any]:
     local = re.compile(rf"(http|ws)://127\.0\.0\.1:{port}/|data:|blob:")
     try:
         line = server.stdout.readline()
-        assert f"http://127.0.0.1:{port}" in line, f"the playground does not start: {line}{server.stdout.read()}"
+        assert f"http://127.0.0.1:{port}" in line, f"the playground does not start: {line}"
         with sync_api.sync_playwright() as playwright:
-            page = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES).new_page()
+            page = playwright.chromium.launch(
+                executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+            ).new_page()
             page.on("console", lambda message: message.type == "error" and errors.append(message.text))
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.on("request", lambda request: local.match(request.url) or errors.append(request.url))
@@ -221,7 +200,7 @@ def page(folders: Path, tmp_path: Path, port: int) -> Iterator[Any]:
     finally:
         server.terminate()
         printed, _ = server.communicate(timeout=30)
-    assert printed == "", "the server logs errors, or connects to another machine"
+    assert printed == "", "the server logs errors"
     assert not errors, "errors in the browser's console, or requests to other hosts"
 
 
@@ -266,8 +245,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     page.reload()
     wait_for("2 votes in")
     rows = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
-    assert [sorted(row) for row in rows] == [["chosen", "prompt", "rejected", "voted_at"]] * 2
-    assert {row["prompt"] for row in rows} == {typed_to_dialogue(question)}
+    assert [row["prompt"] for row in rows] == [typed_to_dialogue(question)] * 2
 
     page.get_by_label("Prompt").first.fill("Tell me a long story.")
     press("Generate")
@@ -279,8 +257,6 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     assert page.locator(".token").count() == written, "Stop does not stop the answers"
 
     page.get_by_role("tab", name="Your own pair").click()
-    press("Compare")
-    wait_for("type a prompt and two answers")
     for label, typed in (("Prompt", "Hi?"), ("Answer A", "<img src=x onerror=alert(1)>"), ("Answer B", "Good day!")):
         page.get_by_label(label).last.fill(typed)
     press("Compare")
