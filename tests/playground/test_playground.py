@@ -29,7 +29,6 @@ from tinydpo.playground.side_by_side import SideBySide, save_vote, typed_to_dial
 from tinydpo.training.logps import token_logps
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-CHROMIUM = "/usr/bin/chromium"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -118,14 +117,10 @@ def test_a_pair_is_scored_as_evaluation_does(models: SideBySide):
         assert answer.reward == pytest.approx(score(models, prompt, ids).sum(), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("pair", "message"),
-    [(("p", " \n", "b"), "type a prompt and two answers"), (("p", "a", "a"), "identical"),
-     (("p", "a", "half \ud83d"), "half of a character")],
-)  # fmt: skip
-def test_pair_that_cannot_be_compared_is_one_sentence(pair: tuple[str, str, str], message: str, models: SideBySide):
+@pytest.mark.parametrize(("first", "message"), [(" \n", "type a prompt and two answers"), ("b", "identical")])
+def test_pair_that_cannot_be_compared_is_one_sentence(first: str, message: str, models: SideBySide):
     with pytest.raises(UserError, match=message):
-        models.compare_pair(*pair)
+        models.compare_pair("p", first, "b")
 
 
 def test_votes_are_training_data(tmp_path: Path, tiny_tokenizer: Any):
@@ -174,8 +169,7 @@ def page(folders: Path, tmp_path: Path, port: int) -> Iterator[Any]:
     """The page in a real browser, served by the real script; whatever goes wrong on either side fails the test."""
     pytest.importorskip("gradio", reason="needs the extra 'playground'")
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if not shutil.which(CHROMIUM):
-        pytest.skip(f"needs {CHROMIUM} (Debian: apt-get install chromium)")
+    chromium = shutil.which("chromium") or pytest.skip("needs chromium (Debian: apt-get install chromium)")
     command = [
         *(sys.executable, "scripts/playground.py", "--port", str(port), "--max_length", "2000"),
         *("--model_name_or_path", f"{folders}/policy", "--ref_model_name_or_path", f"{folders}/ref"),
@@ -190,7 +184,7 @@ def page(folders: Path, tmp_path: Path, port: int) -> Iterator[Any]:
         assert f"http://127.0.0.1:{port}" in line, f"the playground does not start: {line}"
         with sync_api.sync_playwright() as playwright:
             page = playwright.chromium.launch(
-                executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+                executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
             ).new_page()
             page.on("console", lambda message: message.type == "error" and errors.append(message.text))
             page.on("pageerror", lambda error: errors.append(str(error)))
