@@ -33,9 +33,8 @@ class Turns:
     """One contender's end of the pipe to the benchmark."""
 
     def __init__(self, pipe: Connection, device: str):
-        """On a GPU, time to the end of its queue."""
         self.pipe = pipe
-        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None  # to the end of the GPU's queue
 
     @contextmanager
     def turn(self, phase: str) -> Iterator[None]:

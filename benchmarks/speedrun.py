@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset
 from models import load_tokenizer_and_data, save_random_model
+from transformers.hf_argparser import HfArg
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.recipe import parse_args
@@ -37,17 +38,17 @@ GPU = torch.cuda.is_available()
 class SpeedrunArguments:
     """What to run."""
 
-    model: str = field(
+    model: str = HfArg(
         default="gpt2-medium" if GPU else "gpt2-tiny",
-        metadata={"help": "gpt2-tiny, gpt2-small, gpt2-medium, gpt2-large, or a model's folder."},
+        help="gpt2-tiny, gpt2-small, gpt2-medium, gpt2-large, or a model's folder.",
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "With --dataset_name: folder or Hub id."})
-    train_pairs: int = field(default=HH_TRAIN if GPU else 320, metadata={"help": "Pairs to train on."})
-    test_pairs: int = field(default=HH_TEST if GPU else 64, metadata={"help": "Pairs to evaluate."})
-    num_prompts: int = field(default=512 if GPU else 16, metadata={"help": "Prompts that both models answer."})
-    num_train_epochs: int = field(default=1, metadata={"help": "Epochs of DPO; SFT runs one."})
-    max_length: Literal[128, 512] = field(default=128, metadata={"help": "Which of the two recipes."})
-    output_dir: str = field(default="runs/speedrun", metadata={"help": "Emptied first."})
+    tokenizer_name: str | None = HfArg(default=None, help="With --dataset_name: folder or Hub id.")
+    train_pairs: int = HfArg(default=HH_TRAIN if GPU else 320, help="Pairs to train on.")
+    test_pairs: int = HfArg(default=HH_TEST if GPU else 64, help="Pairs to evaluate.")
+    num_prompts: int = HfArg(default=512 if GPU else 16, help="Prompts that both models answer.")
+    num_train_epochs: int = HfArg(default=1, help="Epochs of DPO; SFT runs one.")
+    max_length: Literal[128, 512] = HfArg(default=128, help="Which of the two recipes.")
+    output_dir: str = HfArg(default="runs/speedrun", help="Emptied first.")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from running import ROOT
 from toys import CHATML, say, with_turns
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -27,27 +25,10 @@ from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
 from tinydpo.errors import UserError
 from tinydpo.models.loading import load_model
-from tinydpo.playground.side_by_side import SideBySide, count_votes, save_vote, typed_to_dialogue
+from tinydpo.playground.side_by_side import SideBySide, save_vote, typed_to_dialogue
 from tinydpo.training.logps import token_logps
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-CHROMIUM = "/usr/bin/chromium"
-SWITCHES = [  # without a sandbox, for root; and without the requests that a fresh profile makes by itself
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-]
-# The script, in a process that reports every connection to another machine than this one.
-WATCHED = """
-import sys
-def watch(event, args):
-    if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in ("127.0.0.1", "::1"):
-        print("connects to", args[1], flush=True)
-sys.addaudithook(watch)
-sys.path.insert(0, "scripts")
-import playground
-playground.main(sys.argv[1:])
-"""
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -111,30 +92,20 @@ def test_settings_have_effect_and_checkpoint_defaults_have_none(models: SideBySi
         return [list(answer.ids) for answer in answers]
 
     plain = sample()
-    assert sample() == plain and sample(seed=1) != plain, "the seed does not decide the answers"
-    for changed in ({"temperature": 0.05}, {"top_k": 2}, {"top_p": 0.1}):
+    for changed in ({"temperature": 0.05}, {"top_k": 2}, {"top_p": 0.1}, {"seed": 1}):
         assert sample(**changed) != plain, f"{changed} has no effect"
     models.policy.generation_config.update(top_k=1, do_sample=True, repetition_penalty=9.0)
     assert sample() == plain, "the checkpoint's generation config reshapes the samples"
 
 
-@pytest.mark.parametrize(
-    ("typed", "prompt"),
-    [(" What now?\n", "\n\nHuman: What now?\n\nAssistant:"),
-     ("Human: A\n\nAssistant: B\n\nHuman: C", "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant:"),
-     ("Is 'Human: Fall Flat' fun?", "\n\nHuman: Is 'Human: Fall Flat' fun?\n\nAssistant:"),
-     ("half \ud83d", "\n\nHuman: half ?\n\nAssistant:")],
-)  # fmt: skip
-def test_prompts_are_written_as_hh_writes_them(typed: str, prompt: str):
-    assert typed_to_dialogue(typed) == prompt
-    assert typed_to_dialogue(prompt) == prompt, "a prompt copied from a vote becomes another prompt"
-
-
-def test_long_prompts_keep_their_end_and_say_so(models: SideBySide):
-    text = typed_to_dialogue("word " * 200 + "the question?")
+def test_what_is_too_long_is_cut_and_says_so(models: SideBySide):
+    text = models.make_prompt("word " * 200 + "the question?")
+    assert text.startswith("\n\nHuman: word") and text.endswith("the question?\n\nAssistant:")
     ids, is_cut = models.fit_prompt(text, 32)
     assert is_cut and len(ids) == 32 and text.endswith(models.tokenizer.decode(ids))
     assert not models.fit_prompt(typed_to_dialogue("Hi"), 32)[1]
+    *answers, is_cut = models.compare_pair("question " * 100, "one " * 100, "two " * 100)
+    assert is_cut and not any(answer.ended for answer in answers), "a pair is cut without a word"
 
 
 def test_a_pair_is_scored_as_evaluation_does(models: SideBySide):
@@ -146,34 +117,23 @@ def test_a_pair_is_scored_as_evaluation_does(models: SideBySide):
         assert answer.reward == pytest.approx(score(models, prompt, ids).sum(), abs=1e-4)
 
 
-def test_pairs_that_cannot_be_compared_are_one_sentence(models: SideBySide):
-    for pair, message in (
-        (("", "a", "b"), "type a prompt and two answers"),
-        (("p", " \n", "b"), "type a prompt and two answers"),
-        (("p", "a", "a"), "identical"),
-        (("p", "a", "half \ud83d"), "half of a character"),
-    ):
-        with pytest.raises(UserError, match=message):
-            models.compare_pair(*pair)
-    *answers, is_cut = models.compare_pair("question " * 100, "one " * 100, "two " * 100)
-    assert is_cut and not any(answer.ended for answer in answers), "a pair is cut without a word"
+@pytest.mark.parametrize(("first", "message"), [(" \n", "type a prompt and two answers"), ("b", "identical")])
+def test_pair_that_cannot_be_compared_is_one_sentence(first: str, message: str, models: SideBySide):
+    with pytest.raises(UserError, match=message):
+        models.compare_pair("p", first, "b")
 
 
-text = st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip)
-
-
-@settings(max_examples=10, deadline=None)
-@given(rows=st.lists(st.tuples(text, text, text).filter(lambda row: row[1] != row[2]), min_size=2, max_size=6))
-@example(rows=[("a question: ", "Yes", "No"), ("a question: ", " Yes", "No")])
-def test_votes_are_training_data(rows: list, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any):
-    path = tmp_path_factory.mktemp("votes") / "run" / "votes.jsonl"
-    for count, (prompt, chosen, rejected) in enumerate(rows, 1):
-        assert save_vote(path, prompt, chosen, rejected) == count
+def test_votes_are_training_data(tmp_path: Path, tiny_tokenizer: Any):
+    rows = [(f'"{i}"\u2028 Human: {{"prompt"}}?', f" Yes\n{i}", "\n\nHuman: No é") for i in range(3)]
+    path = tmp_path / "run" / "votes.jsonl"
+    for row in rows:
+        save_vote(path, *row)
+    for chosen, rejected in (("same", "same"), ("", "b"), ("a", " ")):
+        with pytest.raises(UserError, match="the same, or one is empty"):
+            save_vote(path, "p", chosen, rejected)
     splits = load_pairs(DataArguments(dataset_name=str(path)), tiny_tokenizer, 4096)
     read = [(row["prompt"], row["chosen"], row["rejected"]) for split in splits.values() for row in split.texts]
-    # Reading moves the space that ends a prompt to the answers, where tokenizers have it: the texts are the same.
-    texts = [sorted((p.rstrip(" "), p + one, p + other) for p, one, other in some) for some in (read, rows)]
-    assert texts[0] == texts[1], "--dataset_name reads other preferences than those voted for"
+    assert sorted(read) == rows, "--dataset_name reads other preferences than those voted for"
 
 
 def test_with_a_chat_template_prompts_and_votes_are_messages(models: SideBySide, tmp_path: Path):
@@ -186,17 +146,6 @@ def test_with_a_chat_template_prompts_and_votes_are_messages(models: SideBySide,
     vote = json.loads((tmp_path / "votes.jsonl").read_text())
     assert vote["prompt"] == [say("user", "Hi?")] and vote["chosen"] == [say("assistant", "Yes.")]
     assert isinstance(replace(chat, chat=False).make_prompt("Hi?"), str), "the model was trained on HH's form"
-
-
-def test_votes_that_prefer_nothing_are_refused(tmp_path: Path):
-    path = tmp_path / "votes.jsonl"
-    for chosen, rejected, message in (("same", "same", "the same"), ("", "b", "empty"), ("a", " ", "empty")):
-        with pytest.raises(UserError, match=message):
-            save_vote(path, "p", chosen, rejected)
-    assert count_votes(path) == 0
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not be written"):
-        save_vote(tmp_path / "file" / "votes.jsonl", "p", "a", "b")
 
 
 @pytest.fixture
@@ -220,10 +169,9 @@ def page(folders: Path, tmp_path: Path, port: int) -> Iterator[Any]:
     """The page in a real browser, served by the real script; whatever goes wrong on either side fails the test."""
     pytest.importorskip("gradio", reason="needs the extra 'playground'")
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if not shutil.which(CHROMIUM):
-        pytest.skip(f"needs {CHROMIUM} (Debian: apt-get install chromium)")
+    chromium = shutil.which("chromium") or pytest.skip("needs chromium (Debian: apt-get install chromium)")
     command = [
-        *(sys.executable, "-c", WATCHED, "--port", str(port), "--max_length", "2000"),
+        *(sys.executable, "scripts/playground.py", "--port", str(port), "--max_length", "2000"),
         *("--model_name_or_path", f"{folders}/policy", "--ref_model_name_or_path", f"{folders}/ref"),
         *("--output_dir", f"{tmp_path}/evaluation", "--dataset_name", "Anthropic/hh-rlhf"),
     ]
@@ -233,9 +181,11 @@ def page(folders: Path, tmp_path: Path, port: int) -> Iterator[Any]:
     local = re.compile(rf"(http|ws)://127\.0\.0\.1:{port}/|data:|blob:")
     try:
         line = server.stdout.readline()
-        assert f"http://127.0.0.1:{port}" in line, f"the playground does not start: {line}{server.stdout.read()}"
+        assert f"http://127.0.0.1:{port}" in line, f"the playground does not start: {line}"
         with sync_api.sync_playwright() as playwright:
-            page = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES).new_page()
+            page = playwright.chromium.launch(
+                executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+            ).new_page()
             page.on("console", lambda message: message.type == "error" and errors.append(message.text))
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.on("request", lambda request: local.match(request.url) or errors.append(request.url))
@@ -244,7 +194,7 @@ def page(folders: Path, tmp_path: Path, port: int) -> Iterator[Any]:
     finally:
         server.terminate()
         printed, _ = server.communicate(timeout=30)
-    assert printed == "", "the server logs errors, or connects to another machine"
+    assert printed == "", "the server logs errors"
     assert not errors, "errors in the browser's console, or requests to other hosts"
 
 
@@ -260,7 +210,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
         page.get_by_text(re.compile(text)).first.wait_for(timeout=60_000)
 
     wait_for("may be offensive or upsetting")
-    wait_for("No votes so far")
+    wait_for("Votes so far: 0")
     press("Generate")
     wait_for("type a prompt first")
 
@@ -276,7 +226,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     assert math.isfinite(float(shown.strip('"'))), "hovering over a token does not show its implicit reward"
     press("Left is better")
     wait_for("You preferred SFT")
-    wait_for("1 vote so far")
+    wait_for("Votes so far: 1")
 
     page.get_by_label(re.compile("Blind")).check()
     page.get_by_label(re.compile("Seed")).fill("2")
@@ -289,8 +239,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     page.reload()
     wait_for("2 votes in")
     rows = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
-    assert [sorted(row) for row in rows] == [["chosen", "prompt", "rejected", "voted_at"]] * 2
-    assert {row["prompt"] for row in rows} == {typed_to_dialogue(question)}
+    assert [row["prompt"] for row in rows] == [typed_to_dialogue(question)] * 2
 
     page.get_by_label("Prompt").first.fill("Tell me a long story.")
     press("Generate")
@@ -302,8 +251,6 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     assert page.locator(".token").count() == written, "Stop does not stop the answers"
 
     page.get_by_role("tab", name="Your own pair").click()
-    press("Compare")
-    wait_for("type a prompt and two answers")
     for label, typed in (("Prompt", "Hi?"), ("Answer A", "<img src=x onerror=alert(1)>"), ("Answer B", "Good day!")):
         page.get_by_label(label).last.fill(typed)
     press("Compare")

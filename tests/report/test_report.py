@@ -4,16 +4,13 @@ import importlib
 import json
 import math
 import random
+import re
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from markupsafe import escape
 
 from tinydpo.data.notice import CONTENT_NOTICE
@@ -63,9 +60,9 @@ def make_sample(text: str = "Yes.", tokens: int = 3) -> dict[str, Any]:
 
 def make_frontier() -> dict[str, Any]:
     points = [
-        {"curve": curve, "loss": "sigmoid", "beta": beta, "seed": 0, "step": step, "kl": step / 50 / beta,
-         "kl_se": 0.1, "reward": step / 100, "reward_se": 0.1}
-        for curve in figures.METHODS for beta in (0.1, 1.0) for step in (50, 100)
+        {"curve": curve, "loss": "sigmoid", "beta": beta, "seed": seed, "step": step, "kl": step / 50 / beta + seed,
+         "kl_se": 0.1, "reward": step / 100 + seed, "reward_se": 0.1}
+        for curve in figures.METHODS for beta in (0.1, 1.0) for seed in (0, 1) for step in (100, 50)
     ]  # fmt: skip
     best = [{"n": n, "kl": math.log(n) - (n - 1) / n, "reward": math.log(n), "reward_se": 0.1} for n in (1, 2, 4)]
     sft = {"kl": 0.0, "reward": 0.0, "reward_se": 0.1}
@@ -83,13 +80,9 @@ def make_winrate(temperatures: tuple[float, ...] = (1.0,)) -> dict[str, Any]:
     return {"settings": {}, "judge": "a judge", "comparisons": comparisons}
 
 
-def to_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def write(path: Path, text: str) -> None:
+def write(path: Path, *rows: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -98,49 +91,31 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "my-run"
     rng = random.Random(0)
     log = [{"step": step, "loss": 0.7 - step / 100, "rewards/accuracies": 0.5} for step in range(10)]
-    texts = {
-        "evaluation/eval_results.json": json.dumps(RESULTS),
-        "evaluation/pairs.jsonl": to_lines([{"margin": rng.gauss(0.3, 1)} for _ in range(40)]),
-        "evaluation/samples.jsonl": to_lines([make_sample(f"answer {i}") for i in range(30)]),
-        "frontier/frontier.json": json.dumps(make_frontier()),
-        "winrate/winrate.json": json.dumps(make_winrate()),
-        "dpo/trainer_state.json": json.dumps({"log_history": log}),
-        "dpo/environment.json": json.dumps({"git_commit": "c0ffee", "packages": {"torch": "2.13.0"}}),
-        "dpo/run_config.yaml": yaml.safe_dump({"dataset_name": "my/pairs", "seed": 11, "loss_type": ["sigmoid"]}),
-    }
-    for name, text in texts.items():
-        write(folder / name, text)
+    write(folder / "evaluation/eval_results.json", RESULTS)
+    write(folder / "evaluation/pairs.jsonl", *[{"margin": rng.gauss(0.3, 1)} for _ in range(40)])
+    write(folder / "evaluation/samples.jsonl", *[make_sample(f"answer {i}") for i in range(30)])
+    write(folder / "frontier/frontier.json", make_frontier())
+    write(folder / "winrate/winrate.json", make_winrate())
+    write(folder / "dpo/trainer_state.json", {"log_history": log})
+    write(folder / "dpo/environment.json", {"git_commit": "c0ffee", "packages": {"torch": "2.13.0"}})
+    write(folder / "dpo/run_config.yaml", {"dataset_name": "my/pairs", "seed": 11, "loss_type": ["sigmoid"]})
     return folder
-
-
-class Tags(HTMLParser):
-    """The tags of a page, and what they load."""
-
-    def __init__(self, page: Path):
-        super().__init__()
-        self.tags, self.loaded = [], []
-        self.feed(page.read_text(encoding="utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loaded += [value for name, value in attrs if name in ("src", "href", "srcset", "data") and tag != "a"]
 
 
 def test_whole_page_loads_nothing_and_shows_every_part(folder: Path, capsys: pytest.CaptureFixture[str]):
     importlib.import_module("report").main([str(folder)])
     assert str(folder / "report.html") in capsys.readouterr().out
     raw = (folder / "report.html").read_text()
-    page = Tags(folder / "report.html")
+    tags = re.findall(r"<(\w+)", raw)
     assert all(section in raw for section in SECTIONS.values())
-    assert all(uri.startswith("data:image/svg+xml;base64,") for uri in page.loaded), f"the page loads {page.loaded}"
-    assert page.tags.count("img") == 6 and not {"script", "link", "iframe"} & set(page.tags)
+    loaded = re.findall(r'\b(?:src|srcset|data)="(.*?)"', raw)
+    assert len(loaded) == 6 and all(uri.startswith("data:image/svg+xml;base64,") for uri in loaded)
+    assert not {"script", "link", "iframe"} & set(tags)
     assert "@import" not in raw and "url(" not in raw, "the style loads something"
     for fact in (">11<", "c0ffee", "torch 2.13.0", "abc123", "my/pairs", "ipo-beta5-seed0"):
         assert fact in raw, f"{fact!r} is missing: seeds, versions, data and failures must be on the page"
     assert "secret" not in raw, "a local path stands on a page that may be passed on"
-    assert page.tags.count("article") == 20 and "20 of 30" in raw
-    assert list(folder.glob(".*")) == [], "partial files are left behind"
+    assert tags.count("article") == 20 and "20 of 30" in raw
     assert write_report(folder).read_text() == raw, "the same files give another page"
 
     head, table = raw.split('id="more-figures"')
@@ -175,57 +150,37 @@ def test_one_part_is_enough(folder: Path, only: str):
 @pytest.mark.parametrize("name", SECTIONS)
 def test_damaged_file_is_named_and_the_old_page_stays(folder: Path, name: str):
     (folder / "report.html").write_text("the one before")
-    text = (folder / name).read_text()
-    broken = [text[:-9], "[1]\n"] + (["{}"] if name.endswith("results.json") else [])
-    for content in broken:
+    for content in ((folder / name).read_text()[:-9], "[1]\n"):
         (folder / name).write_text(content)
         with pytest.raises(UserError, match=f"{Path(name).name}.* is damaged"):
             write_report(folder)
     assert (folder / "report.html").read_text() == "the one before"
 
 
-def test_evaluation_of_another_name_is_found(tmp_path: Path):
-    write(tmp_path / "out/eval_results.json", json.dumps(RESULTS | {"pairs": 123}))
-    assert "of 123 held-out pairs" in write_report(tmp_path).read_text()
-    write(tmp_path / "evaluation/eval_results.json", json.dumps(RESULTS))
-    assert "of 40 held-out pairs" in write_report(tmp_path).read_text(), "evaluation/ comes first"
+def test_evaluation_of_another_name_is_found(folder: Path):
+    (folder / "evaluation").rename(folder / "out")
+    assert "of 40 held-out pairs" in write_report(folder).read_text()
 
 
 def test_nothing_to_report_is_one_sentence(tmp_path: Path):
-    for empty in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="make evaluate"):
-            write_report(empty)
+    with pytest.raises(UserError, match="make evaluate"):
+        write_report(tmp_path)
 
 
-HOSTILE = st.one_of(
-    st.text(),
-    st.text(alphabet=st.characters(exclude_categories=()), max_size=40),  # half surrogates and controls too
-    st.sampled_from(["<script>alert(1)</script>", "</style></div><img src=x onerror=y>", '" onmouseover="', "\0", "‮"]),
-)
-
-
-def test_any_text_is_only_text(tmp_path_factory: pytest.TempPathFactory):
-    def get_tags(text: str) -> list[str]:
-        folder = tmp_path_factory.mktemp("hostile")
+def test_any_text_is_only_text(tmp_path: Path):
+    pages = []
+    for text in ("tame", "<script>x</script></style></div><img src=x onerror=y>", '" onmouseover="', "\0 ‮ \ud800 $x$"):
         results = RESULTS | {"subsets": {text: RESULTS["subsets"]["helpful <b>"]}}
-        write(folder / "evaluation/eval_results.json", json.dumps(results))
-        write(folder / "evaluation/samples.jsonl", to_lines([make_sample(text)]))
-        return Tags(write_report(folder)).tags
-
-    tame = get_tags("tame")
-
-    @settings(max_examples=15, deadline=None)
-    @given(text=HOSTILE)
-    def check(text: str) -> None:
-        assert get_tags(text) == tame, "an answer or a name became part of the page"
-
-    check()
+        write(tmp_path / "evaluation/eval_results.json", results)
+        write(tmp_path / "evaluation/samples.jsonl", make_sample(text))
+        pages.append(re.findall(r"<(\w+)", write_report(tmp_path).read_text(encoding="utf-8")))
+    assert pages == [pages[0]] * 4, "an answer or a name became part of the page"
 
 
 def test_content_notice_only_for_hh(tmp_path: Path):
     for name, shown in (("my/pairs", False), ("/data/hh-rlhf", True)):
         results = RESULTS | {"settings": RESULTS["settings"] | {"dataset_name": name}}
-        write(tmp_path / "evaluation/eval_results.json", json.dumps(results))
+        write(tmp_path / "evaluation/eval_results.json", results)
         assert (CONTENT_NOTICE in write_report(tmp_path).read_text()) == shown
 
 
@@ -233,10 +188,10 @@ def test_doubts_stand_beside_win_rates(tmp_path: Path):
     judge = {"pairs": 64, "invalid": 0, "agreement": 0.5, "agreement_ci95": [0.4, 0.6], "turned_share": 0.75}
     winrate = make_winrate() | {"calibration": judge}
     winrate["comparisons"][0]["invalid"] = 14
-    write(tmp_path / "winrate/winrate.json", json.dumps(winrate))
+    write(tmp_path / "winrate/winrate.json", winrate)
     text = unescape(write_report(tmp_path).read_text())
     many_invalid, chance = (format_caveats(winrate, comparison) for comparison in winrate["comparisons"])
-    assert "28% of the pairs are invalid" in many_invalid and many_invalid.endswith(chance)
+    assert "28% of the pairs are invalid" in many_invalid
     assert text.count(many_invalid) == 2, "in the head and in the table"
     assert text.count(chance) == 3, "in the head and at each win rate of the table"
     assert describe_judge(judge) in text
@@ -244,9 +199,9 @@ def test_doubts_stand_beside_win_rates(tmp_path: Path):
 
 def test_histogram_counts_every_pair():
     margins = [*np.random.default_rng(0).normal(size=200), 0.0, 1e9, -1e9, float("nan")]
-    axes = figures.draw_margin_histogram(margins).axes[0]
-    heights = {side: sum(b.get_height() for b in axes.patches if (b.get_x() >= 0) == side) for side in (True, False)}
-    assert heights == {True: sum(m > 0 for m in margins), False: sum(not m > 0 for m in margins)}
+    bars = figures.draw_margin_histogram(margins).axes[0].patches
+    assert sum(bar.get_height() for bar in bars) == len(margins)
+    assert sum(bar.get_height() for bar in bars if bar.get_x() >= 0) == sum(margin > 0 for margin in margins)
 
 
 def get_lines(axes: figures.Axes) -> list[list[list[float]]]:
@@ -254,20 +209,15 @@ def get_lines(axes: figures.Axes) -> list[list[list[float]]]:
 
 
 def test_frontier_joins_last_checkpoints_in_the_mean_over_seeds():
-    points = [
-        {"curve": "DPO", "loss": "sigmoid", "beta": beta, "seed": seed, "step": step, "kl": kl + seed, "kl_se": 0.1,
-         "reward": kl / 2 + seed, "reward_se": 0.1}
-        for beta, end in ((1.0, 2.0), (0.1, 6.0)) for seed in (0, 1) for step, kl in ((100, end), (50, 9.0))
-    ]  # fmt: skip
-    axes = figures.draw_frontier(make_frontier() | {"points": points}).axes[0]
-    assert [[0.0, 0.0], [2.5, 1.5], [6.5, 3.5]] in get_lines(axes)
+    axes = figures.draw_frontier(make_frontier()).axes[0]
+    assert [[0.0, 0.0], [2.5, 1.5], [20.5, 1.5]] in get_lines(axes)
 
 
 @pytest.mark.parametrize("frontier", [{}, make_frontier()], ids=["alone", "on the frontier"])
 def test_rounds_are_a_curve_of_their_own(frontier: dict[str, Any], tmp_path: Path):
     axes = figures.draw_frontier(add_rounds_to_frontier(frontier, {"reward": "gold", "rounds": ROUNDS})).axes[0]
     assert [[0.0, 1.0], [4.0, 2.0], [7.0, 2.75]] in get_lines(axes)
-    (tmp_path / "rounds.json").write_text(json.dumps({"reward": "gold", "rounds": ROUNDS}))
+    write(tmp_path / "rounds.json", {"reward": "gold", "rounds": ROUNDS})
     raw = write_report(tmp_path).read_text()
     assert 'id="frontier"' in raw and "0 runs" not in raw, "the rounds are missing, or runs of no frontier are counted"
 
@@ -280,5 +230,4 @@ def test_each_reward_over_rounds_has_a_panel():
 
 def test_win_rates_over_temperature():
     axes = figures.draw_win_rates(make_winrate((0.25, 1.0))["comparisons"]).axes[0]
-    assert [0.25, 0.58] in get_lines(axes)[0] and [1.0, 0.58] in get_lines(axes)[0]
-    assert axes.get_xlabel() == "sampling temperature" and len(axes.containers) == 4
+    assert get_lines(axes)[0] == [[0.25, 0.58], [1.0, 0.58]] and len(axes.containers) == 4

@@ -1,22 +1,23 @@
 """The playground's page: ask both models, see where the policy departs from its reference, vote, compare a pair.
 
-Gradio serves it with its own files alone: no fonts, scripts or figures come from, or go to, another host.
+Nothing on it comes from, or goes to, another host.
 """
 
 import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from transformers.hf_argparser import HfArg
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation.arguments import EvaluateArguments
-from tinydpo.playground.side_by_side import Answer, SideBySide, count_votes, save_vote
+from tinydpo.playground.side_by_side import Answer, SideBySide, save_vote
 from tinydpo.report.tokens import color_tokens, render_template, split_into_pieces
 
 FRAMES_PER_SECOND = 10  # drawing the page more often would only slow the models down
@@ -37,15 +38,11 @@ DISABLED = gr.update(interactive=False)
 class PlaygroundArguments:
     """Where the page is served."""
 
-    port: int = field(default=7860, metadata={"help": "Port of the page on 127.0.0.1."})
+    port: int = HfArg(default=7860, help="Port of the page on 127.0.0.1.")
 
 
 def serve_app(app: gr.Blocks, port: int) -> None:
-    """Serve the page on 127.0.0.1 alone, until Ctrl-C.
-
-    Raises:
-        UserError: the port is taken.
-    """
+    """Serve the page on 127.0.0.1 until Ctrl-C (UserError: the port is taken)."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to download
     try:
         app.launch(
@@ -58,14 +55,13 @@ def serve_app(app: gr.Blocks, port: int) -> None:
     app.block_thread()
 
 
+@dataclass
 class Handlers:
     """What happens on the page: asks `models`, and returns what its components show."""
 
-    def __init__(self, models: SideBySide, ref_name: str, votes: Path):
-        """`votes` is the file that votes are appended to, `ref_name` the model that is trained on them."""
-        self.models = models
-        self.ref_name = ref_name
-        self.votes = votes
+    models: SideBySide
+    ref_name: str  # the model to train on the votes
+    votes: Path
 
     def generate(
         self, text: str, blind: bool, tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None
@@ -113,9 +109,9 @@ class Handlers:
 
     def describe_votes(self) -> str:
         """How many votes there are, and the command that trains on them."""
-        count = count_votes(self.votes)
+        count = len(self.votes.read_text(encoding="utf-8").splitlines()) if self.votes.is_file() else 0
         if count < 2:
-            return f"{count or 'No'} vote{'' if count == 1 else 's'} so far; you can train on two or more."
+            return f"Votes so far: {count}. You can train on two or more."
         recipe = Path("recipes") / self.votes.parent.name
         recipe_flag = f"RECIPE={recipe} " if (recipe / "dpo.yaml").is_file() else ""
         flags = f"--dataset_name {self.votes} --model_name_or_path {self.ref_name}"
@@ -129,20 +125,19 @@ class Handlers:
         except UserError as error:
             return "", "", f"Nothing compared: {error}."
         margin = answers[0].reward - answers[1].reward
+        message = (
+            f"The policy prefers **answer {'A' if margin > 0 else 'B'}**: its implicit reward is higher by "
+            f"{abs(margin):.2f}, which is a preference of {1 / (1 + math.exp(-abs(margin))):.0%} under the "
+            "Bradley-Terry model of the DPO paper."
+        )
         if round(margin, 2) == 0:
             message = "The policy's implicit reward is the same for both."
-        else:
-            message = (
-                f"The policy prefers **answer {'A' if margin > 0 else 'B'}**: its implicit reward is higher by "
-                f"{abs(margin):.2f}, which is a preference of {1 / (1 + math.exp(-abs(margin))):.0%} under the "
-                "Bradley-Terry model of the DPO paper."
-            )
         if is_cut:
             message += f" Cut to {self.models.max_length} tokens, as in training."
         return *self._show(("Answer A", "Answer B"), answers), message
 
     def _show(self, names: tuple[str, str], answers: Sequence[Answer], blind: bool = False) -> list[str]:
-        """Two answers as HTML; if `blind`, without anything that gives away which model wrote which."""
+        """Two answers as HTML; if `blind`, without what gives away which model wrote which."""
         scale = max((abs(reward) for answer in answers for reward in answer.rewards), default=0.0)
         shown = []
         for name, side, answer in zip(names, ("Left", "Right"), answers, strict=True):
@@ -154,9 +149,9 @@ class Handlers:
 
 
 def build_app(models: SideBySide, args: EvaluateArguments, votes: Path, notice: str = "") -> gr.Blocks:
-    """The page; `args` gives the models' names and where the sampling settings start, `votes` is their file."""
+    """The page; `args` gives the models' names and where the sampling settings start."""
     handlers = Handlers(models, args.ref_model_name_or_path, votes)
-    with gr.Blocks(title="tinydpo playground", analytics_enabled=False) as app:
+    with gr.Blocks(title="tinydpo playground") as app:
         gr.Markdown(
             f"# tinydpo playground\nPolicy (DPO) `{args.model_name_or_path}`, reference (SFT) "
             f"`{args.ref_model_name_or_path}`, β = {models.beta:g}. {notice}"

@@ -1,8 +1,7 @@
 """Policy and reference in memory together: both answer a prompt, and every token has its implicit reward at once.
 
-Prompts are written as in training: by the chat template, or in HH's form. The two answers grow token by token as two
-rows of one batch. Both models read both rows, so a token's log-prob under policy and reference is there when the token
-is sampled: nothing is scored afterwards.
+The two answers grow token by token as two rows of one batch. Both models read both rows, so a token's log-prob under
+policy and reference is there when the token is sampled: nothing is scored afterwards.
 """
 
 import json
@@ -51,9 +50,8 @@ class Answer:
 class SideBySide:
     """A policy and its reference, causal LMs in eval mode on one device, with the tokenizer of both.
 
-    `beta` scales rewards. Prompt and answer together have `max_length` tokens, of which a long prompt's last question
-    gets up to `max_question_length`, as in training. `chat` says whether prompts are messages for the chat template;
-    None: they are if there is one.
+    `beta` scales rewards; prompt and answer are fitted to `max_length` and `max_question_length` as in training.
+    `chat` says whether prompts are messages for the chat template. None: they are if there is one.
     """
 
     policy: PreTrainedModel
@@ -65,9 +63,7 @@ class SideBySide:
     chat: bool | None = None
 
     def __post_init__(self):
-        """Without a template there is only HH's form."""
-        has_template = self.tokenizer.chat_template is not None
-        self.chat = has_template and self.chat is not False
+        self.chat = self.tokenizer.chat_template is not None and self.chat is not False
 
     def decode_answer(self, answer: Answer) -> str:
         """The answer as a data set would hold it, without stop token."""
@@ -79,7 +75,7 @@ class SideBySide:
         return typed_to_messages(typed) if self.chat else typed_to_dialogue(typed)
 
     def fit_prompt(self, prompt: Prompt, max_new_tokens: int) -> tuple[list[int], bool]:
-        """A prompt's tokens, cut at its start to what `max_new_tokens` leaves, and whether anything was cut."""
+        """A prompt's tokens, cut at its start to leave room for `max_new_tokens`, and whether anything was cut."""
         row = self._render(make_pair(prompt, "A", "B"))  # the answers do not matter
         batch = {name: [row[name]] for name in ("prompt", "question", "templated")}
         ids = tokenize_prompts(batch, self.tokenizer)[0][0]
@@ -91,19 +87,21 @@ class SideBySide:
     def stream_answers(
         self, prompt: list[int], max_new_tokens: int, *, temperature: float, top_k: int, top_p: float, seed: int
     ) -> Iterator[tuple[Answer, Answer]]:
-        """Sample the reference's and the policy's answer, independently of each other.
+        """Sample the reference's and the policy's answer independently, and yield both after every token.
 
         `top_k` 0 and `top_p` 1 keep all tokens. Rewards are of the models' own distributions, whatever the sampling
         makes of them.
-
-        Yields:
-            Reference's and policy's answer so far (the same two objects), after every token.
         """
         models = (self.ref, self.policy)
         answers = (Answer(), Answer())
         stops = [get_stop_token_ids(model, self.tokenizer) for model in models]
         caches = [None, None]
-        processors = make_logits_processors(temperature, top_k, top_p)
+        warpers = LogitsProcessorList()  # nothing that a checkpoint's generation config adds
+        warpers.append(TemperatureLogitsWarper(float(temperature)))  # a page's 1.0 comes as 1
+        if top_k:
+            warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(top_p))
         generator = torch.Generator(self.policy.device).manual_seed(seed)
         ids = torch.tensor([prompt, prompt], device=self.policy.device)  # row 0 is the reference's, row 1 the policy's
         mask = torch.ones_like(ids)
@@ -114,7 +112,7 @@ class SideBySide:
                 caches[i] = out.past_key_values
                 logits.append(out.logits[:, -1].float())
             own_logits = torch.stack([logits[0][0], logits[1][1]])
-            ids = torch.multinomial(processors(None, own_logits).softmax(-1), 1, generator=generator)
+            ids = torch.multinomial(warpers(None, own_logits).softmax(-1), 1, generator=generator)
             ref_logps, policy_logps = (each.log_softmax(-1).gather(1, ids).flatten() for each in logits)
             rewards = self.beta * (policy_logps - ref_logps)
             for i, answer in enumerate(answers):
@@ -128,11 +126,7 @@ class SideBySide:
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
 
     def compare_pair(self, typed: str, first: str, second: str) -> tuple[Answer, Answer, bool]:
-        """A typed prompt's two answers with their rewards, fitted as in training, and whether anything was cut.
-
-        Raises:
-            UserError: something is empty, or the answers are the same within the token budget.
-        """
+        """A typed prompt's two answers with their rewards, fitted as in training, and whether anything was cut."""
         if not (typed.strip() and first.strip() and second.strip()):
             raise UserError("type a prompt and two answers")
         prompt = self.make_prompt(typed)
@@ -148,9 +142,9 @@ class SideBySide:
         return *answers, not is_whole
 
     def _score(self, prompt: list[int], ids: list[int]) -> Answer:
-        policy_logps, ref_logps = (token_logps(model, [prompt], [ids])[0] for model in (self.policy, self.ref))
-        rewards = self.beta * (policy_logps - ref_logps)
-        return Answer(ids, rewards.tolist(), ended=ids[-1] in get_stop_token_ids(self.policy, self.tokenizer))
+        log_ratios = token_logps(self.policy, [prompt], [ids])[0] - token_logps(self.ref, [prompt], [ids])[0]
+        ended = ids[-1] in get_stop_token_ids(self.policy, self.tokenizer)
+        return Answer(ids, (self.beta * log_ratios).tolist(), ended)
 
     def _render(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -159,18 +153,8 @@ class SideBySide:
             raise UserError(f"this cannot be read: {error}") from None
 
 
-def make_logits_processors(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
-    """What reshapes the distribution to sample from, and nothing that a checkpoint's generation config adds."""
-    processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])  # a page's 1.0 comes as 1
-    if top_k:
-        processors.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        processors.append(TopPLogitsWarper(top_p))
-    return processors
-
-
 def make_pair(prompt: Prompt, chosen: str, rejected: str) -> dict[str, Any]:
-    """A row to train on, its answers in the form of its prompt: messages or texts."""
+    """A row to train on; answers have the form of their prompt, messages or texts."""
     if isinstance(prompt, str):
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     chosen_messages = [{"role": "assistant", "content": chosen}]
@@ -178,26 +162,11 @@ def make_pair(prompt: Prompt, chosen: str, rejected: str) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen_messages, "rejected": rejected_messages}
 
 
-def count_votes(path: Path) -> int:
-    """How many votes the file holds."""
-    return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
-
-
-def save_vote(path: Path, prompt: Prompt, chosen: str, rejected: str) -> int:
-    """Append a pair that `--dataset_name` reads, in the form of its prompt, and return how many there are.
-
-    Raises:
-        UserError: an answer is empty, both are the same, or the file cannot be written.
-    """
-    if not (chosen.strip() and rejected.strip()):
-        raise UserError("an empty answer cannot be voted on; generate again")
-    if chosen == rejected:
-        raise UserError("the two answers are the same; generate again")
+def save_vote(path: Path, prompt: Prompt, chosen: str, rejected: str) -> None:
+    """Append a pair that `--dataset_name` reads (UserError: it prefers nothing)."""
+    if not (chosen.strip() and rejected.strip()) or chosen == rejected:
+        raise UserError("the answers are the same, or one is empty; generate again")
     row = make_pair(prompt, chosen, rejected) | {"voted_at": datetime.now(UTC).isoformat()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise UserError(f"the vote could not be written to {path}: {error.strerror}") from None
-    return count_votes(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,5 +1,1 @@
-"""Everything measured, as one HTML page that loads nothing.
-
-In: a recipe's run folder. Out: `report.html`. Start with `page` (what is read and shown), then `templates/page.html`,
-`figures` and `tokens`.
-"""
+"""Everything measured in a run folder as one HTML page, `report.html`. Start with `page`."""

@@ -1,13 +1,9 @@
-"""The report's figures in matplotlib: axes named with their units, colours that colour-blind readers can tell apart.
-
-Each `draw_…` function returns a `Figure` of its own, small enough for the width of a phone. `to_data_uri` makes it an
-image that stands inside a page.
-"""
+"""The report's figures in matplotlib: small enough for a phone, in colours that colour-blind readers distinguish."""
 
 import base64
 import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tinydpo.evaluation.metrics import Z95
+from tinydpo.evaluation.winrate import OPPONENTS
 from tinydpo.training.curves import BLUE, GREY, ORANGE, draw_panel, select_panels
 
 SKY = "#56B4E9"  # this, green and pink are from the palette of Okabe and Ito, too
@@ -26,7 +23,6 @@ METHODS = {  # color and marker of a curve in the frontier
     "conservative DPO": ("#CC79A7", "^"),
     "shuffled labels": ("black", "x"),
 }
-OPPONENTS = {"chosen": ("dataset's answers", ORANGE), "ref": ("reference's answers", BLUE)}
 WIN_RATES = (
     ("raw", "win_rate", "win_rate_ci95"),
     ("length-controlled", "length_controlled_win_rate", "length_controlled_ci95"),
@@ -46,18 +42,17 @@ SMALL_LABEL = {"textcoords": "offset points", "fontsize": 7}
 
 
 def to_data_uri(figure: Figure) -> str:
-    """A figure as an SVG image in a `data:` URI; the same figure gives the same text."""
+    """A figure as an SVG image inside the page; the same figure gives the same text."""
     svg = io.BytesIO()
     with rc_context(STYLE), warnings.catch_warnings():
-        # Text stays text, drawn by the reader's fonts, so it does not matter which characters matplotlib's font lacks.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of characters that matplotlib's font lacks: the reader's fonts draw the text
         figure.savefig(svg, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
 
 
 @rc_context(STYLE)
 def draw_training_curves(log_history: list[dict[str, Any]]) -> list[Figure]:
-    """A figure for the loss and, where the run logged them, for reward accuracy, margin and rewards over steps."""
+    """A figure for each panel that the run logged: loss, reward accuracy, margin, rewards."""
     figures = []
     for panel in select_panels(log_history):
         figure, axes = _make_figure(4.4, 3)
@@ -68,23 +63,15 @@ def draw_training_curves(log_history: list[dict[str, Any]]) -> list[Figure]:
 
 @rc_context(STYLE)
 def draw_margin_histogram(margins: Sequence[float]) -> Figure:
-    """Implicit reward margins of held-out pairs, those above zero in another colour.
-
-    The outermost bars also count what lies beyond the 99th percentile of the absolute margins.
-    """
+    """Implicit reward margins of held-out pairs; the outermost bars count what lies beyond 99 % of them, too."""
     values = np.nan_to_num(np.asarray(margins, dtype=float))  # NaN, of a policy that diverged, counts as wrong
-    limit = np.quantile(np.abs(values), 0.99) or 1.0
-    width = limit / 20
+    width = (np.quantile(np.abs(values), 0.99) or 1.0) / 20
+    right = np.clip(values[values > 0], width / 2, 19.5 * width)
+    wrong = np.clip(values[values <= 0], -19.5 * width, -width / 2)  # ties are wrong
+    shares = [f"{len(right) / len(values):.1%} right", f"{len(wrong) / len(values):.1%} wrong"]
     edges = width * np.arange(-20, 21)  # zero is an edge, so no bar holds both right and wrong pairs
-    right = values[values > 0]
-    wrong = values[values <= 0]
     figure, axes = _make_figure()
-    axes.hist(
-        # Ties are wrong, so they stand left of zero.
-        [np.clip(right, width / 2, limit - width / 2), np.clip(wrong, width / 2 - limit, -width / 2)],
-        edges, stacked=True, rwidth=0.9, color=[BLUE, ORANGE],
-        label=[f"{len(right) / len(values):.1%} right", f"{len(wrong) / len(values):.1%} wrong"],
-    )  # fmt: skip
+    axes.hist([right, wrong], edges, stacked=True, rwidth=0.9, color=[BLUE, ORANGE], label=shares)
     axes.axvline(0, color="black", linewidth=1)
     axes.legend()
     axes.set(xlabel="implicit reward of chosen minus rejected, β × nats", ylabel="held-out pairs")
@@ -125,13 +112,13 @@ def draw_win_rates(comparisons: Sequence[dict[str, Any]]) -> Figure:
     """Raw and length-controlled win rates with their 95 % intervals over the sampling temperature."""
     figure, axes = _make_figure(4.8, 3.8)
     shift = 0.0
-    for opponent, (name, color) in OPPONENTS.items():
+    for (opponent, name), color in zip(OPPONENTS.items(), (ORANGE, BLUE), strict=True):
         rows = [row for row in comparisons if row["opponent"] == opponent]
         for kind, rate, interval in WIN_RATES:
             rates = [row[rate] for row in rows]
             axes.errorbar(
                 [row["temperature"] + shift for row in rows], rates, _get_bars(rates, [row[interval] for row in rows]),
-                label=f"against the {name}, {kind}", color=color, marker="o" if kind == "raw" else "s", markersize=5,
+                label=f"against {name}, {kind}", color=color, marker="o" if kind == "raw" else "s", markersize=5,
                 elinewidth=0.8, linestyle="-" if kind == "raw" else "--",
             )  # fmt: skip
             shift += 0.01  # side by side, so that the bars do not cover each other
@@ -148,10 +135,8 @@ def draw_frontier(result: dict[str, Any]) -> Figure:
     """Reward against KL(policy ‖ reference) as in the DPO paper's Figure 2 (arXiv 2305.18290).
 
     Each method and learning rate is a curve from the SFT model through the last checkpoint of each β, the mean over
-    seeds. Earlier checkpoints are faint dots. Bars are 95 % intervals over prompts.
-
-    Args:
-        result: what `frontier.json` holds, with the `rounds` of `rounds.json` where there are some.
+    seeds. Earlier checkpoints are faint dots. Bars are 95 % intervals over prompts. `result` is what `frontier.json`
+    holds, with the `rounds` of `rounds.json` where there are some.
     """
     figure, axes = _make_figure(5.4, 4.6)
     rounds = result.get("rounds", [])
@@ -162,15 +147,18 @@ def draw_frontier(result: dict[str, Any]) -> Figure:
     for point in result["points"]:
         curves.setdefault((point["curve"], point.get("learning_rate")), []).append(point)
     for number, ((method, rate), points) in enumerate(curves.items()):
+        label = _shorten(method) + (f", learning rate {rate:g}" if rate else "")
         # On every curve the β would cover each other.
-        _draw_method(axes, method, rate, points, start=(0.0, sft["reward"]), name_betas=number == 0)
+        _draw_method(axes, method, label, points, start=(0.0, sft["reward"]), name_betas=number == 0)
     if rounds:
-        _draw_rounds(axes, rounds)
+        _draw_with_bars(axes, rounds, color=SKY, marker="P", markersize=6, linewidth=1.6, label="on-policy rounds")
+    for one in rounds[1:]:
+        axes.annotate(one["name"], (one["kl"], one["reward"]), (8, -7), **SMALL_LABEL, color=SKY)
     axes.plot(0, sft["reward"], marker="*", markersize=9, color="black")
     axes.annotate("SFT", (0, sft["reward"]), (4, -11), textcoords="offset points")
     axes.set(xlabel="KL(policy ‖ reference), nats per answer", ylabel=f"mean reward: {_shorten(result['reward'], 60)}")
     axes.margins(x=0.03)
-    if max((point["kl"] for point in [*result["points"], *rounds]), default=0) > 2 * LINEAR_KL:
+    if max(point["kl"] for point in [*result["points"], *rounds]) > 2 * LINEAR_KL:
         # One run that collapses would press the others together.
         axes.set_xscale("symlog", base=2, linthresh=LINEAR_KL, linscale=3)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -188,29 +176,22 @@ def _draw_best_of_n(axes: Axes, best: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_method(
-    axes: Axes, method: str, rate: float | None, points: list[dict[str, Any]], start: tuple[float, float],
-    name_betas: bool,
-) -> None:  # fmt: skip
+    axes: Axes, method: str, label: str, points: list[dict[str, Any]], start: tuple[float, float], name_betas: bool
+) -> None:
     color, marker = METHODS.get(method, (GREY, "o"))
     by_step = sorted(points, key=lambda point: point["step"])
     last = list({(point["beta"], point["seed"]): point for point in by_step}.values())
     axes.plot(*_get_columns(points), color=color, linestyle="", marker=marker, markersize=3, alpha=0.35)
     style = {"color": color, "ecolor": (color, 0.5), "linestyle": "", "marker": marker, "markersize": 4.5}
-    _draw_with_bars(axes, last, label=_shorten(method) + (f", learning rate {rate:g}" if rate else ""), **style)
+    _draw_with_bars(axes, last, label=label, **style)
     means = []
     for beta in sorted({point["beta"] for point in last}):
-        kl, reward = np.mean(_get_columns(point for point in last if point["beta"] == beta), axis=1).tolist()
+        kl, reward = np.mean(_get_columns([point for point in last if point["beta"] == beta]), axis=1)
         means.append((kl, reward))
         if name_betas:
             axes.annotate(f"β {beta:g}", (kl, reward), (-3, 6), **SMALL_LABEL, color=color, ha="right")
     line = ":" if method == "shuffled labels" else "-"
     axes.plot(*zip(start, *sorted(means), strict=True), color=color, linewidth=1.2, linestyle=line)
-
-
-def _draw_rounds(axes: Axes, rounds: Sequence[dict[str, Any]]) -> None:
-    _draw_with_bars(axes, rounds, color=SKY, marker="P", markersize=6, linewidth=1.6, label="on-policy rounds")
-    for one in rounds[1:]:
-        axes.annotate(one["name"], (one["kl"], one["reward"]), (8, -7), **SMALL_LABEL, color=SKY)
 
 
 def _draw_with_bars(axes: Axes, points: Sequence[dict[str, Any]], **style: Any) -> None:
@@ -248,17 +229,15 @@ def _make_figure(width: float = 4.8, height: float = 3.2) -> tuple[Figure, Axes]
 
 
 def _get_bars(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> np.ndarray:
-    """Lengths of error bars below and above n values, (2, n), from their intervals."""
+    """Lengths of the error bars below and above n values, (2, n)."""
     return np.abs(np.array(intervals).T - np.array(values))
 
 
-def _get_columns(points: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """KL and reward of points, for plotting."""
-    points = list(points)
+def _get_columns(points: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
     return [point["kl"] for point in points], [point["reward"] for point in points]
 
 
 def _shorten(text: str, most: int = 28) -> str:
-    """A name that comes from the data as a label: printable, and not wider than the figure."""
+    """A name from the data as a label: printable, and not wider than the figure."""
     text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,7 +1,6 @@
 """The report: everything that lies in a recipe's run folder, on one HTML page that loads nothing.
 
-`write_report` reads the folder, builds a part of the page from each thing that is there, and fills in
-`templates/page.html`, which has the words around them.
+`write_report` reads the folder and fills in `templates/page.html`, which has the words and draws the figures.
 """
 
 from collections.abc import Sequence
@@ -16,17 +15,16 @@ from tinydpo.errors import UserError
 from tinydpo.evaluation.frontier import get_run_key
 from tinydpo.evaluation.on_policy import add_rounds_to_frontier
 from tinydpo.evaluation.table import Row, headline_rows
-from tinydpo.evaluation.winrate import describe_judge, format_caveats, winrate_rows
+from tinydpo.evaluation.winrate import OPPONENTS, describe_judge, format_caveats, winrate_rows
 from tinydpo.files import public_name, read_json, read_jsonl, write_atomic
 from tinydpo.report import figures
 from tinydpo.report.tokens import color_tokens, render_template
 from tinydpo.run_folder import RunFolder
 from tinydpo.training.curves import describe_rewards
 
-# The rows of an evaluation's table that stand on top of the page.
+# Rows of an evaluation's table that stand on top of the page
 HEAD = ("reward accuracy", "win rate", "KL per sequence", "ended by themselves", "NLL of chosen")
 ANSWERS = 20  # held-out prompts on the page
-ROLES = {"policy": "Policy", "ref": "Reference", "chosen": "Dataset, preferred"}
 SETTINGS = (  # shown of each run and evaluation, where they have them
     "seed", "sample_seed", "loss_type", "beta", "learning_rate", "num_train_epochs", "pairs_per_step", "max_length",
     "num_prompts", "temperature", "temperatures", "top_k", "top_p", "dtype",
@@ -34,13 +32,7 @@ SETTINGS = (  # shown of each run and evaluation, where they have them
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a recipe's run folder; the same files give the same page.
-
-    Args:
-        folder: `runs/<recipe folder>`, with any of an evaluation, a frontier, win rates and runs in it.
-
-    Returns:
-        The page's path.
+    """Write `report.html` into `runs/<recipe folder>` and return its path; the same files give the same page.
 
     Raises:
         UserError: the folder has nothing to report, or a file in it is damaged.
@@ -48,7 +40,7 @@ def write_report(folder: Path) -> Path:
     evaluation = _find_results(folder, "evaluation/eval_results.json")
     results = read_json(evaluation, "pairs", "reward_accuracy", "settings")
     margins = [pair["margin"] for pair in read_jsonl(evaluation.with_name("pairs.jsonl"), "margin")]
-    samples = read_jsonl(evaluation.with_name("samples.jsonl"), "prompt", "policy", "ref")
+    samples = read_jsonl(evaluation.with_name("samples.jsonl"), "prompt", "policy", "ref", "pieces", "token_rewards")
     frontier = read_json(_find_results(folder, "frontier/frontier.json"), "points", "reward")
     if not frontier.get("points"):  # none before its first run ends
         frontier = {}
@@ -56,10 +48,7 @@ def write_report(folder: Path) -> Path:
     winrate = read_json(_find_results(folder, "winrate/winrate.json"), "comparisons", "judge")
     runs = _find_runs(folder, results)
     if not any((results, margins, samples, frontier, winrate, runs)):
-        raise UserError(
-            f"{folder} holds no run, evaluation, frontier or win rates to report; `make evaluate` writes an "
-            "evaluation into runs/<recipe folder>"
-        )
+        raise UserError(f"{folder} holds no run or result to report; run `make evaluate` first")
     rows = headline_rows(results) if results else []
     page = render_template(
         "report/templates/page.html",
@@ -68,19 +57,29 @@ def write_report(folder: Path) -> Path:
         summary=summarize_evaluation(results) if results else "",
         head=[row for label in HEAD for row in rows if row.label == label] + _select_judged(winrate),
         rows=[row for row in rows if row.label not in HEAD],
-        pairs=build_pair_charts(margins, results.get("subsets")),
-        frontier=build_frontier(frontier) if frontier else {},
-        win_rates=build_win_rates(winrate) if winrate else {},
-        training={title: build_training(run) for title, run in runs.items()},
-        answers=build_answers(samples),
+        margins=margins,
+        subsets=results.get("subsets"),
+        frontier=frontier,
+        frontier_runs=len({get_run_key(point) for point in frontier.get("points", [])}),
+        winrate=winrate,
+        trained={title: run for title, run in runs.items() if run.read_log()},
+        answers=select_answers(samples),
         provenance=collect_provenance(runs, {"Evaluation": results, "Frontier": frontier, "Win rates": winrate}),
+        # What the template calls
+        figures=figures,
+        describe_rewards=describe_rewards,
+        describe_judge=describe_judge,
+        format_caveats=format_caveats,
+        color_tokens=color_tokens,
+        public_name=public_name,
+        OPPONENTS=OPPONENTS,
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
 
 
 def _find_results(folder: Path, default: str) -> Path:
-    """A stage's results: the file at `default`, or else of the last subfolder by name that has such a file."""
+    """The file at `default`, or else one of its name in another subfolder, as --output_dir may say."""
     path = folder / default
     found = sorted(folder.glob(f"*/{path.name}"))
     return path if path.is_file() or not found else found[-1]
@@ -128,87 +127,16 @@ def _select_judged(winrate: dict[str, Any]) -> list[Row]:
     return winrate_rows(winrate | {"comparisons": [nearest]})[-1:]
 
 
-def build_pair_charts(margins: list[float], subsets: dict[str, Any] | None) -> dict[str, str]:
-    """Margins of the held-out pairs, and reward accuracy by subset where there are several."""
-    charts = {}
-    if margins:
-        charts["margins"] = figures.to_data_uri(figures.draw_margin_histogram(margins))
-    if subsets:
-        charts["subsets"] = figures.to_data_uri(figures.draw_accuracy_by_subset(subsets))
-    return charts
-
-
-def build_frontier(result: dict[str, Any]) -> dict[str, Any]:
-    """The frontier's figure, and what it is made of."""
-    return {
-        "chart": figures.to_data_uri(figures.draw_frontier(result)),
-        "runs": len({get_run_key(point) for point in result["points"]}),
-        "seeds": sorted({point["seed"] for point in result["points"]}),
-        "failed": [run["name"] for run in result.get("failed", [])],
-        "rounds": "rounds" in result,
-    }
-
-
-def build_win_rates(winrate: dict[str, Any]) -> dict[str, Any]:
-    """The judge's win rates as a figure and a table, and how far the judge can be trusted."""
-    rows = []
-    for comparison in winrate["comparisons"]:
-        name, _ = figures.OPPONENTS[comparison["opponent"]]
-        rows.append(comparison | {"name": name, "caveats": format_caveats(winrate, comparison)})
-    calibration = winrate.get("calibration")
-    return {
-        "judge": public_name(winrate["judge"]),
-        "calibration": describe_judge(calibration) if calibration else "",
-        "chart": figures.to_data_uri(figures.draw_win_rates(winrate["comparisons"])),
-        "rows": rows,
-    }
-
-
-def build_training(run: RunFolder) -> dict[str, Any]:
-    """A run's curves by their titles and, for DPO, what its rewards did."""
-    log = run.read_log()
-    beta = run.read_config().get("beta")
-    curves = figures.draw_training_curves(log)
-    return {
-        "charts": {curve.axes[0].get_title(): figures.to_data_uri(curve) for curve in curves},
-        "sentence": describe_rewards(log, beta) if beta else "",
-    }
-
-
-def build_answers(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Evenly spaced rows of `samples.jsonl`, their tokens coloured on one scale."""
+def select_answers(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Evenly spaced rows of `samples.jsonl`, and the token reward that has the strongest colour on all of them."""
     count = min(ANSWERS, len(samples))
     shown = [samples[i * len(samples) // count] for i in range(count)]
-    sizes = [abs(reward) for sample in shown for reward in sample.get("token_rewards", [])]
+    sizes = [abs(reward) for sample in shown for reward in sample["token_rewards"]]
     scale = float(np.quantile(sizes, 0.98)) if sizes else 0.0  # the largest alone would leave all others pale
-    steps = [-scale, -scale / 2, 0.0, scale / 2, scale]
-    answers = []
-    for sample in shown:
-        columns = [_build_column(sample, role, scale) for role in ROLES if role in sample]
-        answers.append({"prompt": sample["prompt"].strip(), "columns": columns})
-    return {
-        "shown": answers,
-        "total": len(samples),
-        "key": color_tokens([f" {step:+.2f} " for step in steps], steps, scale) if scale else "",
-    }
+    return {"shown": shown, "total": len(samples), "scale": scale}
 
 
-def _build_column(sample: dict[str, Any], role: str, scale: float) -> dict[str, Any]:
-    """One answer: whose it is, its text, and what is known of it."""
-    text = sample[role].strip()
-    if role == "policy" and scale:
-        text = color_tokens(sample["pieces"], sample["token_rewards"], scale)
-    facts = []
-    if f"reward_{role}" in sample:
-        facts.append(f"reward {sample[f'reward_{role}']:.2f}")
-    if sample.get(f"ended_{role}") is False:
-        facts.append("no end token")
-    return {"title": ROLES[role], "text": text, "facts": ", ".join(facts)}
-
-
-def collect_provenance(
-    runs: dict[str, RunFolder], results: dict[str, dict[str, Any]]
-) -> dict[str, list[tuple[str, Any]]]:
+def collect_provenance(runs: dict[str, RunFolder], results: dict[str, Any]) -> dict[str, list[tuple[str, Any]]]:
     """What the runs and results depend on, as (name, value) rows for each."""
     tables = {title: _list_settings(result.get("settings", {})) for title, result in results.items()}
     for title, run in runs.items():
@@ -227,7 +155,6 @@ def collect_provenance(
 
 
 def _list_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What to know of a run's or an evaluation's settings."""
     sources = list_sources(settings)
     names = [" ".join(filter(None, (public_name(one.name, one.revision), one.data_dir))) for one in sources]
     facts = {

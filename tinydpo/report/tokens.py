@@ -42,18 +42,17 @@ def split_into_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
     return pieces
 
 
-def color_tokens(pieces: Sequence[str], rewards: Sequence[float], scale: float | None = None) -> Markup:
+def color_tokens(pieces: Sequence[str], rewards: Sequence[float], scale: float) -> Markup:
     """One `<span>` a token, blue where the policy finds it likelier than the reference does, orange where less likely.
 
     Args:
         pieces: n texts.
         rewards: n implicit rewards, β log π/π_ref (DPO, arXiv 2305.18290, section 4), shown on hover.
-        scale: the reward of the strongest colour; by default the largest of these.
+        scale: the reward of the strongest colour.
     """
-    scale = scale or max(map(abs, rewards), default=0.0) or 1.0
     tokens = []
     for piece, reward in zip(pieces, rewards, strict=True):
         color = BLUE if reward > 0 else ORANGE
-        alpha = round(MAX_ALPHA * min(1.0, abs(reward) / scale))
+        alpha = round(MAX_ALPHA * min(1.0, abs(reward) / (scale or 1.0)))
         tokens.append({"background": f"{color}{alpha:02x}", "reward": f"{reward:+.3f}", "text": piece})
     return render_template("report/templates/tokens.html", tokens=tokens)
