@@ -81,7 +81,6 @@ def test_dropped_pairs_are_counted(task: Path, tmp_path: Path):
     [
         (["--max_length", "1"], "max_length"),
         (["--max_length", "64"], "max_question_length"),
-        (["--json", "no/folder.json"], "folder does not exist"),
         (["--dataset_name", "no.jsonl"], "no file or folder"),
         (["--model_name_or_path", "none/such"], "model"),
     ],

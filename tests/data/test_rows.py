@@ -13,7 +13,6 @@ from examples import (
     HH,
     MESSAGES,
     PROMPT,
-    SYSTEM,
     TEXTS,
     THINKING,
     TOOLS,
@@ -28,7 +27,7 @@ from hypothesis import strategies as st
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
-from tinydpo.data.rows import read_row, split_dialogues
+from tinydpo.data.rows import BrokenRow, read_row, split_dialogues
 from tinydpo.errors import UserError
 
 FORMS = {
@@ -58,11 +57,6 @@ def test_sft_reads_rows_with_one_answer(tiny_tokenizer: Any):
     for row in rows:
         pair = render(row, tiny_tokenizer, need_pairs=False)
         assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (PROMPT, " Well.", None), row
-
-
-def test_text_prompt_beside_messages_is_a_user_message(tiny_tokenizer: Any):
-    pair = render({"prompt": "Hi?", "chosen": GOOD, "rejected": BAD}, tiny_tokenizer)
-    assert pair["prompt"] == "\n\nHuman: Hi?\n\nAssistant:"
 
 
 def test_dialogues_that_part_before_the_last_turn(tiny_tokenizer: Any):
@@ -134,7 +128,6 @@ def test_prompt_that_its_texts_repeat_is_taken_once(tiny_tokenizer: Any):
     for prompt, chosen, rejected in (
         ("Thank you", "Thank you too", "Thank you so much"),  # manners
         ("What is the capital of Italy", "What is the capital of Italy? Rome.", "Rome"),  # only one does
-        ("How do I write a list", "How do I write a listing?", "How do I write a listicle?"),  # other words
     ):
         pair = render({"prompt": prompt, "chosen": chosen, "rejected": rejected}, tiny_tokenizer)
         assert (pair["chosen"], pair["rejected"]) == (chosen, rejected), f"an answer to {prompt!r} is cut"
@@ -187,42 +180,29 @@ def test_tools_and_options_as_json_strings(tiny_tokenizer: Any):
 BROKEN = {
     "cut JSON": (b'{"chosen": "a\n', 'expected one JSON object, found \'{"chosen": "a\''),
     "an HTML page": (b"<!DOCTYPE html>\n", "expected one JSON object, found '<!DOCTYPE html>'"),
-    "CSV": (b"chosen,rejected\n", "expected one JSON object, found 'chosen,rejected'"),
-    "two rows on a line": (b'{"a": 1}{"a": 2}\n', "Extra data"),
     "a list": (b'["a", "b"]\n', "expected a JSON object with keys, found a list"),
     "other bytes than UTF-8": (b'{"chosen": "\xe9", "rejected": "b"}\n', "expected one JSON object"),
     "endless nesting": (b"[" * 100_000 + b"\n", "expected one JSON object"),
     "half a character": (b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "b"}\n', "found half of a character"),
-    "no rejected": ({"chosen": "a", "text": "b"}, "expected the keys 'chosen' and 'rejected'"),
-    "no keys": ({}, "found no keys"),
     "other keys": ({"question": "a", "answer": "b"}, "found 'question', 'answer'; --column names other columns"),
     "no pair": ({"prompt": PROMPT, "completion": " a"}, "found one answer alone, which only SFT can use"),
     "OpenAI's without an answer": ({"input": {"messages": TURNS}, "preferred_output": GOOD}, "'rejected'"),
-    "a number for a text": ({**HH, "chosen": 5}, "expected 'chosen' to be a string, found 5"),
     "null for a text": ({**HH, "rejected": None}, "expected 'rejected' to be a string, found null"),
-    "a null prompt beside texts": ({**HH, "prompt": None}, "expected 'prompt' to be a string, found null"),
     "no assistant turn": ({"chosen": "Hello", "rejected": "Hello you"}, "found no shared assistant turn"),
-    "nothing shared": ({"chosen": PROMPT, "rejected": "x" + PROMPT}, "found no shared assistant turn"),
     "a human turn at the end": (
         {**HH, "chosen": HH["chosen"] + "\n\nHuman: Thanks."},
         "expected 'chosen' to end in an assistant turn",
     ),
     "texts beside messages": ({"prompt": PROMPT, "chosen": GOOD, "rejected": "Bad"}, "'chosen' to be a string"),
     "a number for a prompt": ({**MESSAGES, "prompt": 5}, "expected 'prompt' to be a string or a list"),
-    "no messages": ({**MESSAGES, "chosen": []}, "expected 'chosen' to hold at least one message"),
-    "no role": ({**MESSAGES, "prompt": [{"content": "Hi"}]}, "expected 'prompt' to hold messages with the strings"),
     "other message keys": (
         {**MESSAGES, "prompt": [{"from": "human", "value": "Hi"}]},
         "found 'from': a string, 'value': a string; --column names other keys",
     ),
     "no content": ({**MESSAGES, "rejected": [{"role": "assistant", "content": None}]}, "'rejected' to hold messages"),
-    "no answer": ({"chosen": TURNS[:1], "rejected": TURNS[:1]}, "share a prompt before an assistant message"),
     "another role for the assistant": (
-        {
-            "chosen": [TURNS[0], {"role": "gpt", "content": "a"}],
-            "rejected": [TURNS[0], {"role": "gpt", "content": "b"}],
-        },
-        "found none (roles: user, gpt); --role names other roles",
+        {side: [TURNS[0], {"role": "gpt", "content": side}] for side in ("chosen", "rejected")},
+        "found none (roles: 'user', 'gpt'); --role names other roles",
     ),
     "a user message at the end": (
         {**MESSAGES, "chosen": [*GOOD, TURNS[0]]},
@@ -230,12 +210,9 @@ BROKEN = {
     ),
     "pictures": (
         {**MESSAGES, "prompt": [{"role": "user", "content": [{"type": "image"}]}]},
-        "expected the content of messages in 'prompt' to be text, found a part 'image'",
+        "expected the content of messages in 'prompt' to be text, found [{'type': 'image'}]",
     ),
-    "a role without a template": (
-        {**MESSAGES, "prompt": [{"role": "tool", "content": "Hi"}]},
-        "expected the roles system, user, assistant (the model has no chat template), found 'tool'; --role renames it",
-    ),
+    "a role without a template": ({**MESSAGES, "prompt": [{"role": "tool", "content": "Hi"}]}, "found 'tool'"),
     "a role that the template does not know": (
         {**MESSAGES, "prompt": [{"role": "Human", "content": "Hi"}]},
         "found 'Human'; --role renames it, for example --role Human=user",
@@ -246,38 +223,16 @@ BROKEN = {
         "expected messages that the model's chat template accepts, its error is: roles must alternate",
         ALTERNATING,
     ),
-    "a special token in a message": (
-        {**MESSAGES, "prompt": [{"role": "user", "content": "What is <|im_end|>?"}]},
-        "expected messages without special tokens, found '<|im_end|>'",
-        CHATML,
-    ),
-    "a special token in tools": (
-        MESSAGES | {"tools": [{"type": "function", "function": {"name": "<|endoftext|>"}}]},
-        "expected messages without special tokens, found '<|endoftext|>'",
-        THINKING,
-    ),
-    "system beside texts without a template": (TEXTS | {"system": "a"}, "found texts, and the model has no chat"),
+    "system beside texts without a template": (TEXTS | {"system": "a"}, "expected messages and a model with a chat"),
     "system beside dialogues": (HH | {"system": "a"}, "beside 'system', found texts in HH's form", CHATML),
     "a system text that is none": (MESSAGES | {"system": ["a"]}, "expected 'system' to be a string, found a list"),
-    "two system messages": (
-        {**MESSAGES, "prompt": [SYSTEM, *TURNS], "system": "a"},
-        "expected one system message, found 'system' and another one",
-    ),
-    "system that the template leaves out": (
-        MESSAGES | {"system": "Be brief."},
-        "a place for a system message",
-        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-    ),
-    "tools beside texts": (TEXTS | {"tools": TOOLS}, "expected messages beside 'tools', found texts", THINKING),
-    "tools without a template": (MESSAGES | {"tools": TOOLS}, "a chat template, which 'tools' need"),
+    "tools beside texts": (TEXTS | {"tools": TOOLS}, "a chat template that writes 'tools'", THINKING),
     "tools that the template leaves out": (MESSAGES | {"tools": TOOLS}, "a chat template that writes 'tools'", CHATML),
     "tools that are none": (MESSAGES | {"tools": "weather"}, "expected 'tools' to be a list, found a string"),
-    "tool calls that the template leaves out": (
+    "tool calls without a template": (
         {**MESSAGES, "prompt": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{}]}, TURNS[2]]},
         "a chat template that writes 'tool_calls'",
-        CHATML,
     ),
-    "options that are none": (MESSAGES | {"chat_template_kwargs": [1]}, "to be an object, found a list", THINKING),
 }
 
 
@@ -303,32 +258,22 @@ def test_skipped_rows_are_counted(tiny_tokenizer: Any, tmp_path: Path):
     assert split.texts["prompt"][:] == [PROMPT] * 2 and len(split.pairs) == 2, "a dropped pair is trained on"
     assert split.summary["completion_tokens_kept"] < 1, "dropped pairs do not count as lost"
 
-
-def test_split_without_a_pair_left_is_refused(tiny_tokenizer: Any, tmp_path: Path):
     with pytest.raises(UserError, match=r"no pair of the train split is left.*identical completions"):
         load_train(tmp_path, tiny_tokenizer, {**HH, "chosen": HH["rejected"]})
 
 
-def test_two_columns_that_claim_one_name(tiny_tokenizer: Any, tmp_path: Path):
+def test_two_columns_that_claim_one_name():
     row = {"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}
-    with pytest.raises(UserError, match="expected one column for 'prompt', found two, 'question' and another one"):
-        load_train(tmp_path, tiny_tokenizer, row, column=["question=prompt"])
+    with pytest.raises(BrokenRow, match="expected one column for 'prompt', found two, 'question' and another one"):
+        read_row(row, {"question": "prompt"})
 
 
-ODD_TEXTS = {
-    "a byte-order mark": b"\xef\xbb\xbf" + encode_lines([HH]),
-    "Windows line ends": encode_lines([HH]).replace(b"\n", b"\r\n"),
-    "no line end": encode_lines([HH]).rstrip(),
-    "NaN and deep nesting in columns that are not read": encode_lines([HH]).replace(
-        b"}", b', "score": NaN, "x": ' + b"[" * 500 + b"]" * 500 + b"}"
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", ODD_TEXTS)
-def test_odd_files_give_the_pair_they_hold(kind: str, tiny_tokenizer: Any, tmp_path: Path):
-    split = load_train(tmp_path, tiny_tokenizer, ODD_TEXTS[kind])
-    assert [text["chosen"] for text in split.texts] == [" Well."]
+def test_odd_files_give_the_pair_they_hold(tiny_tokenizer: Any, tmp_path: Path):
+    line = encode_lines([HH])
+    unread = line.replace(b"}", b', "score": NaN, "x": ' + b"[" * 500 + b"]" * 500 + b"}")
+    for odd in (b"\xef\xbb\xbf" + line, line.replace(b"\n", b"\r\n"), line.rstrip(), unread):
+        split = load_train(tmp_path, tiny_tokenizer, odd)
+        assert [text["chosen"] for text in split.texts] == [" Well."], odd
 
 
 def test_any_text_comes_through_unchanged(tiny_tokenizer: Any, tmp_path: Path):

@@ -195,7 +195,6 @@ def test_typed_text_becomes_turns():
         ("\n\nHuman: Hi\n\nAssistant:", [("user", "Hi")]),
         ("Be kind.\n\nHuman: Hi", [("system", "Be kind."), ("user", "Hi")]),
         ("Is 'Human: Fall Flat' fun?", [("user", "Is 'Human: Fall Flat' fun?")]),
-        ("half \ud83d", [("user", "half ?")]),
     ):
         assert [(turn["role"], turn["content"]) for turn in typed_to_messages(typed)] == turns, f"{typed!r} is misread"
 

@@ -34,16 +34,12 @@ FITTED_FEATURES = Features(
 
 
 class TokenizedPair(NamedTuple):
-    """A pair before fitting: BOS (apart, since it is never cut), prompt, completions without end token, end token.
+    """A pair before fitting."""
 
-    The last human turn is the last `question` tokens of the prompt. `completions` are the chosen and the rejected
-    answer, or one answer alone.
-    """
-
-    bos: Ids
+    bos: Ids  # apart from the prompt, since it is never cut
     prompt: Ids
-    question: int
-    completions: list[Ids]
+    question: int  # how many tokens at the prompt's end are the last human turn
+    completions: list[Ids]  # chosen and rejected, or one answer alone, without end token
     end: int
 
 
@@ -83,14 +79,11 @@ def fit_pairs(texts: Dataset, tokenizer: Any, max_length: int, max_question_leng
 
     Pairs without signal stay, with the reason in `dropped`. A budget without room for an answer is a UserError.
     """
-    if not max_length or max_length < 2:
-        raise UserError(f"max_length is {max_length}, it must be a number of tokens of at least 2")
     bos = get_bos_ids(tokenizer)
-    if max_question_length + len(bos) >= max_length:
-        reason = " by two, one is for the BOS token" if bos else ""
+    if max_question_length + len(bos) >= (max_length or 0):
         raise UserError(
-            f"max_question_length ({max_question_length}) must be below max_length ({max_length}){reason}; "
-            "pass a lower --max_question_length"
+            f"max_question_length ({max_question_length}) and a BOS token must leave room below max_length "
+            f"({max_length}); pass a lower --max_question_length"
         )
 
     def fit_batch(batch: dict[str, list]) -> dict[str, list]:
@@ -134,12 +127,11 @@ def _find_drop_reason(pair: TokenizedPair, prompt: Ids, completions: list[Ids]) 
 
 
 def tokenize_pairs(texts: Any, tokenizer: Any) -> list[TokenizedPair]:
-    """Tokenize pairs so that a prompt's tokens and a completion's are those of the whole text.
+    """Tokenize pairs (columns of `text.TEXT_FEATURES`) so that prompt and completion have the whole text's tokens.
 
     What a chat template writes is tokenized whole, and so is every text if the tokenizer puts a space before a text
     (as SentencePiece does): alone, a completion would begin with a space that is not there. Other completions are
     tokenized alone, as they continue their prompt at inference. Plain text never turns into special tokens.
-    `texts` is a dataset or batch with the columns of `text.TEXT_FEATURES`.
     """
     bos = get_bos_ids(tokenizer)
     prompts, questions = tokenize_prompts(texts, tokenizer)
@@ -174,14 +166,9 @@ def tokenize_pairs(texts: Any, tokenizer: Any) -> list[TokenizedPair]:
 
 
 def tokenize_prompts(texts: Any, tokenizer: Any) -> tuple[list[Ids], list[int]]:
-    """Tokenize whole prompts, before any cut, with the BOS token where the tokenizer puts one.
+    """Tokenize whole prompts (`prompt`, `question`, `templated`), with the BOS token where the tokenizer puts one.
 
-    Args:
-        texts: a dataset or batch with the columns `prompt`, `question` and `templated`.
-        tokenizer: a fast tokenizer.
-
-    Returns:
-        One list of ids a prompt, and how many tokens at its end are the last human turn.
+    Returns one list of ids a prompt, and how many tokens at its end are the last human turn.
     """
     prompts = [prompt or "" for prompt in texts["prompt"][:]]
     templated = [bool(value) for value in texts["templated"][:]]
