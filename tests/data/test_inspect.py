@@ -9,10 +9,6 @@ import pytest
 
 from tinydpo.errors import UserError
 
-KEYS = {
-    "pairs_in", "pairs_kept", "dropped", "completion_tokens_kept", "prompt_tokens_kept", "questions_whole",
-    "answers_whole", "tokens_per_pair", "stock", "lengths", "notes", "templated", "sha256",
-}  # fmt: skip
 PROMPT = "\n\nHuman: Hi!\n\nAssistant:"
 GOOD = {"prompt": PROMPT, "chosen": " Yes.", "rejected": " No."}
 
@@ -33,8 +29,6 @@ def write(folder: Path, *rows: Any) -> Path:
 def test_page_and_figures(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     figures = inspect(task, task / "data", tmp_path / "figures.json", "--examples", "2")
     assert set(figures) == {"train", "test"} and figures["train"]["pairs_in"] == 96
-    for figure in figures.values():
-        assert set(figure) >= KEYS, f"figures are missing: {KEYS - set(figure)}"
     shown = capsys.readouterr().out
     assert "train: 96 pairs in, 96 kept, dropped: none" in shown and shown.count("  chosen (") == 4, shown
     assert "offensive" not in shown, "the notice of HH's authors stands beside other data"

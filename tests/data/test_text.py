@@ -51,12 +51,12 @@ def test_chat_template_with_a_default_system_message(tiny_tokenizer: Any):
     assert own["prompt"].startswith("<|im_start|>system\nBe brief."), "the user's system message is lost"
 
 
-@pytest.mark.parametrize("turns", [TURNS, TURNS[2:]])
-def test_chat_template_that_insists_on_alternating_roles(turns: list, tiny_tokenizer: Any):
-    pair = render({**MESSAGES, "prompt": turns}, with_template(tiny_tokenizer, ALTERNATING))
-    assert pair["prompt"].endswith("[INST] How are you? [/INST]"), "the prompt is not the template's"
-    assert pair["prompt"][pair["question"] :] == "[INST] How are you? [/INST]", "another question"
-    assert (pair["chosen"], pair["rejected"]) == (" Well.", " Bad, very bad."), "the end token stays in the text"
+def test_chat_template_that_insists_on_alternating_roles(tiny_tokenizer: Any):
+    for turns in (TURNS, TURNS[2:]):
+        pair = render({**MESSAGES, "prompt": turns}, with_template(tiny_tokenizer, ALTERNATING))
+        assert pair["prompt"].endswith("[INST] How are you? [/INST]"), "the prompt is not the template's"
+        assert pair["prompt"][pair["question"] :] == "[INST] How are you? [/INST]", "another question"
+        assert (pair["chosen"], pair["rejected"]) == (" Well.", " Bad, very bad."), "the end token stays in the text"
 
 
 def test_chat_template_with_another_end_of_turn(tiny_tokenizer: Any):
@@ -90,17 +90,12 @@ def test_end_token_comes_back_where_the_answer_is_whole(tiny_tokenizer: Any, tmp
     assert rendered.endswith(start), "the prompt's tokens are not the template's text"
 
 
-BESIDE = {
-    "a system text": {"system": "Be brief."},
-    "tools": {"tools": TOOLS},
-    "options of the template": {"chat_template_kwargs": {"enable_thinking": False}},
-    "all of them": {"system": "Be brief.", "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}},
-}
+BESIDE = {"system": "Be brief.", "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
 
 
-@pytest.mark.parametrize("kind", BESIDE)
-def test_columns_beside_messages_are_written_as_trl_writes_them(kind: str, thinking: Any):
-    row = MESSAGES | BESIDE[kind]
+@pytest.mark.parametrize("names", [["system"], ["tools"], ["chat_template_kwargs"], BESIDE])
+def test_columns_beside_messages_are_written_as_trl_writes_them(names: list[str], thinking: Any):
+    row = MESSAGES | {name: BESIDE[name] for name in names}
     pair = render(row, thinking)
     example = {key: value for key, value in row.items() if key not in ("system", "tools")}
     if "system" in row:

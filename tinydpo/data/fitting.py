@@ -5,7 +5,6 @@ fills the budget. Here the last human turn is always kept (up to `max_question_l
 first and keep their start. The room that is left goes to the prompt, which keeps its end. `fit_pair` is the rule.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -36,42 +35,26 @@ FITTED_FEATURES = Features(
 class TokenizedPair(NamedTuple):
     """A pair before fitting."""
 
-    bos: Ids  # apart from the prompt, since it is never cut
-    prompt: Ids
+    bos: Ids  # the BOS token where the tokenizer puts one first, else empty; it is never cut
+    prompt: Ids  # without BOS
     question: int  # how many tokens at the prompt's end are the last human turn
     completions: list[Ids]  # chosen and rejected, or one answer alone, without end token
-    end: int
+    end: int  # the end token's id; it stays only where the completion is whole
 
 
-def fit_pair(
-    prompt: Sequence[int],
-    question: int,
-    completions: Sequence[Sequence[int]],
-    *,
-    end: int,
-    bos: Sequence[int] = (),
-    max_length: int,
-    max_question_length: int,
-) -> tuple[Ids, list[Ids]]:
+def fit_pair(pair: TokenizedPair, max_length: int, max_question_length: int) -> tuple[Ids, list[Ids]]:
     """Fit the completions of one prompt to `max_length` tokens each, prompt, BOS and end token counted.
 
-    Args:
-        prompt: the prompt's tokens, without BOS.
-        question: how many tokens at the prompt's end are the last human turn.
-        completions: tokens of the chosen and the rejected answer (or of one answer alone), without end token.
-        end: the end token's id; it stays only where the completion is whole.
-        bos: the BOS token if the tokenizer puts one first, else empty; it is never cut.
-        max_length: the budget of prompt and one completion together.
-        max_question_length: the last human turn is always kept, up to this many tokens.
+    The last human turn is always kept, up to `max_question_length` tokens.
 
     Returns:
         The prompt that all completions see, BOS included, and the completions, end tokens included.
     """
-    ended = [[*completion, end] for completion in completions]
-    room = max_length - len(bos)
-    keep = max(min(question, max_question_length), room - max(map(len, ended)))
-    fitted_prompt = [*bos, *prompt[max(0, len(prompt) - keep) :]]
-    return fitted_prompt, [completion[: max_length - len(fitted_prompt)] for completion in ended]
+    ended = [[*completion, pair.end] for completion in pair.completions]
+    room = max_length - len(pair.bos) - max(map(len, ended))
+    keep = max(room, min(pair.question, max_question_length))
+    prompt = [*pair.bos, *pair.prompt[max(0, len(pair.prompt) - keep) :]]
+    return prompt, [completion[: max_length - len(prompt)] for completion in ended]
 
 
 def fit_pairs(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: int, workers: int) -> Dataset:
@@ -90,10 +73,7 @@ def fit_pairs(texts: Dataset, tokenizer: Any, max_length: int, max_question_leng
         rows: dict[str, list] = {name: [] for name in FITTED_FEATURES}
         for i, pair in enumerate(tokenize_pairs(batch, tokenizer)):
             broken = batch["broken"][i]
-            prompt, completions = fit_pair(
-                pair.prompt, pair.question, pair.completions, end=pair.end, bos=pair.bos,
-                max_length=max_length, max_question_length=max_question_length,
-            )  # fmt: skip
+            prompt, completions = fit_pair(pair, max_length, max_question_length)
             is_pair = len(completions) == 2
             whole = tuple(len(cut) > len(given) for cut, given in zip(completions, pair.completions, strict=True))
             rows["prompt_ids"].append(prompt)
