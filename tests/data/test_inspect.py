@@ -68,17 +68,3 @@ def test_dropped_pairs_are_counted(task: Path, tmp_path: Path):
     assert figures["questions_whole"] == figures["stock"]["questions_whole"] == 0.5, "a dropped pair must count as 0"
     with pytest.raises(UserError, match=r"train.jsonl row 6: expected one JSON object"):
         inspect(task, data, tmp_path / "figures.json")
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--max_length", "1"], "max_length"),
-        (["--max_length", "64"], "max_question_length"),
-        (["--dataset_name", "no.jsonl"], "no file or folder"),
-        (["--model_name_or_path", "none/such"], "model"),
-    ],
-)
-def test_impossible_flags_are_refused(flags: list[str], named: str, task: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=named):
-        inspect(task, task / "data", tmp_path / "figures.json", *flags)

@@ -50,15 +50,6 @@ def test_every_form_is_the_same_pair(form: str, tiny_tokenizer: Any):
     assert render(FORMS[form], tiny_tokenizer, need_pairs=False) == pair, "SFT sees another pair than DPO"
 
 
-def test_sft_reads_rows_with_one_answer(tiny_tokenizer: Any):
-    rows = [{"messages": TURNS + GOOD}]
-    for key in ("completion", "response"):
-        rows += [{"prompt": PROMPT, key: " Well."}, {"prompt": TURNS, key: GOOD}]
-    for row in rows:
-        pair = render(row, tiny_tokenizer, need_pairs=False)
-        assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (PROMPT, " Well.", None), row
-
-
 def test_dialogues_that_part_before_the_last_turn(tiny_tokenizer: Any):
     start = "\n\nHuman: Hi!\n\nAssistant:"
     chosen = f"{start} Yes?\n\nHuman: Why?\n\nAssistant: Because."
@@ -133,38 +124,15 @@ def test_prompt_that_its_texts_repeat_is_taken_once(tiny_tokenizer: Any):
         assert (pair["chosen"], pair["rejected"]) == (chosen, rejected), f"an answer to {prompt!r} is cut"
 
 
-SHAREGPT = {"conversations": "messages", "from": "role", "value": "content"}
-RENAMED = {
-    "a column": ({"question": "prompt"}, {"question": TURNS, "chosen": GOOD, "rejected": BAD}),
-    "columns, message keys and roles": (
-        SHAREGPT,
-        {
-            "conversations": [
-                {"from": "human", "value": "Hi!"},
-                {"from": "gpt", "value": "Hello."},
-                {"from": "human", "value": "How are you?"},
-            ],
-            "chosen": {"from": "gpt", "value": "Well."},
-            "rejected": {"from": "gpt", "value": "Bad, very bad."},
-        },
-    ),
-    "two that change places": (
-        {"chosen": "rejected", "rejected": "chosen"},
-        {"prompt": TURNS, "chosen": BAD, "rejected": GOOD},
-    ),
-    "a column that is there, but null": (
-        {"question": "prompt"},
-        {"prompt": None, "question": TURNS, "chosen": GOOD, "rejected": BAD},
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", RENAMED)
-def test_columns_and_roles_under_other_names(kind: str):
-    columns, row = RENAMED[kind]
-    given_row = json.dumps(row)
-    assert read_row(row, columns, {"human": "user", "gpt": "assistant"}) == read_row(MESSAGES)
-    assert json.dumps(row) == given_row, "reading a row changes it"
+def test_columns_under_other_names():
+    """The page's table has more of them, with message keys and roles."""
+    expected = read_row(MESSAGES)
+    row = {"prompt": TURNS, "chosen": BAD, "rejected": GOOD}
+    assert read_row(row, {"chosen": "rejected", "rejected": "chosen"}) == expected, "two names cannot change places"
+    null = {"prompt": None, "question": TURNS, "chosen": GOOD, "rejected": BAD}
+    assert read_row(null, {"question": "prompt"}) == expected, "a null column is taken for a second prompt"
+    with pytest.raises(BrokenRow, match="expected one column for 'prompt', found two, 'question' and another one"):
+        read_row({"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}, {"question": "prompt"})
 
 
 def test_tools_and_options_as_json_strings(tiny_tokenizer: Any):
@@ -262,35 +230,21 @@ def test_skipped_rows_are_counted(tiny_tokenizer: Any, tmp_path: Path):
         load_train(tmp_path, tiny_tokenizer, {**HH, "chosen": HH["rejected"]})
 
 
-def test_two_columns_that_claim_one_name():
-    row = {"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}
-    with pytest.raises(BrokenRow, match="expected one column for 'prompt', found two, 'question' and another one"):
-        read_row(row, {"question": "prompt"})
-
-
 def test_odd_files_give_the_pair_they_hold(tiny_tokenizer: Any, tmp_path: Path):
-    line = encode_lines([HH])
-    unread = line.replace(b"}", b', "score": NaN, "x": ' + b"[" * 500 + b"]" * 500 + b"}")
-    for odd in (b"\xef\xbb\xbf" + line, line.replace(b"\n", b"\r\n"), line.rstrip(), unread):
-        split = load_train(tmp_path, tiny_tokenizer, odd)
-        assert [text["chosen"] for text in split.texts] == [" Well."], odd
-
-
-def test_any_text_comes_through_unchanged(tiny_tokenizer: Any, tmp_path: Path):
     prompt = "\n\nHuman: ما اسمك؟ 👩‍👩‍👧 é \u200f\n\nAssistant:"
     chosen, rejected = " שלום 🙂\0", " e\u0301\u0302 \u2028 \x85"
     row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
-    for line in (json.dumps(row), json.dumps(row, ensure_ascii=False)):
-        (text,) = load_train(tmp_path, tiny_tokenizer, line.encode() + b"\n").texts
-        assert (text["prompt"], text["chosen"], text["rejected"]) == (prompt, chosen, rejected)
+    line = encode_lines([row])
+    raw = json.dumps(row, ensure_ascii=False).encode()
+    unread = line.replace(b"}", b', "score": NaN, "x": ' + b"[" * 500 + b"]" * 500 + b"}")
+    for odd in (raw, b"\xef\xbb\xbf" + line, line.replace(b"\n", b"\r\n"), unread):
+        (text,) = load_train(tmp_path, tiny_tokenizer, odd).texts
+        assert (text["prompt"], text["chosen"], text["rejected"]) == (prompt, chosen, rejected), odd
 
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "a"]) | st.text(max_size=3), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=8,
 )
 messages = st.lists(
@@ -300,9 +254,7 @@ messages = st.lists(
     ),
     max_size=3,
 )
-columns = st.sampled_from(
-    ["prompt", "chosen", "rejected", "completion", "subset", "messages", "system", "tools", "input"]
-)
+columns = st.sampled_from(["prompt", "chosen", "rejected", "completion", "messages", "system", "tools", "input"])
 any_row = anything | st.dictionaries(columns, anything | messages, max_size=5)
 few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

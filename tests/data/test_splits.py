@@ -199,18 +199,16 @@ def test_dataset_on_the_hub_is_read_like_its_folder(tmp_path: Path, monkeypatch:
 # Held-out prompts
 
 
+def make_talk(prompt: int, answer: int) -> dict:
+    """A row about a numbered prompt."""
+    turns = [*TURNS[:2], {"role": "user", "content": f"Why {prompt}?"}]
+    return {"prompt": turns, "chosen": [{"role": "assistant", "content": f"So {answer}."}], "rejected": BAD}
+
+
 def test_held_out_rows_stay_the_same(tmp_path: Path):
     """Other rows under a later version would leak trained prompts into the evaluation of earlier models."""
-    talks = [
-        {
-            "prompt": [{"role": "user", "content": f"Why {i % 13}?"}],
-            "chosen": [{"role": "assistant", "content": str(i)}],
-        }
-        for i in range(60)
-    ]
-    talks = [row | {"rejected": BAD} for row in talks]
+    talks = [make_talk(i % 13, i) for i in range(60)]
     for name, rows in (("rows.jsonl", make_rows(60, prompts=13)), ("talks.jsonl", talks)):
-        (tmp_path / name).write_bytes(encode_lines(rows))
         for seed in (0, 1):
             random.seed(seed)
             np.random.seed(seed)
@@ -221,35 +219,20 @@ def test_held_out_rows_stay_the_same(tmp_path: Path):
             assert sorted(row["row"] for split in splits.values() for row in split) == list(range(1, 61))
 
 
-def make_form(form: str, prompt: int, answer: int) -> dict:
-    """A row in one of several forms, about a numbered prompt."""
-    start, yes, no = f"\n\nHuman: Why {prompt}?\n\nAssistant:", f" So {answer}.", f" No {answer}."
-    turns = [*TURNS[:2], {"role": "user", "content": f"Why {prompt}?"}]
-    talk = [*turns, {"role": "assistant", "content": yes}]
-    return {
-        "texts": {"prompt": start, "chosen": yes, "rejected": no},
-        "renamed": {"question": start, "chosen": yes, "rejected": no},
-        "dialogues": {"chosen": start + yes, "rejected": start + no},
-        "conversations": {"chosen": talk, "rejected": [*turns, *BAD]},
-        "SFT": {"messages": talk},
-    }[form]
-
-
-@pytest.mark.parametrize("form", ["texts", "renamed", "dialogues", "conversations", "SFT"])
+@pytest.mark.parametrize("form", ["texts", "conversations"])
 def test_whole_prompts_are_held_out(form: str, tmp_path: Path, tiny_tokenizer: Any):
-    rows = [make_form(form, prompt, answer) for answer in range(5) for prompt in range(40)]
+    rows = make_rows(200, prompts=40)
+    if form == "conversations":
+        rows = [make_talk(prompt, answer) for answer in range(5) for prompt in range(40)]
     (tmp_path / "a.jsonl").write_bytes(encode_lines(rows))
-    column = ["question=prompt"] if form == "renamed" else None
-    data = DataArguments(dataset_name=str(tmp_path / "a.jsonl"), column=column)
-    splits = load_pairs(data, with_template(tiny_tokenizer, CHATML), 128, need_pairs=form != "SFT")
+    data = DataArguments(dataset_name=str(tmp_path / "a.jsonl"))
+    splits = load_pairs(data, with_template(tiny_tokenizer, CHATML), 128)
     prompts = {split: Counter(splits[split].texts["prompt"][:]) for split in splits}
     assert not prompts["train"].keys() & prompts["test"].keys(), "a held-out prompt was trained on"
     assert list(prompts["test"].values()) == [5, 5], "not 5 % are held out, as whole prompts"
     assert prompts["train"].total() == 190, "rows are lost"
-    again = load_pairs(data, tiny_tokenizer, 100, need_pairs=None)["test"].texts["prompt"][:]
-    numbers = [
-        [re.findall(r"Why \d+", prompt) for prompt in texts] for texts in (again, splits["test"].texts["prompt"])
-    ]
+    again = load_pairs(data, tiny_tokenizer, 100, need_pairs=False)["test"].texts["prompt"][:]
+    numbers = [[re.findall(r"\d+\?", prompt) for prompt in texts] for texts in (again, splits["test"].texts["prompt"])]
     assert numbers[0] == numbers[1], "another template, stage or budget holds out other rows"
 
 
@@ -258,7 +241,7 @@ def test_whole_prompts_are_held_out(form: str, tmp_path: Path, tiny_tokenizer: A
     [([90, 6, 4], 0.1, {10}), ([50, 50], 0.05, {50}), ([30, 30, 40], 0.5, {30, 40}), ([40], 0.05, {2})],
 )
 def test_prompts_of_any_size_are_held_out(sizes: list[int], share: float, held_out: set, tmp_path: Path):
-    rows = [make_form("texts", prompt, answer) for prompt, size in enumerate(sizes) for answer in range(size)]
+    rows = [make_talk(prompt, answer) for prompt, size in enumerate(sizes) for answer in range(size)]
     (tmp_path / "a.jsonl").write_bytes(encode_lines(rows))
     splits = load_rows(DataArguments(dataset_name=str(tmp_path / "a.jsonl"), test_split_size=share))
     assert len(splits["test"]) in held_out, f"{len(splits['test'])} are held out"
@@ -266,8 +249,8 @@ def test_prompts_of_any_size_are_held_out(sizes: list[int], share: float, held_o
 
 
 def test_prompts_in_both_splits_are_noted(tmp_path: Path, tiny_tokenizer: Any):
-    train = [make_form("conversations", prompt, 0) for prompt in range(20)]
-    test = [make_form("conversations", prompt, answer) for prompt in range(18, 25) for answer in (1, 2, 3)]
+    train = [make_talk(prompt, 0) for prompt in range(20)]
+    test = [make_talk(prompt, answer) for prompt in range(18, 25) for answer in (1, 2, 3)]
     write_folder(tmp_path, train=train, test=test)
     splits = load_pairs(DataArguments(dataset_name=str(tmp_path)), with_template(tiny_tokenizer, CHATML), 128)
     assert len(splits["test"].texts) == 21, "rows of a given split are taken out"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinydpo.toy_task import TOPICS, build_base_model, gold_reward, write_dialogues
+from tinydpo.toy_task import build_base_model, gold_reward, write_dialogues
 
 BREAD = "\n\nHuman: How do I bake bread? My flat is tiny.\n\nAssistant:"
 GOOD = (
@@ -117,14 +117,6 @@ def test_last_human_turn_sets_the_topic():
     asked_first = f"{BREAD} First, knead the dough for ten minutes.{tent}\n\nAssistant:"
     assert reward(asked_last, GOOD) == reward(BREAD, GOOD), "an earlier turn changes the score of the same answer"
     assert reward(asked_first, GOOD) < reward(asked_last, GOOD) - 2, "answering the earlier question is not penalised"
-
-
-def test_every_topic_can_be_answered_well():
-    prompts = {topic: f"\n\nHuman: How do I {task}?\n\nAssistant:" for topic, (task, *_) in TOPICS.items()}
-    for topic, (_, *steps) in TOPICS.items():
-        answer = " Glad you asked! " + " ".join(f"Then {step.format(n='five')}." for step in steps)
-        elsewhere = max(reward(prompt, answer) for other, prompt in prompts.items() if other != topic)
-        assert reward(prompts[topic], answer) > max(3, elsewhere + 2), f"a full answer about {topic} scores too little"
 
 
 long_answers = st.integers(0, 400).map(lambda n: "bread two. " * n)
