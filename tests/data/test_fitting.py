@@ -88,23 +88,18 @@ def test_fit_with_and_without_a_begin_token(bos: bool):
     assert tokenizer.decode(pair["chosen_ids"]).endswith("</s>"), "a whole answer has no end token"
     assert tokenizer.eos_token_id not in pair["rejected_ids"], "a cut answer has an end token"
     assert tokenizer.bos_token_id not in pair["chosen_ids"], "an answer starts with a BOS token"
+    alone = fit_pairs(texts({**PAIR, "rejected": None, "chosen": PAIR["rejected"]}), tokenizer, 32, 16, workers=1)[0]
+    assert alone["prompt_ids"] == pair["prompt_ids"], "SFT's prompt is not its pair's"
+    assert alone["chosen_ids"] == pair["rejected_ids"] and alone["rejected_ids"] == [], "a lone answer is misread"
     assert pair["prompt_tokens"] == 72 + bos, "the prompt's tokens are counted wrong"
     assert pair["completion_tokens"] == 6 + 91, "answers are not counted with their end tokens"
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "begins"),
-    [
-        (words(bos=True), True),
-        (words(bos=True, one_token=True), True),  # OPT's
-        (words(bos=True, end_last=True), True),
-        (words(bos=False, end_last=True, one_token=True), False),
-        (words(bos=False), False),
-    ],
-)
-def test_begin_token_is_recognized(tokenizer: Any, begins: bool):
-    expected = [tokenizer.bos_token_id] if begins else []
-    assert get_bos_ids(tokenizer) == expected, "the BOS token is not what the tokenizer puts before a text"
+def test_begin_token_is_recognized():
+    for flags in ({}, {"one_token": True}, {"end_last": True}):  # OPT's BOS and end token are one
+        tokenizer = words(bos=True, **flags)
+        assert get_bos_ids(tokenizer) == [tokenizer.bos_token_id], flags
+    assert get_bos_ids(words(bos=False, end_last=True, one_token=True)) == [], "the end token is taken for a BOS token"
 
 
 def test_template_that_writes_the_begin_token_itself():
@@ -145,13 +140,6 @@ def test_pairs_without_signal_are_named():
     expected = [None, identical, identical, empty, "empty prompt", "broken row", None, empty]
     assert named[False] == expected, "pairs are kept or dropped for another reason than they should"
     assert named[True][4] is None, "an empty prompt is dropped although BOS stands before the answer"
-
-
-def test_sft_sees_the_prompt_that_its_pair_sees():
-    alone = {**PAIR, "rejected": None, "chosen": PAIR["rejected"]}
-    pair, single = fit_pairs(texts(PAIR, alone), words(True), 32, 16, workers=1)
-    assert single["prompt_ids"] == pair["prompt_ids"], "SFT's prompt is not its pair's"
-    assert single["chosen_ids"] == pair["rejected_ids"] and single["rejected_ids"] == [], "a lone answer is misread"
 
 
 def test_questions_are_counted_from_the_last_human_turn(gpt2_tokenizer: Any):

@@ -210,7 +210,7 @@ def test_broken_row_is_named_by_file_and_number(kind: str, tiny_tokenizer: Any, 
     tokenizer = with_template(tiny_tokenizer, template[0] if template else None)
     good = MESSAGES if template else HH
     with pytest.raises(UserError) as caught:
-        load_train(tmp_path, tokenizer, good, b"\n", row, good)
+        load_train(tmp_path, tokenizer, good, b" \r\n", row, good)
     message = str(caught.value)
     assert f"{tmp_path / 'data'}/train.jsonl row 3: " in message, "the message does not name file and row"
     assert expected in message, "the message does not say what was expected"

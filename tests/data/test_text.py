@@ -43,12 +43,17 @@ def test_chat_template_with_a_default_system_message(tiny_tokenizer: Any):
     assert pair["prompt"] == "<|im_start|>system\nBe kind.<|im_end|>\n" + question, "the prompt is not the template's"
     assert pair["prompt"][pair["question"] :] == question, "the default system message counts as part of the question"
     assert (pair["chosen"], pair["rejected"]) == ("Well.", "Bad, very bad."), "an answer is not the assistant's words"
-    longer = render({"chosen": TURNS + GOOD, "rejected": TURNS + BAD}, tokenizer)
-    assert longer["prompt"][longer["question"] :] == question, "the question is not the last user message"
     repeated = render({**MESSAGES, "prompt": [*TURNS, GOOD[0], TURNS[2]]}, tokenizer)
     assert repeated["prompt"][repeated["question"] :] == question, "a question asked twice is taken at its first place"
     own = render({**MESSAGES, "prompt": [SYSTEM, *TURNS]}, tokenizer)
     assert own["prompt"].startswith("<|im_start|>system\nBe brief."), "the user's system message is lost"
+
+
+def test_system_messages_and_ends_of_turns_stay(tiny_tokenizer: Any):
+    pair = render({**MESSAGES, "prompt": [SYSTEM, *TURNS]}, tiny_tokenizer)
+    assert pair["prompt"] == "\n\nBe brief." + PROMPT, "without a template it opens the dialogue"
+    pair = render(MESSAGES, with_template(tiny_tokenizer, OTHER_END))
+    assert pair["chosen"] == "Well.<end>", "the template's own end of turn is lost"
 
 
 def test_chat_template_that_insists_on_alternating_roles(tiny_tokenizer: Any):
@@ -57,16 +62,6 @@ def test_chat_template_that_insists_on_alternating_roles(tiny_tokenizer: Any):
         assert pair["prompt"].endswith("[INST] How are you? [/INST]"), "the prompt is not the template's"
         assert pair["prompt"][pair["question"] :] == "[INST] How are you? [/INST]", "another question"
         assert (pair["chosen"], pair["rejected"]) == (" Well.", " Bad, very bad."), "the end token stays in the text"
-
-
-def test_chat_template_with_another_end_of_turn(tiny_tokenizer: Any):
-    pair = render(MESSAGES, with_template(tiny_tokenizer, OTHER_END))
-    assert pair["chosen"] == "Well.<end>", "the template's own end of turn is lost"
-
-
-def test_without_a_template_a_system_message_opens_the_dialogue(tiny_tokenizer: Any):
-    pair = render({**MESSAGES, "prompt": [SYSTEM, *TURNS]}, tiny_tokenizer)
-    assert pair["prompt"] == "\n\nBe brief." + PROMPT
 
 
 @pytest.mark.parametrize("template", [None, OTHER_END])
