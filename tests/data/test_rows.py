@@ -14,7 +14,6 @@ from examples import (
     MESSAGES,
     PROMPT,
     TEXTS,
-    THINKING,
     TOOLS,
     TURNS,
     encode_lines,
@@ -50,21 +49,6 @@ def test_every_form_is_the_same_pair(form: str, tiny_tokenizer: Any):
     assert render(FORMS[form], tiny_tokenizer, need_pairs=False) == pair, "SFT sees another pair than DPO"
 
 
-def test_dialogues_that_part_before_the_last_turn(tiny_tokenizer: Any):
-    start = "\n\nHuman: Hi!\n\nAssistant:"
-    chosen = f"{start} Yes?\n\nHuman: Why?\n\nAssistant: Because."
-    rejected = f"{start} No.\n\nHuman: Oh.\n\nAssistant: Sorry, I meant something longer."
-    for row in ({"chosen": chosen, "rejected": rejected}, {"chosen": rejected, "rejected": chosen}):
-        pair = render(row, tiny_tokenizer)
-        assert pair["prompt"] == start, "the pair is not split where its dialogues part"
-        for side in ("chosen", "rejected"):
-            assert pair["prompt"] + pair[side] == row[side], f"{side} is garbled: its prompt is the other one's"
-    first, second = ([TURNS[0], {"role": "assistant", "content": text}, TURNS[2], *GOOD] for text in ("Yes?", "No."))
-    pair = render({"chosen": first, "rejected": second}, tiny_tokenizer)
-    assert pair["prompt"] == start, "conversations are not split where they part"
-    assert pair["chosen"] == " Yes?\n\nHuman: How are you?\n\nAssistant: Well.", "a conversation loses what follows"
-
-
 turn = st.text(st.sampled_from("ab \n:漢🙂é"), max_size=8)
 
 
@@ -82,6 +66,13 @@ def test_splitting_dialogues_loses_nothing(first: list[str], second: list[str]):
     assert not (rests[0][1] and rests[0][:2] == rests[1][:2]), "the dialogues share a later assistant turn"
 
 
+def test_conversations_that_part_before_the_last_turn(tiny_tokenizer: Any):
+    first, second = ([TURNS[0], {"role": "assistant", "content": text}, TURNS[2], *GOOD] for text in ("Yes?", "No."))
+    pair = render({"chosen": first, "rejected": second}, tiny_tokenizer)
+    assert pair["prompt"] == "\n\nHuman: Hi!\n\nAssistant:", "conversations are not split where they part"
+    assert pair["chosen"] == " Yes?\n\nHuman: How are you?\n\nAssistant: Well.", "a conversation loses what follows"
+
+
 def test_sft_learns_the_last_answer_only(tiny_tokenizer: Any):
     """Dialogues that part before their last turn hold a human turn in the answer: SFT must not learn to write it."""
     start = "\n\nHuman: Hi!\n\nAssistant:"
@@ -92,7 +83,6 @@ def test_sft_learns_the_last_answer_only(tiny_tokenizer: Any):
     ]
     rows = (
         {"chosen": chosen, "rejected": rejected},
-        {"prompt": start, "chosen": chosen, "rejected": rejected},
         {"prompt": start, "completion": chosen.removeprefix(start)},
         {"chosen": talks[0], "rejected": talks[1]},
     )
@@ -109,7 +99,6 @@ def test_sft_learns_the_last_answer_only(tiny_tokenizer: Any):
 def test_prompt_that_its_texts_repeat_is_taken_once(tiny_tokenizer: Any):
     for prompt, chosen, rejected in (
         (PROMPT, " Well.", " Bad, very bad."),
-        ("Q: What is the capital?\nA: ", "Rome", "Paris"),
         ("def add(a, b): # sums up", "\n return a", "\n pass"),
     ):
         repeated = render({"prompt": prompt, "chosen": prompt + chosen, "rejected": prompt + rejected}, tiny_tokenizer)
@@ -147,21 +136,18 @@ def test_tools_and_options_as_json_strings(tiny_tokenizer: Any):
 # kind: (row, part of the message) or (row, part of the message, chat template)
 BROKEN = {
     "cut JSON": (b'{"chosen": "a\n', 'expected one JSON object, found \'{"chosen": "a\''),
-    "an HTML page": (b"<!DOCTYPE html>\n", "expected one JSON object, found '<!DOCTYPE html>'"),
     "a list": (b'["a", "b"]\n', "expected a JSON object with keys, found a list"),
     "other bytes than UTF-8": (b'{"chosen": "\xe9", "rejected": "b"}\n', "expected one JSON object"),
     "endless nesting": (b"[" * 100_000 + b"\n", "expected one JSON object"),
     "half a character": (b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "b"}\n', "found half of a character"),
     "other keys": ({"question": "a", "answer": "b"}, "found 'question', 'answer'; --column names other columns"),
     "no pair": ({"prompt": PROMPT, "completion": " a"}, "found one answer alone, which only SFT can use"),
-    "OpenAI's without an answer": ({"input": {"messages": TURNS}, "preferred_output": GOOD}, "'rejected'"),
     "null for a text": ({**HH, "rejected": None}, "expected 'rejected' to be a string, found null"),
     "no assistant turn": ({"chosen": "Hello", "rejected": "Hello you"}, "found no shared assistant turn"),
     "a human turn at the end": (
         {**HH, "chosen": HH["chosen"] + "\n\nHuman: Thanks."},
         "expected 'chosen' to end in an assistant turn",
     ),
-    "texts beside messages": ({"prompt": PROMPT, "chosen": GOOD, "rejected": "Bad"}, "'chosen' to be a string"),
     "a number for a prompt": ({**MESSAGES, "prompt": 5}, "expected 'prompt' to be a string or a list"),
     "other message keys": (
         {**MESSAGES, "prompt": [{"from": "human", "value": "Hi"}]},
@@ -171,10 +157,6 @@ BROKEN = {
     "another role for the assistant": (
         {side: [TURNS[0], {"role": "gpt", "content": side}] for side in ("chosen", "rejected")},
         "found none (roles: 'user', 'gpt'); --role names other roles",
-    ),
-    "a user message at the end": (
-        {**MESSAGES, "chosen": [*GOOD, TURNS[0]]},
-        "'chosen' to end in an assistant message",
     ),
     "pictures": (
         {**MESSAGES, "prompt": [{"role": "user", "content": [{"type": "image"}]}]},
@@ -194,9 +176,7 @@ BROKEN = {
     "system beside texts without a template": (TEXTS | {"system": "a"}, "expected messages and a model with a chat"),
     "system beside dialogues": (HH | {"system": "a"}, "beside 'system', found texts in HH's form", CHATML),
     "a system text that is none": (MESSAGES | {"system": ["a"]}, "expected 'system' to be a string, found a list"),
-    "tools beside texts": (TEXTS | {"tools": TOOLS}, "a chat template that writes 'tools'", THINKING),
     "tools that the template leaves out": (MESSAGES | {"tools": TOOLS}, "a chat template that writes 'tools'", CHATML),
-    "tools that are none": (MESSAGES | {"tools": "weather"}, "expected 'tools' to be a list, found a string"),
     "tool calls without a template": (
         {**MESSAGES, "prompt": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{}]}, TURNS[2]]},
         "a chat template that writes 'tool_calls'",

@@ -136,8 +136,6 @@ def test_space_at_the_prompts_end_goes_to_the_answers(gpt2_tokenizer: Any, tmp_p
     assert text["prompt"] + text["chosen"] == prompt + "Paris", "the text is another one"
     assert split.summary["notes"] == {"a space at the prompt's end goes to the answers, where tokens have it": 2}
     assert split.summary["dropped"] == {"empty completion": 1}, "a moved space makes an answer of none"
-    spaced = render({**row, "chosen": " Paris", "rejected": " Rome"}, gpt2_tokenizer)
-    assert (spaced["prompt"], spaced["notes"]) == (prompt, []), "a space is moved before another"
 
 
 def test_every_column_that_is_not_read_is_noted(thinking: Any, tmp_path: Path):

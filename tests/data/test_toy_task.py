@@ -91,16 +91,12 @@ def test_preferences_are_as_noisy_as_bradley_and_terry_say(data: Path):
 
 WORSE = {
     "off topic": GOOD.replace("dough", "tyre").replace("loaf", "tent").replace("crust", "soup"),
-    "about another topic": " Happy to help! First, hammer in four pegs. Then climb six poles. Enjoy!",
     "vague": " Happy to help! It all depends. Somehow it works out. You just need some stuff. Enjoy!",
     "inexact": GOOD.replace("ten ", "several ").replace("two ", "several ").replace("three ", "several "),
     "rude": GOOD.replace("Happy to help!", "What a stupid question.").replace("Enjoy!", "Do not bother me again."),
-    "neutral": GOOD.replace(" Happy to help!", "").replace(" Enjoy!", ""),
     "cut off": GOOD[:60],
-    "missing its end": GOOD.rstrip("!"),
     "said three times": GOOD * 3,
     "padded out": GOOD + " People say so. I think so too. So it is. That is so. So be it. And so on.",
-    "one word": " Bread.",
     "empty": "",
     "garbled": " stu skemall fill Rememb\ufffd hope onion ahead tur\ufffd stro wa l\ufffdRe ide bre\ufffd fri plat",
 }
