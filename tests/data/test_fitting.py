@@ -154,9 +154,7 @@ def test_budget_without_room_is_refused():
     for max_length, question, bos in ((1, 1, False), (64, 64, False), (64, 63, True)):
         with pytest.raises(UserError, match="max_question_length"):
             fit_pairs(texts(PAIR), words(bos), max_length, question, workers=1)
-    assert fit_pairs(texts(PAIR), words(False), 64, 63, workers=1)["dropped"][:] == [None], (
-        "the largest question is refused"
-    )
+    assert fit_pairs(texts(PAIR), words(False), 64, 63, workers=1)["dropped"][:] == [None], "this one fits"
 
 
 def test_another_budget_or_tokenizer_is_another_cache():
@@ -170,15 +168,12 @@ def test_another_budget_or_tokenizer_is_another_cache():
 def test_whole_and_cut_answers_are_told_apart():
     """A whole answer's end token beside a cut one says nothing of what people prefer."""
     short, long = numbered(5, 100), numbered(90, 200)
-    sides = {
-        "both": (short, numbered(7)),
-        "chosen": (short, long),
-        "rejected": (long, short),
-        "neither": (long, long + " w1"),
-    }
-    rows = [{**PAIR, "chosen": chosen, "rejected": rejected} for chosen, rejected in sides.values()]
+    sides = [(short, numbered(7)), (short, long), (long, short), (long, long + " w1")]
+    rows = [{**PAIR, "chosen": chosen, "rejected": rejected} for chosen, rejected in sides]
     whole = fit_pairs(texts(*rows, {**PAIR, "rejected": None}), words(bos=False), 32, 16, workers=1)["whole"][:]
-    assert whole == [*sides, None], "evaluation counts pairs of whole answers as cut, or the other way"
+    assert whole == ["both", "chosen", "rejected", "neither", None], (
+        "evaluation counts pairs of whole answers as cut, or the other way"
+    )
 
 
 # Prompt and answer are the tokens of the whole text

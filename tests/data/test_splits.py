@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from examples import BAD, CHATML, TURNS, encode_lines, with_template
 
 from tinydpo.config import launch
@@ -50,10 +49,6 @@ def write_folder(folder: Path, **files: list) -> Path:
     return folder
 
 
-def write_parquet(path: Path, rows: list) -> None:
-    pq.write_table(pa.Table.from_pylist(rows), path)
-
-
 TEN = make_rows(10)
 FILES = {
     "a.jsonl": encode_lines(TEN),
@@ -70,7 +65,7 @@ def test_every_kind_of_file(name: str, tmp_path: Path):
     if FILES[name]:
         (tmp_path / name).write_bytes(FILES[name])
     else:
-        write_parquet(tmp_path / name, TEN)
+        Dataset.from_list(TEN).to_parquet(tmp_path / name)
     splits = read(tmp_path / name)
     rows = sorted((row for split in splits.values() for row in split), key=lambda row: row["row"])
     assert [row["chosen"] for row in rows] == [f" yes {i} word" for i in range(10)], "rows are lost or changed"
@@ -81,8 +76,9 @@ def test_every_kind_of_file(name: str, tmp_path: Path):
 def test_parquet_conversations_and_bytes(tmp_path: Path, tiny_tokenizer: Any):
     answers = [[{"role": "assistant", "content": text}] for text in ("Yes", "No")]
     rows = [{"prompt": TURNS, "chosen": answers[0], "rejected": answers[1], "score": None}] * 2
-    write_parquet(tmp_path / "train.parquet", rows)
-    write_parquet(tmp_path / "test.parquet", [{"prompt": b"q", "chosen": "é".encode(), "rejected": "no"}])
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    binary = [{"prompt": b"q", "chosen": "é".encode(), "rejected": "no"}]
+    Dataset.from_list(binary).to_parquet(tmp_path / "test.parquet")
     splits = load_pairs(DataArguments(dataset_name=str(tmp_path)), tiny_tokenizer, 128)
     assert splits["train"].texts["rejected"][:] == [" No"] * 2, "conversations are garbled"
     assert splits["test"].texts["chosen"][:] == ["é"], "texts in binary columns are garbled"
@@ -297,30 +293,24 @@ def test_fewer_pairs_are_the_same_in_every_stage(two: list[str], tiny_tokenizer:
 
 
 def test_cache_goes_by_content(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
-    def load_train() -> tuple[str, str]:
-        split = load_pairs(data, tiny_tokenizer, 128)["train"]
-        return split.pairs._fingerprint, split.texts[0]["chosen"]
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("the same pairs are read a second time")
-
     file = tmp_path / "a.jsonl"
     data = DataArguments(dataset_name=str(file))
-    file.write_bytes(encode_lines(make_rows(20, "old")))
-    before = load_train()
-    os.utime(file, (1, 1))
+
+    def load_first(word: str) -> str:
+        file.write_bytes(encode_lines(make_rows(20, word)))
+        os.utime(file, (1, 1))
+        return load_pairs(data, tiny_tokenizer, 128)["train"].texts[0]["chosen"]
+
+    before = load_first("old")
     with monkeypatch.context() as patch:
-        patch.setattr("tinydpo.data.splits.read_row", refuse)
+        patch.delattr("tinydpo.data.splits.read_row")
         assert load_pairs(data, tiny_tokenizer, 128, need_pairs=False), "SFT and DPO do not share the parsed rows"
-        for name in ("text.render_row", "fitting.tokenize_pairs"):
-            patch.setattr(f"tinydpo.data.{name}", refuse)
-        assert load_train() == before, "the same content gives other pairs"
-    file.write_bytes(encode_lines(make_rows(20, "new")))  # of the same length
-    os.utime(file, (1, 1))
-    after = load_train()
-    assert after[0] != before[0] and after[1].endswith("new"), "a changed file is not read again"
+        patch.delattr("tinydpo.data.text.render_row")
+        patch.delattr("tinydpo.data.fitting.tokenize_pairs")
+        assert load_first("old") == before, "the same content gives other pairs"
+    assert load_first("new").endswith("new"), "a changed file is not read again"  # of the same length and date
     data.column = ["rejected=chosen", "chosen=rejected"]
-    assert " no " in load_train()[1], "other column names get the old pairs"
+    assert " no " in load_first("new"), "other column names get the old pairs"
 
 
 def test_number_of_processes_changes_nothing(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
