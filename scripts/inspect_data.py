@@ -5,23 +5,25 @@
 `make inspect` runs the same. Other data: --dataset_name my.jsonl; another tokenizer: --model_name_or_path.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArguments
 from tinydpo.config.recipe import parse_args
-from tinydpo.errors import UserError, report_errors
+from tinydpo.errors import report_errors
 
 
 @dataclass
 class InspectArguments:
     """What to look at besides the data."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Model whose tokenizer to use."})
-    model_revision: str | None = field(default=None, metadata={"help": "Its commit, tag or branch on the Hub."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of prompt and one completion together."})
-    examples: int = field(default=3, metadata={"help": "Fitted pairs to show per split."})
-    json: str | None = field(default=None, metadata={"help": "Also write the figures to this file."})
+    model_name_or_path: str | None = HfArg(default=None, help="Model whose tokenizer to use.")
+    model_revision: str | None = HfArg(default=None, help="Its commit, tag or branch on the Hub.")
+    max_length: int = HfArg(default=128, help="Tokens of prompt and one completion together.")
+    examples: int = HfArg(default=3, help="Fitted pairs to show per split.")
+    json: str | None = HfArg(default=None, help="Also write the figures to this file.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,8 +31,8 @@ def main(argv: list[str] | None = None) -> None:
 
     recipe = (SFTConfig, DPOConfig, ModelConfig, RunArguments, ReferenceArguments)
     look, data = parse_args(InspectArguments, DataArguments, argv=argv, ignored=recipe)
-    if look.json and not Path(look.json).absolute().parent.is_dir():
-        raise UserError(f"--json {look.json}: the folder does not exist; make it first")
+    if look.json:
+        Path(look.json).parent.mkdir(parents=True, exist_ok=True)
 
     from tinydpo.data.inspect import describe_split, measure_split
     from tinydpo.data.notice import CONTENT_NOTICE, is_hh

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tinydpo.data.fitting import fit_pair, fit_pairs, get_bos_ids, tokenize_pairs, tokenize_prompts
+from tinydpo.data.fitting import TokenizedPair, fit_pair, fit_pairs, get_bos_ids, tokenize_pairs, tokenize_prompts
 from tinydpo.data.text import TEXT_FEATURES
 from tinydpo.errors import UserError
 
@@ -19,54 +19,30 @@ tokens = st.lists(st.integers(0, 999), max_size=60)
 
 
 @st.composite
-def cases(draw: Any) -> dict[str, Any]:
-    max_length, bos = draw(st.integers(3, 48)), draw(st.sampled_from([[], [BOS]]))
+def cases(draw: Any) -> tuple[TokenizedPair, int, int]:
+    """A pair, max_length and max_question_length."""
+    max_length = draw(st.integers(3, 48))
+    bos = draw(st.sampled_from([[], [BOS]]))
     prompt = draw(tokens)
-    return {
-        "prompt": prompt,
-        "question": draw(st.integers(0, len(prompt))),
-        "completions": draw(st.lists(tokens, min_size=1, max_size=2)),
-        "bos": bos,
-        "max_length": max_length,
-        "max_question_length": draw(st.integers(1, max_length - 1 - len(bos))),
-    }
+    completions = draw(st.lists(tokens, min_size=1, max_size=2))
+    pair = TokenizedPair(bos, prompt, draw(st.integers(0, len(prompt))), completions, END)
+    return pair, max_length, draw(st.integers(1, max_length - 1 - len(bos)))
 
 
-def rule(prompt, question, completions, bos, max_length, max_question_length):
+@given(cases())
+def test_the_rule(case: tuple[TokenizedPair, int, int]):
     """Token by token, no arithmetic shared with the code: prompt tokens leave from the front until the rule is met."""
-    ended = [[*completion, END] for completion in completions]
-    sure = prompt[-min(question, max_question_length) :] if question else []
-    kept = list(prompt)
-    while len(kept) > len(sure) and any(len(bos + kept + completion) > max_length for completion in ended):
+    pair, max_length, max_question_length = case
+    ended = [[*completion, END] for completion in pair.completions]
+    sure = pair.prompt[-min(pair.question, max_question_length) :] if pair.question else []
+    kept = list(pair.prompt)
+    while len(kept) > len(sure) and any(len(pair.bos + kept + completion) > max_length for completion in ended):
         kept.pop(0)
     for completion in ended:
-        while len(bos + kept + completion) > max_length:
+        while len(pair.bos + kept + completion) > max_length:
             completion.pop()
-    return bos + kept, ended
-
-
-@given(cases())
-def test_the_rule(case: dict[str, Any]):
-    assert fit_pair(**case, end=END) == rule(**case), "pairs are fitted by another rule than the documented one"
-
-
-@given(cases())
-def test_what_fitting_promises(case: dict[str, Any]):
-    prompt, completions, bos = case["prompt"], case["completions"], case["bos"]
-    fitted_prompt, fitted = fit_pair(**case, end=END)
-    kept = fitted_prompt[len(bos) :]
-    assert fitted_prompt[: len(bos)] == bos, "the BOS token that the model always saw is cut away"
-    assert kept == prompt[len(prompt) - len(kept) :], "the prompt does not keep its end"
-    assert len(kept) >= min(case["question"], case["max_question_length"]), "the last human turn is lost"
-    for completion, part in zip(completions, fitted, strict=True):
-        assert part, "a completion is cut to nothing: the pair has lost its signal"
-        assert len(fitted_prompt) + len(part) <= case["max_length"], "a sequence is longer than max_length"
-        assert (part[-1] == END) == (len(part) == len(completion) + 1), "an end token stands where the answer was cut"
-        assert part == [*completion, END][: len(part)], "a completion does not keep its start"
-    cut = any(len(part) <= len(completion) for completion, part in zip(completions, fitted, strict=True))
-    assert not cut or len(kept) <= case["max_question_length"], (
-        "a completion is cut although the prompt could give room"
-    )
+    assert fit_pair(*case) == (pair.bos + kept, ended), "pairs are fitted by another rule than the documented one"
+    assert all(ended), "a completion is cut to nothing: the pair has lost its signal"
 
 
 def words(bos: bool, end_last: bool = False, one_token: bool = False) -> PreTrainedTokenizerFast:
@@ -112,23 +88,18 @@ def test_fit_with_and_without_a_begin_token(bos: bool):
     assert tokenizer.decode(pair["chosen_ids"]).endswith("</s>"), "a whole answer has no end token"
     assert tokenizer.eos_token_id not in pair["rejected_ids"], "a cut answer has an end token"
     assert tokenizer.bos_token_id not in pair["chosen_ids"], "an answer starts with a BOS token"
+    alone = fit_pairs(texts({**PAIR, "rejected": None, "chosen": PAIR["rejected"]}), tokenizer, 32, 16, workers=1)[0]
+    assert alone["prompt_ids"] == pair["prompt_ids"], "SFT's prompt is not its pair's"
+    assert alone["chosen_ids"] == pair["rejected_ids"] and alone["rejected_ids"] == [], "a lone answer is misread"
     assert pair["prompt_tokens"] == 72 + bos, "the prompt's tokens are counted wrong"
     assert pair["completion_tokens"] == 6 + 91, "answers are not counted with their end tokens"
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "begins"),
-    [
-        (words(bos=True), True),
-        (words(bos=True, one_token=True), True),  # OPT's
-        (words(bos=True, end_last=True), True),
-        (words(bos=False, end_last=True, one_token=True), False),
-        (words(bos=False), False),
-    ],
-)
-def test_begin_token_is_recognized(tokenizer: Any, begins: bool):
-    expected = [tokenizer.bos_token_id] if begins else []
-    assert get_bos_ids(tokenizer) == expected, "the BOS token is not what the tokenizer puts before a text"
+def test_begin_token_is_recognized():
+    for flags in ({}, {"one_token": True}, {"end_last": True}):  # OPT's BOS and end token are one
+        tokenizer = words(bos=True, **flags)
+        assert get_bos_ids(tokenizer) == [tokenizer.bos_token_id], flags
+    assert get_bos_ids(words(bos=False, end_last=True, one_token=True)) == [], "the end token is taken for a BOS token"
 
 
 def test_template_that_writes_the_begin_token_itself():
@@ -171,13 +142,6 @@ def test_pairs_without_signal_are_named():
     assert named[True][4] is None, "an empty prompt is dropped although BOS stands before the answer"
 
 
-def test_sft_sees_the_prompt_that_its_pair_sees():
-    alone = {**PAIR, "rejected": None, "chosen": PAIR["rejected"]}
-    pair, single = fit_pairs(texts(PAIR, alone), words(True), 32, 16, workers=1)
-    assert single["prompt_ids"] == pair["prompt_ids"], "SFT's prompt is not its pair's"
-    assert single["chosen_ids"] == pair["rejected_ids"] and single["rejected_ids"] == [], "a lone answer is misread"
-
-
 def test_questions_are_counted_from_the_last_human_turn(gpt2_tokenizer: Any):
     for prompt in (LONG + "\n\nHuman: Why?\n\nAssistant:", "No turns at all", "\n\nHuman: 漢字 🙂?\n\nAssistant:", ""):
         start = max(prompt.rfind("\n\nHuman:"), 0)
@@ -187,39 +151,29 @@ def test_questions_are_counted_from_the_last_human_turn(gpt2_tokenizer: Any):
 
 
 def test_budget_without_room_is_refused():
-    for max_length, question, named in ((0, 1, "max_length"), (1, 1, "max_length"), (64, 64, "max_question_length")):
-        with pytest.raises(UserError, match=named):
-            fit_pairs(texts(PAIR), words(False), max_length, question, workers=1)
-    with pytest.raises(UserError, match="BOS"):  # the answer would have no room
-        fit_pairs(texts(PAIR), words(True), 64, 63, workers=1)
-    assert fit_pairs(texts(PAIR), words(False), 64, 63, workers=1)["dropped"][:] == [None], (
-        "the largest question is refused"
-    )
+    for max_length, question, bos in ((1, 1, False), (64, 64, False), (64, 63, True)):
+        with pytest.raises(UserError, match="max_question_length"):
+            fit_pairs(texts(PAIR), words(bos), max_length, question, workers=1)
+    assert fit_pairs(texts(PAIR), words(False), 64, 63, workers=1)["dropped"][:] == [None], "this one fits"
 
 
 def test_another_budget_or_tokenizer_is_another_cache():
     rows = texts(PAIR)
-    first = fit_pairs(rows, words(False), 32, 16, workers=1)._fingerprint
-    assert fit_pairs(rows, words(False), 32, 16, workers=1)._fingerprint == first, "the same pairs are tokenized twice"
-    others = {
-        fit_pairs(rows, tokenizer, *budget, workers=1)._fingerprint
-        for tokenizer, *budget in ((words(True), 32, 16), (words(False), 33, 16), (words(False), 32, 17))
-    }
-    assert len(others | {first}) == 4, "a changed budget or tokenizer is given the old tokens"
+    settings = ((False, 32, 16), (False, 32, 16), (True, 32, 16), (False, 33, 16), (False, 32, 17))
+    fingerprints = [fit_pairs(rows, words(bos), *budget, workers=1)._fingerprint for bos, *budget in settings]
+    assert fingerprints[0] == fingerprints[1], "the same pairs are tokenized twice"
+    assert len(set(fingerprints)) == 4, "a changed budget or tokenizer is given the old tokens"
 
 
 def test_whole_and_cut_answers_are_told_apart():
     """A whole answer's end token beside a cut one says nothing of what people prefer."""
     short, long = numbered(5, 100), numbered(90, 200)
-    sides = {
-        "both": (short, numbered(7)),
-        "chosen": (short, long),
-        "rejected": (long, short),
-        "neither": (long, long + " w1"),
-    }
-    rows = [{**PAIR, "chosen": chosen, "rejected": rejected} for chosen, rejected in sides.values()]
+    sides = [(short, numbered(7)), (short, long), (long, short), (long, long + " w1")]
+    rows = [{**PAIR, "chosen": chosen, "rejected": rejected} for chosen, rejected in sides]
     whole = fit_pairs(texts(*rows, {**PAIR, "rejected": None}), words(bos=False), 32, 16, workers=1)["whole"][:]
-    assert whole == [*sides, None], "evaluation counts pairs of whole answers as cut, or the other way"
+    assert whole == ["both", "chosen", "rejected", "neither", None], (
+        "evaluation counts pairs of whole answers as cut, or the other way"
+    )
 
 
 # Prompt and answer are the tokens of the whole text
@@ -244,12 +198,12 @@ def train(backend: Tokenizer, trainer: Any) -> PreTrainedTokenizerFast:
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
-def metaspace(scheme: str) -> PreTrainedTokenizerFast:
+def metaspace() -> PreTrainedTokenizerFast:
     """SentencePiece's way as newer files hold it."""
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    return train(backend, trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL))
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return train(backend, trainers.UnigramTrainer(vocab_size=90, special_tokens=SPECIAL, unk_token="<unk>"))
 
 
 def llama() -> PreTrainedTokenizerFast:
@@ -258,13 +212,6 @@ def llama() -> PreTrainedTokenizerFast:
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return train(backend, trainers.BpeTrainer(vocab_size=120, special_tokens=SPECIAL))
-
-
-def unigram() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    return train(backend, trainers.UnigramTrainer(vocab_size=90, special_tokens=SPECIAL, unk_token="<unk>"))
 
 
 def byte_level(prefix_space: bool) -> PreTrainedTokenizerFast:
@@ -277,11 +224,8 @@ def byte_level(prefix_space: bool) -> PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {
-    "Metaspace, always": lambda: metaspace("always"),
-    "Metaspace, first": lambda: metaspace("first"),
-    "Metaspace, never": lambda: metaspace("never"),
+    "Metaspace": metaspace,
     "Llama's normalizer": llama,
-    "Unigram": unigram,
     "bytes": lambda: byte_level(False),
     "bytes with a space first": lambda: byte_level(True),
 }

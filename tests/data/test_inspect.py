@@ -9,10 +9,6 @@ import pytest
 
 from tinydpo.errors import UserError
 
-KEYS = {
-    "pairs_in", "pairs_kept", "dropped", "completion_tokens_kept", "prompt_tokens_kept", "questions_whole",
-    "answers_whole", "tokens_per_pair", "stock", "lengths", "notes", "templated", "sha256",
-}  # fmt: skip
 PROMPT = "\n\nHuman: Hi!\n\nAssistant:"
 GOOD = {"prompt": PROMPT, "chosen": " Yes.", "rejected": " No."}
 
@@ -33,8 +29,6 @@ def write(folder: Path, *rows: Any) -> Path:
 def test_page_and_figures(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     figures = inspect(task, task / "data", tmp_path / "figures.json", "--examples", "2")
     assert set(figures) == {"train", "test"} and figures["train"]["pairs_in"] == 96
-    for figure in figures.values():
-        assert set(figure) >= KEYS, f"figures are missing: {KEYS - set(figure)}"
     shown = capsys.readouterr().out
     assert "train: 96 pairs in, 96 kept, dropped: none" in shown and shown.count("  chosen (") == 4, shown
     assert "offensive" not in shown, "the notice of HH's authors stands beside other data"
@@ -74,18 +68,3 @@ def test_dropped_pairs_are_counted(task: Path, tmp_path: Path):
     assert figures["questions_whole"] == figures["stock"]["questions_whole"] == 0.5, "a dropped pair must count as 0"
     with pytest.raises(UserError, match=r"train.jsonl row 6: expected one JSON object"):
         inspect(task, data, tmp_path / "figures.json")
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--max_length", "1"], "max_length"),
-        (["--max_length", "64"], "max_question_length"),
-        (["--json", "no/folder.json"], "folder does not exist"),
-        (["--dataset_name", "no.jsonl"], "no file or folder"),
-        (["--model_name_or_path", "none/such"], "model"),
-    ],
-)
-def test_impossible_flags_are_refused(flags: list[str], named: str, task: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=named):
-        inspect(task, task / "data", tmp_path / "figures.json", *flags)

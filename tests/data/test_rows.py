@@ -13,9 +13,6 @@ from examples import (
     HH,
     MESSAGES,
     PROMPT,
-    SYSTEM,
-    TEXTS,
-    THINKING,
     TOOLS,
     TURNS,
     encode_lines,
@@ -28,7 +25,7 @@ from hypothesis import strategies as st
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
-from tinydpo.data.rows import read_row, split_dialogues
+from tinydpo.data.rows import BrokenRow, read_row, split_dialogues
 from tinydpo.errors import UserError
 
 FORMS = {
@@ -51,35 +48,6 @@ def test_every_form_is_the_same_pair(form: str, tiny_tokenizer: Any):
     assert render(FORMS[form], tiny_tokenizer, need_pairs=False) == pair, "SFT sees another pair than DPO"
 
 
-def test_sft_reads_rows_with_one_answer(tiny_tokenizer: Any):
-    rows = [{"messages": TURNS + GOOD}]
-    for key in ("completion", "response"):
-        rows += [{"prompt": PROMPT, key: " Well."}, {"prompt": TURNS, key: GOOD}]
-    for row in rows:
-        pair = render(row, tiny_tokenizer, need_pairs=False)
-        assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (PROMPT, " Well.", None), row
-
-
-def test_text_prompt_beside_messages_is_a_user_message(tiny_tokenizer: Any):
-    pair = render({"prompt": "Hi?", "chosen": GOOD, "rejected": BAD}, tiny_tokenizer)
-    assert pair["prompt"] == "\n\nHuman: Hi?\n\nAssistant:"
-
-
-def test_dialogues_that_part_before_the_last_turn(tiny_tokenizer: Any):
-    start = "\n\nHuman: Hi!\n\nAssistant:"
-    chosen = f"{start} Yes?\n\nHuman: Why?\n\nAssistant: Because."
-    rejected = f"{start} No.\n\nHuman: Oh.\n\nAssistant: Sorry, I meant something longer."
-    for row in ({"chosen": chosen, "rejected": rejected}, {"chosen": rejected, "rejected": chosen}):
-        pair = render(row, tiny_tokenizer)
-        assert pair["prompt"] == start, "the pair is not split where its dialogues part"
-        for side in ("chosen", "rejected"):
-            assert pair["prompt"] + pair[side] == row[side], f"{side} is garbled: its prompt is the other one's"
-    first, second = ([TURNS[0], {"role": "assistant", "content": text}, TURNS[2], *GOOD] for text in ("Yes?", "No."))
-    pair = render({"chosen": first, "rejected": second}, tiny_tokenizer)
-    assert pair["prompt"] == start, "conversations are not split where they part"
-    assert pair["chosen"] == " Yes?\n\nHuman: How are you?\n\nAssistant: Well.", "a conversation loses what follows"
-
-
 turn = st.text(st.sampled_from("ab \n:漢🙂é"), max_size=8)
 
 
@@ -97,6 +65,13 @@ def test_splitting_dialogues_loses_nothing(first: list[str], second: list[str]):
     assert not (rests[0][1] and rests[0][:2] == rests[1][:2]), "the dialogues share a later assistant turn"
 
 
+def test_conversations_that_part_before_the_last_turn(tiny_tokenizer: Any):
+    first, second = ([TURNS[0], {"role": "assistant", "content": text}, TURNS[2], *GOOD] for text in ("Yes?", "No."))
+    pair = render({"chosen": first, "rejected": second}, tiny_tokenizer)
+    assert pair["prompt"] == "\n\nHuman: Hi!\n\nAssistant:", "conversations are not split where they part"
+    assert pair["chosen"] == " Yes?\n\nHuman: How are you?\n\nAssistant: Well.", "a conversation loses what follows"
+
+
 def test_sft_learns_the_last_answer_only(tiny_tokenizer: Any):
     """Dialogues that part before their last turn hold a human turn in the answer: SFT must not learn to write it."""
     start = "\n\nHuman: Hi!\n\nAssistant:"
@@ -107,7 +82,6 @@ def test_sft_learns_the_last_answer_only(tiny_tokenizer: Any):
     ]
     rows = (
         {"chosen": chosen, "rejected": rejected},
-        {"prompt": start, "chosen": chosen, "rejected": rejected},
         {"prompt": start, "completion": chosen.removeprefix(start)},
         {"chosen": talks[0], "rejected": talks[1]},
     )
@@ -124,7 +98,6 @@ def test_sft_learns_the_last_answer_only(tiny_tokenizer: Any):
 def test_prompt_that_its_texts_repeat_is_taken_once(tiny_tokenizer: Any):
     for prompt, chosen, rejected in (
         (PROMPT, " Well.", " Bad, very bad."),
-        ("Q: What is the capital?\nA: ", "Rome", "Paris"),
         ("def add(a, b): # sums up", "\n return a", "\n pass"),
     ):
         repeated = render({"prompt": prompt, "chosen": prompt + chosen, "rejected": prompt + rejected}, tiny_tokenizer)
@@ -134,44 +107,20 @@ def test_prompt_that_its_texts_repeat_is_taken_once(tiny_tokenizer: Any):
     for prompt, chosen, rejected in (
         ("Thank you", "Thank you too", "Thank you so much"),  # manners
         ("What is the capital of Italy", "What is the capital of Italy? Rome.", "Rome"),  # only one does
-        ("How do I write a list", "How do I write a listing?", "How do I write a listicle?"),  # other words
     ):
         pair = render({"prompt": prompt, "chosen": chosen, "rejected": rejected}, tiny_tokenizer)
         assert (pair["chosen"], pair["rejected"]) == (chosen, rejected), f"an answer to {prompt!r} is cut"
 
 
-SHAREGPT = {"conversations": "messages", "from": "role", "value": "content"}
-RENAMED = {
-    "a column": ({"question": "prompt"}, {"question": TURNS, "chosen": GOOD, "rejected": BAD}),
-    "columns, message keys and roles": (
-        SHAREGPT,
-        {
-            "conversations": [
-                {"from": "human", "value": "Hi!"},
-                {"from": "gpt", "value": "Hello."},
-                {"from": "human", "value": "How are you?"},
-            ],
-            "chosen": {"from": "gpt", "value": "Well."},
-            "rejected": {"from": "gpt", "value": "Bad, very bad."},
-        },
-    ),
-    "two that change places": (
-        {"chosen": "rejected", "rejected": "chosen"},
-        {"prompt": TURNS, "chosen": BAD, "rejected": GOOD},
-    ),
-    "a column that is there, but null": (
-        {"question": "prompt"},
-        {"prompt": None, "question": TURNS, "chosen": GOOD, "rejected": BAD},
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", RENAMED)
-def test_columns_and_roles_under_other_names(kind: str):
-    columns, row = RENAMED[kind]
-    given_row = json.dumps(row)
-    assert read_row(row, columns, {"human": "user", "gpt": "assistant"}) == read_row(MESSAGES)
-    assert json.dumps(row) == given_row, "reading a row changes it"
+def test_columns_under_other_names():
+    """The page's table has more of them, with message keys and roles."""
+    expected = read_row(MESSAGES)
+    row = {"prompt": TURNS, "chosen": BAD, "rejected": GOOD}
+    assert read_row(row, {"chosen": "rejected", "rejected": "chosen"}) == expected, "two names cannot change places"
+    null = {"prompt": None, "question": TURNS, "chosen": GOOD, "rejected": BAD}
+    assert read_row(null, {"question": "prompt"}) == expected, "a null column is taken for a second prompt"
+    with pytest.raises(BrokenRow, match="expected one column for 'prompt', found two, 'question' and another one"):
+        read_row({"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}, {"question": "prompt"})
 
 
 def test_tools_and_options_as_json_strings(tiny_tokenizer: Any):
@@ -186,55 +135,30 @@ def test_tools_and_options_as_json_strings(tiny_tokenizer: Any):
 # kind: (row, part of the message) or (row, part of the message, chat template)
 BROKEN = {
     "cut JSON": (b'{"chosen": "a\n', 'expected one JSON object, found \'{"chosen": "a\''),
-    "an HTML page": (b"<!DOCTYPE html>\n", "expected one JSON object, found '<!DOCTYPE html>'"),
-    "CSV": (b"chosen,rejected\n", "expected one JSON object, found 'chosen,rejected'"),
-    "two rows on a line": (b'{"a": 1}{"a": 2}\n', "Extra data"),
     "a list": (b'["a", "b"]\n', "expected a JSON object with keys, found a list"),
-    "other bytes than UTF-8": (b'{"chosen": "\xe9", "rejected": "b"}\n', "expected one JSON object"),
     "endless nesting": (b"[" * 100_000 + b"\n", "expected one JSON object"),
     "half a character": (b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "b"}\n', "found half of a character"),
-    "no rejected": ({"chosen": "a", "text": "b"}, "expected the keys 'chosen' and 'rejected'"),
-    "no keys": ({}, "found no keys"),
     "other keys": ({"question": "a", "answer": "b"}, "found 'question', 'answer'; --column names other columns"),
     "no pair": ({"prompt": PROMPT, "completion": " a"}, "found one answer alone, which only SFT can use"),
-    "OpenAI's without an answer": ({"input": {"messages": TURNS}, "preferred_output": GOOD}, "'rejected'"),
-    "a number for a text": ({**HH, "chosen": 5}, "expected 'chosen' to be a string, found 5"),
     "null for a text": ({**HH, "rejected": None}, "expected 'rejected' to be a string, found null"),
-    "a null prompt beside texts": ({**HH, "prompt": None}, "expected 'prompt' to be a string, found null"),
     "no assistant turn": ({"chosen": "Hello", "rejected": "Hello you"}, "found no shared assistant turn"),
-    "nothing shared": ({"chosen": PROMPT, "rejected": "x" + PROMPT}, "found no shared assistant turn"),
     "a human turn at the end": (
         {**HH, "chosen": HH["chosen"] + "\n\nHuman: Thanks."},
         "expected 'chosen' to end in an assistant turn",
     ),
-    "texts beside messages": ({"prompt": PROMPT, "chosen": GOOD, "rejected": "Bad"}, "'chosen' to be a string"),
     "a number for a prompt": ({**MESSAGES, "prompt": 5}, "expected 'prompt' to be a string or a list"),
-    "no messages": ({**MESSAGES, "chosen": []}, "expected 'chosen' to hold at least one message"),
-    "no role": ({**MESSAGES, "prompt": [{"content": "Hi"}]}, "expected 'prompt' to hold messages with the strings"),
     "other message keys": (
         {**MESSAGES, "prompt": [{"from": "human", "value": "Hi"}]},
         "found 'from': a string, 'value': a string; --column names other keys",
     ),
     "no content": ({**MESSAGES, "rejected": [{"role": "assistant", "content": None}]}, "'rejected' to hold messages"),
-    "no answer": ({"chosen": TURNS[:1], "rejected": TURNS[:1]}, "share a prompt before an assistant message"),
     "another role for the assistant": (
-        {
-            "chosen": [TURNS[0], {"role": "gpt", "content": "a"}],
-            "rejected": [TURNS[0], {"role": "gpt", "content": "b"}],
-        },
-        "found none (roles: user, gpt); --role names other roles",
-    ),
-    "a user message at the end": (
-        {**MESSAGES, "chosen": [*GOOD, TURNS[0]]},
-        "'chosen' to end in an assistant message",
+        {side: [TURNS[0], {"role": "gpt", "content": side}] for side in ("chosen", "rejected")},
+        "found none (roles: 'user', 'gpt'); --role names other roles",
     ),
     "pictures": (
         {**MESSAGES, "prompt": [{"role": "user", "content": [{"type": "image"}]}]},
-        "expected the content of messages in 'prompt' to be text, found a part 'image'",
-    ),
-    "a role without a template": (
-        {**MESSAGES, "prompt": [{"role": "tool", "content": "Hi"}]},
-        "expected the roles system, user, assistant (the model has no chat template), found 'tool'; --role renames it",
+        "expected the content of messages in 'prompt' to be text, found [{'type': 'image'}]",
     ),
     "a role that the template does not know": (
         {**MESSAGES, "prompt": [{"role": "Human", "content": "Hi"}]},
@@ -246,38 +170,13 @@ BROKEN = {
         "expected messages that the model's chat template accepts, its error is: roles must alternate",
         ALTERNATING,
     ),
-    "a special token in a message": (
-        {**MESSAGES, "prompt": [{"role": "user", "content": "What is <|im_end|>?"}]},
-        "expected messages without special tokens, found '<|im_end|>'",
-        CHATML,
-    ),
-    "a special token in tools": (
-        MESSAGES | {"tools": [{"type": "function", "function": {"name": "<|endoftext|>"}}]},
-        "expected messages without special tokens, found '<|endoftext|>'",
-        THINKING,
-    ),
-    "system beside texts without a template": (TEXTS | {"system": "a"}, "found texts, and the model has no chat"),
     "system beside dialogues": (HH | {"system": "a"}, "beside 'system', found texts in HH's form", CHATML),
     "a system text that is none": (MESSAGES | {"system": ["a"]}, "expected 'system' to be a string, found a list"),
-    "two system messages": (
-        {**MESSAGES, "prompt": [SYSTEM, *TURNS], "system": "a"},
-        "expected one system message, found 'system' and another one",
-    ),
-    "system that the template leaves out": (
-        MESSAGES | {"system": "Be brief."},
-        "a place for a system message",
-        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-    ),
-    "tools beside texts": (TEXTS | {"tools": TOOLS}, "expected messages beside 'tools', found texts", THINKING),
-    "tools without a template": (MESSAGES | {"tools": TOOLS}, "a chat template, which 'tools' need"),
     "tools that the template leaves out": (MESSAGES | {"tools": TOOLS}, "a chat template that writes 'tools'", CHATML),
-    "tools that are none": (MESSAGES | {"tools": "weather"}, "expected 'tools' to be a list, found a string"),
-    "tool calls that the template leaves out": (
+    "tool calls without a template": (
         {**MESSAGES, "prompt": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{}]}, TURNS[2]]},
         "a chat template that writes 'tool_calls'",
-        CHATML,
     ),
-    "options that are none": (MESSAGES | {"chat_template_kwargs": [1]}, "to be an object, found a list", THINKING),
 }
 
 
@@ -287,7 +186,7 @@ def test_broken_row_is_named_by_file_and_number(kind: str, tiny_tokenizer: Any, 
     tokenizer = with_template(tiny_tokenizer, template[0] if template else None)
     good = MESSAGES if template else HH
     with pytest.raises(UserError) as caught:
-        load_train(tmp_path, tokenizer, good, b"\n", row, good)
+        load_train(tmp_path, tokenizer, good, b" \r\n", row, good)
     message = str(caught.value)
     assert f"{tmp_path / 'data'}/train.jsonl row 3: " in message, "the message does not name file and row"
     assert expected in message, "the message does not say what was expected"
@@ -303,49 +202,25 @@ def test_skipped_rows_are_counted(tiny_tokenizer: Any, tmp_path: Path):
     assert split.texts["prompt"][:] == [PROMPT] * 2 and len(split.pairs) == 2, "a dropped pair is trained on"
     assert split.summary["completion_tokens_kept"] < 1, "dropped pairs do not count as lost"
 
-
-def test_split_without_a_pair_left_is_refused(tiny_tokenizer: Any, tmp_path: Path):
     with pytest.raises(UserError, match=r"no pair of the train split is left.*identical completions"):
         load_train(tmp_path, tiny_tokenizer, {**HH, "chosen": HH["rejected"]})
 
 
-def test_two_columns_that_claim_one_name(tiny_tokenizer: Any, tmp_path: Path):
-    row = {"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}
-    with pytest.raises(UserError, match="expected one column for 'prompt', found two, 'question' and another one"):
-        load_train(tmp_path, tiny_tokenizer, row, column=["question=prompt"])
-
-
-ODD_TEXTS = {
-    "a byte-order mark": b"\xef\xbb\xbf" + encode_lines([HH]),
-    "Windows line ends": encode_lines([HH]).replace(b"\n", b"\r\n"),
-    "no line end": encode_lines([HH]).rstrip(),
-    "NaN and deep nesting in columns that are not read": encode_lines([HH]).replace(
-        b"}", b', "score": NaN, "x": ' + b"[" * 500 + b"]" * 500 + b"}"
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", ODD_TEXTS)
-def test_odd_files_give_the_pair_they_hold(kind: str, tiny_tokenizer: Any, tmp_path: Path):
-    split = load_train(tmp_path, tiny_tokenizer, ODD_TEXTS[kind])
-    assert [text["chosen"] for text in split.texts] == [" Well."]
-
-
-def test_any_text_comes_through_unchanged(tiny_tokenizer: Any, tmp_path: Path):
+def test_odd_files_give_the_pair_they_hold(tiny_tokenizer: Any, tmp_path: Path):
     prompt = "\n\nHuman: ما اسمك؟ 👩‍👩‍👧 é \u200f\n\nAssistant:"
     chosen, rejected = " שלום 🙂\0", " e\u0301\u0302 \u2028 \x85"
     row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
-    for line in (json.dumps(row), json.dumps(row, ensure_ascii=False)):
-        (text,) = load_train(tmp_path, tiny_tokenizer, line.encode() + b"\n").texts
-        assert (text["prompt"], text["chosen"], text["rejected"]) == (prompt, chosen, rejected)
+    line = encode_lines([row])
+    raw = json.dumps(row, ensure_ascii=False).encode()
+    unread = line.replace(b"}", b', "score": NaN, "x": ' + b"[" * 500 + b"]" * 500 + b"}")
+    for odd in (raw, b"\xef\xbb\xbf" + line, line.replace(b"\n", b"\r\n"), unread):
+        (text,) = load_train(tmp_path, tiny_tokenizer, odd).texts
+        assert (text["prompt"], text["chosen"], text["rejected"]) == (prompt, chosen, rejected), odd
 
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "a"]) | st.text(max_size=3), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=8,
 )
 messages = st.lists(
@@ -355,9 +230,7 @@ messages = st.lists(
     ),
     max_size=3,
 )
-columns = st.sampled_from(
-    ["prompt", "chosen", "rejected", "completion", "subset", "messages", "system", "tools", "input"]
-)
+columns = st.sampled_from(["prompt", "chosen", "rejected", "completion", "messages", "system", "tools", "input"])
 any_row = anything | st.dictionaries(columns, anything | messages, max_size=5)
 few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -6,23 +6,19 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from datasets import are_progress_bars_disabled
+from datasets import Dataset
 from examples import BAD, CHATML, TURNS, encode_lines, with_template
 
 from tinydpo.config import launch
 from tinydpo.config.arguments import DataArguments
-from tinydpo.config.recipe import parse_args
 from tinydpo.data.inspect import format_data_notes
 from tinydpo.data.pairs import FittedSplit, load_pairs, load_split
-from tinydpo.data.splits import hide_progress_bars, load_rows
+from tinydpo.data.splits import load_rows
 from tinydpo.errors import UserError
 
 
@@ -53,28 +49,23 @@ def write_folder(folder: Path, **files: list) -> Path:
     return folder
 
 
-def write_parquet(path: Path, rows: list) -> None:
-    pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-FILES: dict[str, Callable[[Path, list], Any]] = {
-    "a.jsonl": lambda path, rows: path.write_bytes(encode_lines(rows)),
-    "a.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(encode_lines(rows))),
-    "a.json": lambda path, rows: path.write_text(json.dumps(rows, indent=2)),
-    "bom.json": lambda path, rows: path.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode()),
-    "lines.json": lambda path, rows: path.write_bytes(encode_lines(rows)),
-    "a.parquet": write_parquet,
-    "not_zipped.jsonl.gz": lambda path, rows: path.write_bytes(encode_lines(rows)),
-    "zipped.jsonl": lambda path, rows: path.write_bytes(gzip.compress(encode_lines(rows))),
-    "two_members.jsonl.gz": lambda path, rows: path.write_bytes(
-        gzip.compress(encode_lines(rows[:3])) + gzip.compress(encode_lines(rows[3:]))
-    ),
+TEN = make_rows(10)
+FILES = {
+    "a.jsonl": encode_lines(TEN),
+    "a.jsonl.gz": gzip.compress(encode_lines(TEN)),
+    "a.json": json.dumps(TEN, indent=2).encode(),
+    "bom.json": b"\xef\xbb\xbf" + json.dumps(TEN).encode(),
+    "lines.json": encode_lines(TEN),
+    "a.parquet": None,
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_file(name: str, tmp_path: Path):
-    FILES[name](tmp_path / name, make_rows(10))
+    if FILES[name]:
+        (tmp_path / name).write_bytes(FILES[name])
+    else:
+        Dataset.from_list(TEN).to_parquet(tmp_path / name)
     splits = read(tmp_path / name)
     rows = sorted((row for split in splits.values() for row in split), key=lambda row: row["row"])
     assert [row["chosen"] for row in rows] == [f" yes {i} word" for i in range(10)], "rows are lost or changed"
@@ -82,84 +73,52 @@ def test_every_kind_of_file(name: str, tmp_path: Path):
     assert {(row["file"], row["subset"]) for row in rows} == {(str(tmp_path / name), None)}
 
 
-def test_rows_are_numbered_as_an_editor_numbers_lines(tmp_path: Path):
-    first, *rest = encode_lines(make_rows(4)).splitlines(keepends=True)
-    (tmp_path / "a.jsonl").write_bytes(b"\n" + first + b" \r\n\t\n" + b"".join(rest) + b"\n\n")
-    splits = read(tmp_path / "a.jsonl")
-    assert sorted(row["row"] for split in splits.values() for row in split) == [2, 5, 6, 7]
-
-
 def test_parquet_conversations_and_bytes(tmp_path: Path, tiny_tokenizer: Any):
     answers = [[{"role": "assistant", "content": text}] for text in ("Yes", "No")]
     rows = [{"prompt": TURNS, "chosen": answers[0], "rejected": answers[1], "score": None}] * 2
-    write_parquet(tmp_path / "train.parquet", rows)
-    write_parquet(tmp_path / "test.parquet", [{"prompt": b"q", "chosen": "é".encode(), "rejected": "no"}])
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    binary = [{"prompt": b"q", "chosen": "é".encode(), "rejected": "no"}]
+    Dataset.from_list(binary).to_parquet(tmp_path / "test.parquet")
     splits = load_pairs(DataArguments(dataset_name=str(tmp_path)), tiny_tokenizer, 128)
     assert splits["train"].texts["rejected"][:] == [" No"] * 2, "conversations are garbled"
     assert splits["test"].texts["chosen"][:] == ["é"], "texts in binary columns are garbled"
 
 
-POINTER = (
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
-)
+CONFIGS = b"---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: a.jsonl}\n---\n"
+# what is read: (content of one file, or files of a folder; part of the message)
 UNREADABLE = {
-    "damaged.jsonl.gz": (b"\x1f\x8b\x08\x00" + bytes(range(200)), "cut or damaged"),
     "short.jsonl.gz": (gzip.compress(encode_lines(make_rows(99)))[:-300], "cut or damaged"),
     "short.parquet": (b"PAR1 and then nothing", "cut or damaged"),
     "short.json": (json.dumps(make_rows(9)).encode()[:-100], "cut or damaged"),
-    "deep.json": (b"[" * 100_000, "cut or damaged"),
-    "pointer.parquet": (POINTER, "is a Git LFS pointer in place of the data; run `git lfs pull`"),
     "empty.jsonl": (b"", "no rows"),
-    "empty.json": (b"[]", "no rows"),
     "one.jsonl": (encode_lines(make_rows(1)), r"has 1 row\(s\), too few to hold out a share of 0.05"),
     "table.csv": (b"a,b\n", "is not a .jsonl"),
+    "empty": ({}, "is not a dataset that can be read"),
+    "broken_readme": ({"README.md": b"---\nconfigs: [a\n---\n", "train.jsonl": b""}, "(?s)is not a dataset .*README"),
+    "configurations": ({"README.md": CONFIGS, "a.jsonl": b""}, r"(?s)\['a', 'b'\].*--dataset_config"),
+    "missing.jsonl": (None, "there is no file or folder"),
 }
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_file_that_cannot_be_read_is_named(name: str, tmp_path: Path):
+def test_data_that_cannot_be_read_are_named(name: str, tmp_path: Path):
     content, expected = UNREADABLE[name]
-    (tmp_path / name).write_bytes(content)
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        (tmp_path / name).mkdir()
+        for file, inside in content.items():
+            (tmp_path / name / file).write_bytes(inside)
     with pytest.raises(UserError, match=expected) as caught:
         load_rows(DataArguments(dataset_name=str(tmp_path / name)))
-    assert name in str(caught.value), "the message does not name the file"
+    assert name in str(caught.value), "the message does not name the data"
 
 
-def test_data_that_are_not_there(tmp_path: Path):
+def test_data_without_a_name():
     with pytest.raises(UserError, match="dataset_name is not set"):
         load_rows(DataArguments())
-    for name in (tmp_path / "missing.jsonl", tmp_path / "missing", "missing.jsonl", "../missing"):
-        with pytest.raises(UserError, match=r"there is no file or folder .*missing"):
-            load_rows(DataArguments(dataset_name=str(name)))
-
-
-FOLDERS = {
-    "empty": ({}, "is not a dataset that can be read"),
-    "table": ({"table.csv": b"a,b\n1,2\n"}, "is not a .jsonl"),
-    "broken_readme": (
-        {"README.md": b"---\nconfigs: [a\n---\n", "train.jsonl": b""},
-        "(?s)is not a dataset .*README.md",
-    ),
-    "configurations": (
-        {
-            "README.md": b"---\nconfigs:\n- config_name: a\n  data_files: a.jsonl\n- config_name: b\n"
-            b"  data_files: a.jsonl\n---\n",
-            "a.jsonl": b"",
-        },
-        r"(?s)\['a', 'b'\].*--dataset_config",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_folder_that_cannot_be_read_is_named(name: str, tmp_path: Path):
-    files, expected = FOLDERS[name]
-    (tmp_path / name).mkdir()
-    for file, content in files.items():
-        (tmp_path / name / file).write_bytes(content)
-    with pytest.raises(UserError, match=expected) as caught:
-        load_rows(DataArguments(dataset_name=str(tmp_path / name)))
-    assert name in str(caught.value), "the message does not name the folder"
+    with pytest.raises(UserError, match="there is no file or folder"):
+        load_rows(DataArguments("missing.jsonl"))  # no Hub id
 
 
 def test_splits_by_name(tmp_path: Path):
@@ -178,10 +137,10 @@ def test_splits_by_name(tmp_path: Path):
 
 
 def test_training_rows_are_never_the_held_out_ones(tmp_path: Path, tiny_tokenizer: Any):
-    file = write_folder(tmp_path, train=make_rows(4)) / "train.jsonl.gz"
+    file = str(write_folder(tmp_path, train=make_rows(4)) / "train.jsonl.gz")
     with pytest.raises(UserError, match="both 'test'"):
-        load_pairs(DataArguments(dataset_name=str(file), dataset_train_split="test"), tiny_tokenizer, 128)
-    whole = load_split(DataArguments(dataset_name=str(file), dataset_test_split="train"), tiny_tokenizer, 128, "test")
+        load_pairs(DataArguments(file, dataset_train_split="test"), tiny_tokenizer, 128)
+    whole = load_split(DataArguments(file, dataset_test_split="train"), tiny_tokenizer, 128, "test")
     assert len(whole.pairs) == 4, "evaluation cannot be asked to use every row of a file"
 
 
@@ -200,45 +159,39 @@ def test_folders_of_one_dataset_are_subsets(tmp_path: Path, tiny_tokenizer: Any)
     assert [row["subset"] for row in one] == ["helpful"] * 3, "--dataset_data_dir loses the subset"
     with pytest.raises(UserError, match="no folder 'online'; check --dataset_data_dir"):
         load_rows(DataArguments(dataset_name=str(tmp_path), dataset_data_dir="online"))
-
-
-def test_folders_of_splits_are_no_subsets(tmp_path: Path, tiny_tokenizer: Any):
-    write_folder(tmp_path, train__a=make_rows(4), test__a=make_rows(3))
-    assert {row["subset"] for rows in read(tmp_path).values() for row in rows} == {None}
-    pairs = load_split(DataArguments(str(tmp_path)), tiny_tokenizer, 128, "test").pairs
-    assert "subset" not in pairs.column_names, "data without subsets get a column of them"
+    splits_only = write_folder(tmp_path / "splits", train__a=make_rows(4), test__a=make_rows(3))
+    pairs = load_split(DataArguments(str(splits_only)), tiny_tokenizer, 128, "test").pairs
+    assert "subset" not in pairs.column_names, "folders that only part train from test are taken for subsets"
 
 
 def test_dataset_on_the_hub_is_read_like_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_folder(tmp_path / "blobs", **HH)
-    for blob in sorted(tmp_path.rglob("*.gz")):  # the Hub's cache: links to files named by their hash
-        link = tmp_path / "snapshot" / blob.relative_to(tmp_path / "blobs")
+    for split in ("train", "test"):  # the Hub's cache: links to files named by their hash
+        blob = tmp_path / f"hash_of_{split}"
+        blob.write_bytes(gzip.compress(encode_lines(make_rows(3))))
+        link = tmp_path / "snapshot" / "harmless" / f"{split}.jsonl.gz"
         link.parent.mkdir(parents=True, exist_ok=True)
-        hashed = blob.rename(blob.with_name(f"{hash(str(blob)):x}"))
-        link.symlink_to(os.path.relpath(hashed, link.parent))
+        link.symlink_to(blob)
     asked = []
     monkeypatch.setattr("tinydpo.data.splits.download_dataset", lambda *a: asked.append(a) or tmp_path / "snapshot")
-    rows = read("someone/pairs", dataset_revision="abc")["train"]
-    assert asked == [("someone/pairs", "abc", None)], "another dataset is downloaded than the one asked for"
-    assert [row["subset"] for row in rows] == ["harmless"] * 3 + ["helpful"] * 3
+    rows = read("someone/pairs", dataset_revision="abc", dataset_data_dir="harmless")["train"]
+    assert asked == [("someone/pairs", "abc", "harmless")], "another dataset is downloaded than the one asked for"
+    assert [row["subset"] for row in rows] == ["harmless"] * 3
     assert rows[0]["file"] == "someone/pairs/harmless/train.jsonl.gz", "a message would name the Hub's cache"
 
 
 # Held-out prompts
 
 
+def make_talk(prompt: int, answer: int) -> dict:
+    """A row about a numbered prompt."""
+    turns = [*TURNS[:2], {"role": "user", "content": f"Why {prompt}?"}]
+    return {"prompt": turns, "chosen": [{"role": "assistant", "content": f"So {answer}."}], "rejected": BAD}
+
+
 def test_held_out_rows_stay_the_same(tmp_path: Path):
     """Other rows under a later version would leak trained prompts into the evaluation of earlier models."""
-    talks = [
-        {
-            "prompt": [{"role": "user", "content": f"Why {i % 13}?"}],
-            "chosen": [{"role": "assistant", "content": str(i)}],
-        }
-        for i in range(60)
-    ]
-    talks = [row | {"rejected": BAD} for row in talks]
+    talks = [make_talk(i % 13, i) for i in range(60)]
     for name, rows in (("rows.jsonl", make_rows(60, prompts=13)), ("talks.jsonl", talks)):
-        (tmp_path / name).write_bytes(encode_lines(rows))
         for seed in (0, 1):
             random.seed(seed)
             np.random.seed(seed)
@@ -249,51 +202,29 @@ def test_held_out_rows_stay_the_same(tmp_path: Path):
             assert sorted(row["row"] for split in splits.values() for row in split) == list(range(1, 61))
 
 
-def make_form(form: str, prompt: int, answer: int) -> dict:
-    """A row in one of several forms, about a numbered prompt."""
-    start, yes, no = f"\n\nHuman: Why {prompt}?\n\nAssistant:", f" So {answer}.", f" No {answer}."
-    turns = [*TURNS[:2], {"role": "user", "content": f"Why {prompt}?"}]
-    talk = [*turns, {"role": "assistant", "content": yes}]
-    return {
-        "texts": {"prompt": start, "chosen": yes, "rejected": no},
-        "renamed": {"question": start, "chosen": yes, "rejected": no},
-        "dialogues": {"chosen": start + yes, "rejected": start + no},
-        "conversations": {"chosen": talk, "rejected": [*turns, *BAD]},
-        "SFT": {"messages": talk},
-    }[form]
-
-
-@pytest.mark.parametrize("form", ["texts", "renamed", "dialogues", "conversations", "SFT"])
+@pytest.mark.parametrize("form", ["texts", "conversations"])
 def test_whole_prompts_are_held_out(form: str, tmp_path: Path, tiny_tokenizer: Any):
-    rows = [make_form(form, prompt, answer) for answer in range(5) for prompt in range(40)]
+    rows = make_rows(200, prompts=40)
+    if form == "conversations":
+        rows = [make_talk(prompt, answer) for answer in range(5) for prompt in range(40)]
     (tmp_path / "a.jsonl").write_bytes(encode_lines(rows))
-    column = ["question=prompt"] if form == "renamed" else None
-    data = DataArguments(dataset_name=str(tmp_path / "a.jsonl"), column=column)
-    splits = load_pairs(data, with_template(tiny_tokenizer, CHATML), 128, need_pairs=form != "SFT")
+    data = DataArguments(dataset_name=str(tmp_path / "a.jsonl"))
+    splits = load_pairs(data, with_template(tiny_tokenizer, CHATML), 128)
     prompts = {split: Counter(splits[split].texts["prompt"][:]) for split in splits}
     assert not prompts["train"].keys() & prompts["test"].keys(), "a held-out prompt was trained on"
     assert list(prompts["test"].values()) == [5, 5], "not 5 % are held out, as whole prompts"
     assert prompts["train"].total() == 190, "rows are lost"
-    again = load_pairs(data, tiny_tokenizer, 100, need_pairs=None)["test"].texts["prompt"][:]
-    numbers = [
-        [re.findall(r"Why \d+", prompt) for prompt in texts] for texts in (again, splits["test"].texts["prompt"])
-    ]
+    again = load_pairs(data, tiny_tokenizer, 100, need_pairs=False)["test"].texts["prompt"][:]
+    numbers = [[re.findall(r"\d+\?", prompt) for prompt in texts] for texts in (again, splits["test"].texts["prompt"])]
     assert numbers[0] == numbers[1], "another template, stage or budget holds out other rows"
 
 
 @pytest.mark.parametrize(
     ("sizes", "share", "held_out"),
-    [
-        ([90, 6, 4], 0.1, {10}),
-        ([50, 50], 0.05, {50}),
-        ([97, 1, 1, 1], 0.05, {3}),
-        ([1] * 100, 0.2, {20}),
-        ([30, 30, 40], 0.5, {30, 40}),
-        ([40], 0.05, {2}),
-    ],
+    [([90, 6, 4], 0.1, {10}), ([50, 50], 0.05, {50}), ([30, 30, 40], 0.5, {30, 40}), ([40], 0.05, {2})],
 )
 def test_prompts_of_any_size_are_held_out(sizes: list[int], share: float, held_out: set, tmp_path: Path):
-    rows = [make_form("texts", prompt, answer) for prompt, size in enumerate(sizes) for answer in range(size)]
+    rows = [make_talk(prompt, answer) for prompt, size in enumerate(sizes) for answer in range(size)]
     (tmp_path / "a.jsonl").write_bytes(encode_lines(rows))
     splits = load_rows(DataArguments(dataset_name=str(tmp_path / "a.jsonl"), test_split_size=share))
     assert len(splits["test"]) in held_out, f"{len(splits['test'])} are held out"
@@ -301,8 +232,8 @@ def test_prompts_of_any_size_are_held_out(sizes: list[int], share: float, held_o
 
 
 def test_prompts_in_both_splits_are_noted(tmp_path: Path, tiny_tokenizer: Any):
-    train = [make_form("conversations", prompt, 0) for prompt in range(20)]
-    test = [make_form("conversations", prompt, answer) for prompt in range(18, 25) for answer in (1, 2, 3)]
+    train = [make_talk(prompt, 0) for prompt in range(20)]
+    test = [make_talk(prompt, answer) for prompt in range(18, 25) for answer in (1, 2, 3)]
     write_folder(tmp_path, train=train, test=test)
     splits = load_pairs(DataArguments(dataset_name=str(tmp_path)), with_template(tiny_tokenizer, CHATML), 128)
     assert len(splits["test"].texts) == 21, "rows of a given split are taken out"
@@ -333,7 +264,7 @@ def test_several_datasets_are_read_one_after_the_other(two: list[str], tmp_path:
     alike = [write_folder(tmp_path / side / "peas", train=make_rows(4), test=make_rows(1)) for side in "ab"]
     subsets = Counter(load(tiny_tokenizer, dataset_name=[*map(str, alike)])["train"].pairs["subset"][:])
     assert subsets == {str(name): 4 for name in alike}, "datasets whose names end alike count as one"
-    with pytest.raises(UserError, match=r"has .*peas twice, so its rows would count twice"):
+    with pytest.raises(UserError, match=r"has .*peas twice; name it once"):
         load(tiny_tokenizer, dataset_name=[two[0], two[0]])
 
 
@@ -344,8 +275,6 @@ def test_weights_draw_a_share_of_each_dataset(two: list[str], tmp_path: Path, ti
     assert Counter(whole["train"].pairs["subset"][:]) == {"peas": 40, "beans": 20}
     assert Counter(part["train"].pairs["subset"][:]) == {"peas": 10, "beans": 20}, "not a quarter and the whole"
     assert part["test"].summary["sha256"] == whole["test"].summary["sha256"], "weights change what is held out"
-    again = load(tiny_tokenizer, need_pairs=False, **settings, **weights)
-    assert again["train"].texts["prompt"][:] == part["train"].texts["prompt"][:], "SFT trains on other rows than DPO"
 
 
 def test_fewer_pairs_are_the_same_in_every_stage(two: list[str], tiny_tokenizer: Any):
@@ -354,68 +283,34 @@ def test_fewer_pairs_are_the_same_in_every_stage(two: list[str], tiny_tokenizer:
     prompts = dpo["train"].texts["prompt"][:]
     assert len(set(prompts)) == 24 and len(dpo["test"].pairs) == 2, "another number of pairs is drawn"
     assert sft["train"].texts["prompt"][:] == prompts, "SFT and DPO draw other rows"
-    assert len(set(dpo["train"].pairs["subset"][:])) == 2, "the first rows are taken, not drawn ones"
     held_out = load_split(DataArguments(**settings), tiny_tokenizer, 128, "test")
     assert held_out.summary == dpo["test"].summary, "evaluation draws other rows than training"
     line = format_data_notes({name: split.summary for name, split in dpo.items()})
     assert "train: 24 of 60 rows drawn (--max_train_pairs)" in line and "test: 2 of 6 rows drawn" in line, line
-    more = load(tiny_tokenizer, dataset_name=two, max_train_pairs=10_000)
-    assert len(more["train"].pairs) == 60 and "drawn_from" not in more["train"].summary
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--dataset_weights", "0.5", "0.5", "1"], "dataset_weights has 3 values for 2 names in dataset_name"),
-        (["--dataset_revision", "a", "b", "c"], "dataset_revision has 3 values for 2 names"),
-        (["--dataset_weights", "0", "1"], "dataset_weights are shares above 0 and up to 1"),
-        (["--max_train_pairs", "0"], "max_train_pairs must be at least 1"),
-    ],
-)
-def test_impossible_settings_are_refused(flags: list[str], sentence: str):
-    with pytest.raises(UserError, match=sentence):
-        parse_args(DataArguments, argv=["--dataset_name", "a", "b", *flags])
 
 
 # Caches and processes
 
 
 def test_cache_goes_by_content(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
-    def load_train() -> tuple[str, str]:
-        split = load_pairs(data, tiny_tokenizer, 128)["train"]
-        return split.pairs._fingerprint, split.texts[0]["chosen"]
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("the same pairs are read a second time")
-
     file = tmp_path / "a.jsonl"
     data = DataArguments(dataset_name=str(file))
-    file.write_bytes(encode_lines(make_rows(20, "old")))
-    before = load_train()
-    os.utime(file, (1, 1))
+
+    def load_first(word: str) -> str:
+        file.write_bytes(encode_lines(make_rows(20, word)))
+        os.utime(file, (1, 1))
+        return load_pairs(data, tiny_tokenizer, 128)["train"].texts[0]["chosen"]
+
+    before = load_first("old")
     with monkeypatch.context() as patch:
-        for name in ("splits.read_row", "text.render_row", "fitting.tokenize_pairs"):
-            patch.setattr(f"tinydpo.data.{name}", refuse)
-        assert load_train() == before, "the same content gives other pairs"
-    file.write_bytes(encode_lines(make_rows(20, "new")))  # of the same length
-    os.utime(file, (1, 1))
-    after = load_train()
-    assert after[0] != before[0] and after[1].endswith("new"), "a changed file is not read again"
+        patch.delattr("tinydpo.data.splits.read_row")
+        assert load_pairs(data, tiny_tokenizer, 128, need_pairs=False), "SFT and DPO do not share the parsed rows"
+        patch.delattr("tinydpo.data.text.render_row")
+        patch.delattr("tinydpo.data.fitting.tokenize_pairs")
+        assert load_first("old") == before, "the same content gives other pairs"
+    assert load_first("new").endswith("new"), "a changed file is not read again"  # of the same length and date
     data.column = ["rejected=chosen", "chosen=rejected"]
-    assert " no " in load_train()[1], "other column names get the old pairs"
-
-
-def test_rows_are_parsed_once(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
-    from tinydpo.data import splits
-
-    calls = []
-    read_row = splits.read_row
-    monkeypatch.setattr(splits, "read_row", lambda *args: calls.append(1) or read_row(*args))
-    (tmp_path / "a.jsonl").write_bytes(encode_lines(make_rows(30, "once")))
-    data = DataArguments(dataset_name=str(tmp_path / "a.jsonl"))
-    for need_pairs in (True, False):
-        load_pairs(data, tiny_tokenizer, 128, need_pairs)
-    assert len(calls) == 30, "SFT and DPO, hold-out and rendering do not share the parsed rows"
+    assert " no " in load_first("new"), "other column names get the old pairs"
 
 
 def test_number_of_processes_changes_nothing(tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
@@ -428,25 +323,10 @@ def test_number_of_processes_changes_nothing(tmp_path: Path, tiny_tokenizer: Any
     assert splits[0].pairs[:] == splits[1].pairs[:] and splits[0].summary == splits[1].summary
 
 
-@pytest.mark.parametrize(
-    ("quota", "expected"),
-    [("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1), ("9000000 100000", 8), (None, 8)],
-)
-def test_quota_of_a_container_bounds_the_processes(
-    quota: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_quota_of_a_container_bounds_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(launch, "CPU_QUOTA", tmp_path / "cpu.max")
-    if quota is not None:
+    assert launch.count_cores() == 8
+    for quota, expected in (("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1), ("9000000 100000", 8)):
         (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert launch.count_cores() == expected
-
-
-def test_progress_bars_are_hidden_for_small_data_only(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS", None)
-    assert not are_progress_bars_disabled(), "this test needs progress bars as they are by default"
-    with hide_progress_bars(small=True):
-        assert are_progress_bars_disabled(), "a bar flashes for data that are read at once"
-    with hide_progress_bars(small=False):
-        assert not are_progress_bars_disabled(), "large data are read without a sign of progress"
-    assert not are_progress_bars_disabled(), "small data leave later, large data without a sign of progress"
+        assert launch.count_cores() == expected, quota

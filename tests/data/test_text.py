@@ -31,11 +31,6 @@ from tinydpo.data.inspect import format_data_notes
 from tinydpo.data.text import format_dialogue, format_prompt, typed_to_dialogue, typed_to_messages
 
 
-@pytest.fixture
-def thinking(tiny_tokenizer: Any) -> Any:
-    return with_template(tiny_tokenizer, THINKING)
-
-
 def test_chat_template_with_a_default_system_message(tiny_tokenizer: Any):
     tokenizer = with_template(tiny_tokenizer, CHATML)
     pair = render({**MESSAGES, "prompt": TURNS[2:]}, tokenizer)
@@ -43,30 +38,25 @@ def test_chat_template_with_a_default_system_message(tiny_tokenizer: Any):
     assert pair["prompt"] == "<|im_start|>system\nBe kind.<|im_end|>\n" + question, "the prompt is not the template's"
     assert pair["prompt"][pair["question"] :] == question, "the default system message counts as part of the question"
     assert (pair["chosen"], pair["rejected"]) == ("Well.", "Bad, very bad."), "an answer is not the assistant's words"
-    longer = render({"chosen": TURNS + GOOD, "rejected": TURNS + BAD}, tokenizer)
-    assert longer["prompt"][longer["question"] :] == question, "the question is not the last user message"
     repeated = render({**MESSAGES, "prompt": [*TURNS, GOOD[0], TURNS[2]]}, tokenizer)
     assert repeated["prompt"][repeated["question"] :] == question, "a question asked twice is taken at its first place"
     own = render({**MESSAGES, "prompt": [SYSTEM, *TURNS]}, tokenizer)
     assert own["prompt"].startswith("<|im_start|>system\nBe brief."), "the user's system message is lost"
 
 
-@pytest.mark.parametrize("turns", [TURNS, TURNS[2:]])
-def test_chat_template_that_insists_on_alternating_roles(turns: list, tiny_tokenizer: Any):
-    pair = render({**MESSAGES, "prompt": turns}, with_template(tiny_tokenizer, ALTERNATING))
-    assert pair["prompt"].endswith("[INST] How are you? [/INST]"), "the prompt is not the template's"
-    assert pair["prompt"][pair["question"] :] == "[INST] How are you? [/INST]", "another question"
-    assert (pair["chosen"], pair["rejected"]) == (" Well.", " Bad, very bad."), "the end token stays in the text"
-
-
-def test_chat_template_with_another_end_of_turn(tiny_tokenizer: Any):
+def test_system_messages_and_ends_of_turns_stay(tiny_tokenizer: Any):
+    pair = render({**MESSAGES, "prompt": [SYSTEM, *TURNS]}, tiny_tokenizer)
+    assert pair["prompt"] == "\n\nBe brief." + PROMPT, "without a template it opens the dialogue"
     pair = render(MESSAGES, with_template(tiny_tokenizer, OTHER_END))
     assert pair["chosen"] == "Well.<end>", "the template's own end of turn is lost"
 
 
-def test_without_a_template_a_system_message_opens_the_dialogue(tiny_tokenizer: Any):
-    pair = render({**MESSAGES, "prompt": [SYSTEM, *TURNS]}, tiny_tokenizer)
-    assert pair["prompt"] == "\n\nBe brief." + PROMPT
+def test_chat_template_that_insists_on_alternating_roles(tiny_tokenizer: Any):
+    for turns in (TURNS, TURNS[2:]):
+        pair = render({**MESSAGES, "prompt": turns}, with_template(tiny_tokenizer, ALTERNATING))
+        assert pair["prompt"].endswith("[INST] How are you? [/INST]"), "the prompt is not the template's"
+        assert pair["prompt"][pair["question"] :] == "[INST] How are you? [/INST]", "another question"
+        assert (pair["chosen"], pair["rejected"]) == (" Well.", " Bad, very bad."), "the end token stays in the text"
 
 
 @pytest.mark.parametrize("template", [None, OTHER_END])
@@ -90,17 +80,13 @@ def test_end_token_comes_back_where_the_answer_is_whole(tiny_tokenizer: Any, tmp
     assert rendered.endswith(start), "the prompt's tokens are not the template's text"
 
 
-BESIDE = {
-    "a system text": {"system": "Be brief."},
-    "tools": {"tools": TOOLS},
-    "options of the template": {"chat_template_kwargs": {"enable_thinking": False}},
-    "all of them": {"system": "Be brief.", "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}},
-}
+BESIDE = {"system": "Be brief.", "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
 
 
-@pytest.mark.parametrize("kind", BESIDE)
-def test_columns_beside_messages_are_written_as_trl_writes_them(kind: str, thinking: Any):
-    row = MESSAGES | BESIDE[kind]
+@pytest.mark.parametrize("names", [["system"], ["tools"], ["chat_template_kwargs"], BESIDE])
+def test_columns_beside_messages_are_written_as_trl_writes_them(names: list[str], tiny_tokenizer: Any):
+    thinking = with_template(tiny_tokenizer, THINKING)
+    row = MESSAGES | {name: BESIDE[name] for name in names}
     pair = render(row, thinking)
     example = {key: value for key, value in row.items() if key not in ("system", "tools")}
     if "system" in row:
@@ -123,7 +109,8 @@ def test_system_beside_texts_makes_messages_of_them(tiny_tokenizer: Any):
     assert render(TEXTS | {"system": ""}, tokenizer)["templated"], "rows of one file are written in two forms"
 
 
-def test_tool_turns_of_openai(thinking: Any):
+def test_tool_turns_of_openai(tiny_tokenizer: Any):
+    thinking = with_template(tiny_tokenizer, THINKING)
     function = {"name": "weather", "arguments": '{"city": "Rome"}'}
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
     turns = [TURNS[0], call, {"role": "tool", "content": "Sun."}]
@@ -146,11 +133,9 @@ def test_space_at_the_prompts_end_goes_to_the_answers(gpt2_tokenizer: Any, tmp_p
     assert text["prompt"] + text["chosen"] == prompt + "Paris", "the text is another one"
     assert split.summary["notes"] == {"a space at the prompt's end goes to the answers, where tokens have it": 2}
     assert split.summary["dropped"] == {"empty completion": 1}, "a moved space makes an answer of none"
-    spaced = render({**row, "chosen": " Paris", "rejected": " Rome"}, gpt2_tokenizer)
-    assert (spaced["prompt"], spaced["notes"]) == (prompt, []), "a space is moved before another"
 
 
-def test_every_column_that_is_not_read_is_noted(thinking: Any, tmp_path: Path):
+def test_every_column_that_is_not_read_is_noted(tiny_tokenizer: Any, tmp_path: Path):
     rows = [
         {**MESSAGES, "score": 0.5, "response": "x", "source": ""},
         {**MESSAGES, "score": 0, "messages": TURNS, "source": None},
@@ -159,7 +144,7 @@ def test_every_column_that_is_not_read_is_noted(thinking: Any, tmp_path: Path):
         {**MESSAGES, "chosen": BAD},
         b"{\n",
     ]
-    summary = load_train(tmp_path, thinking, *rows, on_bad_row="skip").summary
+    summary = load_train(tmp_path, with_template(tiny_tokenizer, THINKING), *rows, on_bad_row="skip").summary
     assert summary["notes"] == {
         "column 'score' is not read": 2,
         "column 'chat_template_kwargs.enable_thinking' is not read": 1,
@@ -188,18 +173,6 @@ def test_another_template_or_stage_is_another_cache(tiny_tokenizer: Any, tmp_pat
     assert answers[0] != answers[1], "SFT gets DPO's texts"
 
 
-def test_typed_text_becomes_turns():
-    for typed, turns in (
-        (" What now?\n", [("user", "What now?")]),
-        ("Human: Hi\n\nAssistant: Hello\n\nHuman: Bye", [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]),
-        ("\n\nHuman: Hi\n\nAssistant:", [("user", "Hi")]),
-        ("Be kind.\n\nHuman: Hi", [("system", "Be kind."), ("user", "Hi")]),
-        ("Is 'Human: Fall Flat' fun?", [("user", "Is 'Human: Fall Flat' fun?")]),
-        ("half \ud83d", [("user", "half ?")]),
-    ):
-        assert [(turn["role"], turn["content"]) for turn in typed_to_messages(typed)] == turns, f"{typed!r} is misread"
-
-
 words = (
     st.text(st.characters(exclude_categories=["Cs"])).map(str.strip).filter(lambda text: text and "\n\n" not in text)
 )
@@ -211,6 +184,8 @@ def test_people_and_models_see_the_same_turns(turns: list[str]):
     shown = format_prompt(messages)
     assert typed_to_messages(shown) == messages, "a dialogue as it is shown is read as another"
     assert typed_to_dialogue(shown) == shown, "a shown conversation is not in HH's form"
+    with_system = typed_to_messages(f"Be kind.{shown}")
+    assert with_system == [{"role": "system", "content": "Be kind."}, *messages], "text before the turns is lost"
 
 
 def test_other_roles_and_calls_are_shown():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinydpo.toy_task import TOPICS, build_base_model, gold_reward, write_dialogues
+from tinydpo.toy_task import build_base_model, gold_reward, write_dialogues
 
 BREAD = "\n\nHuman: How do I bake bread? My flat is tiny.\n\nAssistant:"
 GOOD = (
@@ -91,16 +91,12 @@ def test_preferences_are_as_noisy_as_bradley_and_terry_say(data: Path):
 
 WORSE = {
     "off topic": GOOD.replace("dough", "tyre").replace("loaf", "tent").replace("crust", "soup"),
-    "about another topic": " Happy to help! First, hammer in four pegs. Then climb six poles. Enjoy!",
     "vague": " Happy to help! It all depends. Somehow it works out. You just need some stuff. Enjoy!",
     "inexact": GOOD.replace("ten ", "several ").replace("two ", "several ").replace("three ", "several "),
     "rude": GOOD.replace("Happy to help!", "What a stupid question.").replace("Enjoy!", "Do not bother me again."),
-    "neutral": GOOD.replace(" Happy to help!", "").replace(" Enjoy!", ""),
     "cut off": GOOD[:60],
-    "missing its end": GOOD.rstrip("!"),
     "said three times": GOOD * 3,
     "padded out": GOOD + " People say so. I think so too. So it is. That is so. So be it. And so on.",
-    "one word": " Bread.",
     "empty": "",
     "garbled": " stu skemall fill Rememb\ufffd hope onion ahead tur\ufffd stro wa l\ufffdRe ide bre\ufffd fri plat",
 }
@@ -119,14 +115,6 @@ def test_last_human_turn_sets_the_topic():
     assert reward(asked_first, GOOD) < reward(asked_last, GOOD) - 2, "answering the earlier question is not penalised"
 
 
-def test_every_topic_can_be_answered_well():
-    prompts = {topic: f"\n\nHuman: How do I {task}?\n\nAssistant:" for topic, (task, *_) in TOPICS.items()}
-    for topic, (_, *steps) in TOPICS.items():
-        answer = " Glad you asked! " + " ".join(f"Then {step.format(n='five')}." for step in steps)
-        elsewhere = max(reward(prompt, answer) for other, prompt in prompts.items() if other != topic)
-        assert reward(prompts[topic], answer) > max(3, elsewhere + 2), f"a full answer about {topic} scores too little"
-
-
 long_answers = st.integers(0, 400).map(lambda n: "bread two. " * n)
 
 
@@ -134,13 +122,6 @@ long_answers = st.integers(0, 400).map(lambda n: "bread two. " * n)
 def test_any_text_gets_a_finite_score(prompt: str, completion: str):
     (value,) = gold_reward([prompt], [completion], completion_ids=[[0]], trainer_state=None)
     assert isinstance(value, float) and math.isfinite(value)
-
-
-@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
-def test_tokenizer_loses_nothing(base: Path, text: str):
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    for sample in (text, "Enjoy 🍞👩‍🍳, it's naïve !  你好\n\nAssistant: "):
-        assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
 
 
 def test_base_model_is_a_gpt2_whose_budget_fits_the_dialogues(base: Path, data: Path):

@@ -5,7 +5,6 @@ fills the budget. Here the last human turn is always kept (up to `max_question_l
 first and keep their start. The room that is left goes to the prompt, which keeps its end. `fit_pair` is the rule.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -34,48 +33,28 @@ FITTED_FEATURES = Features(
 
 
 class TokenizedPair(NamedTuple):
-    """A pair before fitting: BOS (apart, since it is never cut), prompt, completions without end token, end token.
+    """A pair before fitting."""
 
-    The last human turn is the last `question` tokens of the prompt. `completions` are the chosen and the rejected
-    answer, or one answer alone.
-    """
-
-    bos: Ids
-    prompt: Ids
-    question: int
-    completions: list[Ids]
-    end: int
+    bos: Ids  # the BOS token where the tokenizer puts one first, else empty; it is never cut
+    prompt: Ids  # without BOS
+    question: int  # how many tokens at the prompt's end are the last human turn
+    completions: list[Ids]  # chosen and rejected, or one answer alone, without end token
+    end: int  # the end token's id; it stays only where the completion is whole
 
 
-def fit_pair(
-    prompt: Sequence[int],
-    question: int,
-    completions: Sequence[Sequence[int]],
-    *,
-    end: int,
-    bos: Sequence[int] = (),
-    max_length: int,
-    max_question_length: int,
-) -> tuple[Ids, list[Ids]]:
+def fit_pair(pair: TokenizedPair, max_length: int, max_question_length: int) -> tuple[Ids, list[Ids]]:
     """Fit the completions of one prompt to `max_length` tokens each, prompt, BOS and end token counted.
 
-    Args:
-        prompt: the prompt's tokens, without BOS.
-        question: how many tokens at the prompt's end are the last human turn.
-        completions: tokens of the chosen and the rejected answer (or of one answer alone), without end token.
-        end: the end token's id; it stays only where the completion is whole.
-        bos: the BOS token if the tokenizer puts one first, else empty; it is never cut.
-        max_length: the budget of prompt and one completion together.
-        max_question_length: the last human turn is always kept, up to this many tokens.
+    The last human turn is always kept, up to `max_question_length` tokens.
 
     Returns:
         The prompt that all completions see, BOS included, and the completions, end tokens included.
     """
-    ended = [[*completion, end] for completion in completions]
-    room = max_length - len(bos)
-    keep = max(min(question, max_question_length), room - max(map(len, ended)))
-    fitted_prompt = [*bos, *prompt[max(0, len(prompt) - keep) :]]
-    return fitted_prompt, [completion[: max_length - len(fitted_prompt)] for completion in ended]
+    ended = [[*completion, pair.end] for completion in pair.completions]
+    room = max_length - len(pair.bos) - max(map(len, ended))
+    keep = max(room, min(pair.question, max_question_length))
+    prompt = [*pair.bos, *pair.prompt[max(0, len(pair.prompt) - keep) :]]
+    return prompt, [completion[: max_length - len(prompt)] for completion in ended]
 
 
 def fit_pairs(texts: Dataset, tokenizer: Any, max_length: int, max_question_length: int, workers: int) -> Dataset:
@@ -83,24 +62,18 @@ def fit_pairs(texts: Dataset, tokenizer: Any, max_length: int, max_question_leng
 
     Pairs without signal stay, with the reason in `dropped`. A budget without room for an answer is a UserError.
     """
-    if not max_length or max_length < 2:
-        raise UserError(f"max_length is {max_length}, it must be a number of tokens of at least 2")
     bos = get_bos_ids(tokenizer)
-    if max_question_length + len(bos) >= max_length:
-        reason = " by two, one is for the BOS token" if bos else ""
+    if max_question_length + len(bos) >= (max_length or 0):
         raise UserError(
-            f"max_question_length ({max_question_length}) must be below max_length ({max_length}){reason}; "
-            "pass a lower --max_question_length"
+            f"max_question_length ({max_question_length}) and a BOS token must leave room below max_length "
+            f"({max_length}); pass a lower --max_question_length"
         )
 
     def fit_batch(batch: dict[str, list]) -> dict[str, list]:
         rows: dict[str, list] = {name: [] for name in FITTED_FEATURES}
         for i, pair in enumerate(tokenize_pairs(batch, tokenizer)):
             broken = batch["broken"][i]
-            prompt, completions = fit_pair(
-                pair.prompt, pair.question, pair.completions, end=pair.end, bos=pair.bos,
-                max_length=max_length, max_question_length=max_question_length,
-            )  # fmt: skip
+            prompt, completions = fit_pair(pair, max_length, max_question_length)
             is_pair = len(completions) == 2
             whole = tuple(len(cut) > len(given) for cut, given in zip(completions, pair.completions, strict=True))
             rows["prompt_ids"].append(prompt)
@@ -134,12 +107,11 @@ def _find_drop_reason(pair: TokenizedPair, prompt: Ids, completions: list[Ids]) 
 
 
 def tokenize_pairs(texts: Any, tokenizer: Any) -> list[TokenizedPair]:
-    """Tokenize pairs so that a prompt's tokens and a completion's are those of the whole text.
+    """Tokenize pairs (columns of `text.TEXT_FEATURES`) so that prompt and completion have the whole text's tokens.
 
     What a chat template writes is tokenized whole, and so is every text if the tokenizer puts a space before a text
     (as SentencePiece does): alone, a completion would begin with a space that is not there. Other completions are
     tokenized alone, as they continue their prompt at inference. Plain text never turns into special tokens.
-    `texts` is a dataset or batch with the columns of `text.TEXT_FEATURES`.
     """
     bos = get_bos_ids(tokenizer)
     prompts, questions = tokenize_prompts(texts, tokenizer)
@@ -174,14 +146,9 @@ def tokenize_pairs(texts: Any, tokenizer: Any) -> list[TokenizedPair]:
 
 
 def tokenize_prompts(texts: Any, tokenizer: Any) -> tuple[list[Ids], list[int]]:
-    """Tokenize whole prompts, before any cut, with the BOS token where the tokenizer puts one.
+    """Tokenize whole prompts (`prompt`, `question`, `templated`), with the BOS token where the tokenizer puts one.
 
-    Args:
-        texts: a dataset or batch with the columns `prompt`, `question` and `templated`.
-        tokenizer: a fast tokenizer.
-
-    Returns:
-        One list of ids a prompt, and how many tokens at its end are the last human turn.
+    Returns one list of ids a prompt, and how many tokens at its end are the last human turn.
     """
     prompts = [prompt or "" for prompt in texts["prompt"][:]]
     templated = [bool(value) for value in texts["templated"][:]]

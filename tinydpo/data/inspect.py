@@ -10,7 +10,6 @@ from tinydpo.data.fitting import WHOLE, Ids, tokenize_pairs
 from tinydpo.data.pairs import FittedSplit
 
 BAR_WIDTH = 40  # characters of the longest histogram bar
-MAX_NOTES = 6
 LENGTH_BINS = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -30,12 +29,10 @@ def format_data_notes(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def measure_split(split: FittedSplit, tokenizer: Any, max_length: int) -> dict[str, Any]:
-    """Measure what fitting did to the kept pairs, and what keeping the first `max_length` tokens would have done.
+    """Measure what fitting did to the kept pairs, and what keeping the first `max_length` tokens would do (`stock`).
 
-    Returns:
-        Shares from 0 to 1: `prompt_tokens_kept`; `questions_whole`, how many last human turns are whole (of a dropped
-        pair none); `answers_whole`, by which answers are not cut. `tokens_per_pair` in token positions. `stock`: the
-        same for the stock rule. `lengths`: pairs by tokens of prompt and longer completion, before fitting.
+    Shares are from 0 to 1, and count the last human turn of a dropped pair as cut. `tokens_per_pair` is in token
+    positions; `lengths` counts pairs by tokens of prompt and longer completion, before fitting.
     """
     before = []  # of each pair: tokens of prompt, question, prompt and longer completion; number of completions
     stock = []  # completion tokens that the stock rule keeps
@@ -51,7 +48,8 @@ def measure_split(split: FittedSplit, tokenizer: Any, max_length: int) -> dict[s
     columns = [split.pairs[f"{part}_ids"][:] for part in ("prompt", "chosen", "rejected")]
     prompt, chosen, rejected = (np.array([len(ids) for ids in column]) for column in columns)
     whole = [value for value in split.pairs["whole"][:] if value]
-    bins = np.histogram(longest, [*LENGTH_BINS, np.inf])[0]
+    bins = [*(f"{low}-{high - 1}" for low, high in pairwise(LENGTH_BINS)), f"{LENGTH_BINS[-1]}+"]
+    counts = np.histogram(longest, [*LENGTH_BINS, np.inf])[0]
     pairs_in = split.summary["pairs_in"]
     return {
         "prompt_tokens_kept": float(prompt.sum() / max(prompt_before.sum(), 1)),
@@ -67,19 +65,15 @@ def measure_split(split: FittedSplit, tokenizer: Any, max_length: int) -> dict[s
             "completion_tokens_kept": int(stock.sum()) / split.summary["completion_tokens"],
             "questions_whole": int(((stock > 0) & (prompt_before <= max_length)).sum()) / pairs_in,
         },
-        "lengths": dict(zip(_name_bins(), bins.tolist(), strict=True)),
+        "lengths": dict(zip(bins, counts.tolist(), strict=True)),
     }
 
 
 def _count_stock_tokens(completions: Sequence[Ids], room: int) -> int:
-    """Completion tokens that the stock rule keeps; 0 if it loses the pair: one completion is empty, or both alike."""
+    """Completion tokens that the stock rule keeps; 0 if it loses the pair."""
     cut = [completion[: max(0, room)] for completion in completions]
     is_lost = not all(cut) or (len(cut) == 2 and cut[0] == cut[1])
     return 0 if is_lost else sum(map(len, cut))
-
-
-def _name_bins() -> list[str]:
-    return [*(f"{low}-{high - 1}" for low, high in pairwise(LENGTH_BINS)), f"{LENGTH_BINS[-1]}+"]
 
 
 def describe_split(
@@ -96,21 +90,17 @@ def describe_split(
     if summary["notes"]:
         lines.append(f"  ignored or changed: {_format_notes(summary['notes'])}")
     lines.append(f"  {'':<24}{'fitted':>16}{f'stock: first {max_length}':>20}")
+    kept_counts = [f"{count:,} ({count / pairs:.1%})" for count in (kept, stock["pairs_kept"])]
     for label, ours, theirs in (
-        (
-            "pairs kept",
-            f"{kept:,} ({kept / pairs:.1%})",
-            f"{stock['pairs_kept']:,} ({stock['pairs_kept'] / pairs:.1%})",
-        ),
+        ("pairs kept", *kept_counts),
         ("completion tokens kept", *(f"{rule['completion_tokens_kept']:.1%}" for rule in (summary, stock))),
         ("last human turn whole", *(f"{rule['questions_whole']:.1%}" for rule in (measures, stock))),
         ("prompt tokens kept", f"{measures['prompt_tokens_kept']:.1%}", ""),
     ):
         lines.append(f"  {label:<24}{ours:>16}{theirs:>20}".rstrip())
     if measures["answers_whole"]:
-        labels = {"both": "both", "chosen": "only chosen", "rejected": "only rejected", "neither": "neither"}
-        shares = [f"{labels[which]} {share:.1%}" for which, share in measures["answers_whole"].items()]
-        lines.append(f"  answers not cut: {', '.join(shares)}")
+        shares = [f"{which} {share:.1%}" for which, share in measures["answers_whole"].items()]
+        lines.append(f"  which answers of a pair are whole: {', '.join(shares)}")
     positions = measures["tokens_per_pair"]
     lines.append(
         f"  token positions per pair: {positions['padded']:.0f} padded to {max_length}, "
@@ -135,7 +125,4 @@ def _format_counts(counts: Mapping[str, int]) -> str:
 
 
 def _format_notes(notes: Mapping[str, int]) -> str:
-    """The most frequent notes, each with the number of its rows."""
-    shown = [f"{note} ({rows:,} row{'' if rows == 1 else 's'})" for note, rows in list(notes.items())[:MAX_NOTES]]
-    more = f" and {len(notes) - MAX_NOTES} more" if len(notes) > MAX_NOTES else ""
-    return ", ".join(shown) + more
+    return ", ".join(f"{note} ({rows:,} row{'' if rows == 1 else 's'})" for note, rows in notes.items())

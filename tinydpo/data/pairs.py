@@ -22,42 +22,21 @@ MANY_ROWS = 8_000  # rows from which more processes are worth their start
 
 @dataclass
 class FittedSplit:
-    """The kept pairs of one split.
+    """The kept pairs of one split."""
 
-    Attributes:
-        texts: columns of `text.TEXT_FEATURES`.
-        pairs: the same rows as tokens: `prompt_ids`, `chosen_ids`, `rejected_ids`, `whole` and, if the data have
-            subsets, `subset`.
-        summary: what reading and fitting did, see `summarize`.
-    """
-
-    texts: Dataset
-    pairs: Dataset
-    summary: dict[str, Any]
+    texts: Dataset  # columns of `text.TEXT_FEATURES`
+    pairs: Dataset  # as tokens: `prompt_ids`, `chosen_ids`, `rejected_ids`, `whole` and, if there are any, `subset`
+    summary: dict[str, Any]  # what reading and fitting did, see `summarize`
 
 
 def load_pairs(
-    data: DataArguments,
-    tokenizer: Any,
-    max_length: int,
-    need_pairs: bool | None = True,
-    workers: int | None = None,
+    data: DataArguments, tokenizer: Any, max_length: int, need_pairs: bool | None = True, workers: int | None = None
 ) -> dict[str, FittedSplit]:
-    """Load, read and fit the train and the test split.
+    """Load, read and fit the train and the test split to `max_length` tokens of prompt and one completion.
 
-    Args:
-        data: which datasets, and how to fit them.
-        tokenizer: the model's.
-        max_length: tokens of prompt and one completion together.
-        need_pairs: whether every row must have a rejected answer. False for SFT, which learns the chosen one alone;
-            None takes pairs as DPO does and other rows as SFT does.
-        workers: processes to read and fit with; by default one, or all cores for large data.
-
-    Returns:
-        `{"train": …, "test": …}`.
-
-    Raises:
-        UserError: if the data cannot be read, a row is broken, or a split keeps no pair.
+    `need_pairs` says whether every row must have a rejected answer: False for SFT, which learns the chosen one alone;
+    None takes pairs as DPO does and other rows as SFT does. `workers` are processes: by default one, or all cores for
+    large data. Data that cannot be read, a broken row and a split that keeps no pair are a UserError.
     """
     if data.dataset_train_split == data.dataset_test_split:
         raise UserError(
@@ -66,12 +45,14 @@ def load_pairs(
         )
     with global_then_local_main_first():  # the first process writes the cache, the others read it
         rows = load_rows(data)
-        train = _fit_split("train", rows, data, tokenizer, max_length, need_pairs, workers)
-        test = _fit_split("test", rows, data, tokenizer, max_length, need_pairs, workers)
-    shared = count_shared_prompts(train.texts, test.texts)
+        splits = {
+            split: _fit_split(split, rows, data, tokenizer, max_length, need_pairs, workers)
+            for split in ("train", "test")
+        }
+    shared = count_shared_prompts(splits["train"].texts, splits["test"].texts)
     if shared:
-        test.summary["notes"][SHARED_PROMPT_NOTE] = shared
-    return {"train": train, "test": test}
+        splits["test"].summary["notes"][SHARED_PROMPT_NOTE] = shared
+    return splits
 
 
 def load_split(data: DataArguments, tokenizer: Any, max_length: int, split: str) -> FittedSplit:
@@ -117,10 +98,8 @@ def _fit_split(
 def summarize(texts: Dataset, fitted: Dataset) -> dict[str, Any]:
     """Summarize what reading and fitting did to a split, dropped rows included.
 
-    Returns:
-        `pairs_in` and `pairs_kept`, `dropped` by reason, `completion_tokens` before fitting and the share that is kept
-        (`completion_tokens_kept`, end tokens count), `notes` with the number of their rows, `templated` (rows that a
-        chat template wrote) and the `sha256` of all fitted tokens in order.
+    `completion_tokens` are counted before fitting, `completion_tokens_kept` is the share left, `templated` are rows
+    that a chat template wrote, and `sha256` is of all fitted tokens in order.
     """
     table = fitted.with_format("arrow")[:]  # not as Python lists: 160,000 pairs would take gigabytes
     kept = table.filter(pc.is_null(table["dropped"]))

@@ -5,6 +5,7 @@ docs/your-own-data.md has the table of forms. What cannot be read is a `BrokenRo
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +21,6 @@ MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "response", "me
 OPENAI_COLUMNS = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
 REWARD_COLUMNS = ("reward_chosen", "reward_rejected")  # of on-policy pairs; training does not read them
 MIN_REPEATED_WORDS = 4  # an answer that repeats fewer words of its prompt is no copy: "Thank you" may be answered so
-COLUMN_HINT = "; --column names other columns, for example --column question=prompt"
-MESSAGE_HINT = "; --column names other keys, for example --column conversations=messages from=role value=content"
-REPEATED_PROMPT_NOTE = "answers repeat the prompt, which is taken once"
 
 
 class BrokenRow(Exception):
@@ -42,12 +40,10 @@ class ParsedRow:
     notes: list[str] = field(default_factory=list)  # what was ignored or changed
 
     def to_json(self) -> str:
-        """The row as JSON."""
         return json.dumps(vars(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "ParsedRow":
-        """The row that `to_json` wrote."""
         return cls(**json.loads(text))
 
     def to_columns(self) -> dict[str, Any]:
@@ -62,8 +58,8 @@ def decode_row(record: bytes) -> dict[str, Any]:
     try:
         row = json.loads(record)
     except (ValueError, RecursionError) as error:
-        preview = record[:80].decode("utf-8-sig", errors="replace").strip()
-        raise BrokenRow(f"expected one JSON object, found {preview[:30]!r} ({error})") from None
+        preview = record[:30].decode(errors="replace").strip()
+        raise BrokenRow(f"expected one JSON object, found {preview!r} ({error})") from None
     if not isinstance(row, dict):
         raise BrokenRow(f"expected a JSON object with keys, found {describe_type(row)}")
     return row
@@ -72,15 +68,9 @@ def decode_row(record: bytes) -> dict[str, Any]:
 def read_row(
     row: dict[str, Any], columns: Mapping[str, str] | None = None, roles: Mapping[str, str] | None = None
 ) -> ParsedRow:
-    """Read a row in any of the known forms.
+    """Read a row in any of the known forms (BrokenRow: it has none of them).
 
-    Args:
-        row: one JSON object.
-        columns: what columns and message keys of the data are called here (`--column`).
-        roles: what roles of the data are called here (`--role`).
-
-    Raises:
-        BrokenRow: if the row has none of the known forms.
+    `columns` says what columns and message keys of the data are called here (`--column`), `roles` likewise (`--role`).
     """
     row = _rename(_unwrap_openai_row(row), columns or {}, roles or {})
     answers = _find_answers(row)
@@ -91,28 +81,30 @@ def read_row(
     prompt_column = "prompt"
     notes = []
     if all(isinstance(answer, list) for answer in answers.values()):
-        if row.get("prompt") is None and "messages" not in answers and all(map(_is_reply, answers.values())):
+        if row.get("prompt") is None and "messages" not in answers:
             prompt_column = "messages"  # axolotl's form
-        prompt, by_column = _parse_conversation(row.get(prompt_column), answers)
-        prompt = _prepend_system(system, prompt)
+        prompt, answers = _parse_conversation(row.get(prompt_column), answers)
+        if system and prompt[0] != {"role": "system", "content": system}:
+            prompt = [{"role": "system", "content": system}, *prompt]
         system = None
     else:
-        prompt, by_column = _parse_texts(row, answers)
-        if "prompt" in row and _repeats_prompt(prompt, by_column.values()):
-            by_column = {name: text[len(prompt) :] for name, text in by_column.items()}
-            notes.append(REPEATED_PROMPT_NOTE)
+        prompt, answers = _parse_texts(row, answers)
+        is_long = HUMAN in prompt or len(prompt.split()) >= MIN_REPEATED_WORDS
+        if "prompt" in row and is_long and all(text.startswith(prompt) for text in answers.values()):
+            answers = {name: text[len(prompt) :] for name, text in answers.items()}
+            notes.append("answers repeat the prompt, which is taken once")
 
     options = _decode_json_column(row, "chat_template_kwargs", dict) or {}
     known = {prompt_column, "prompt", *answers, "system", "tools", "chat_template_kwargs", "subset", *REWARD_COLUMNS}
     unread = [name for name, value in row.items() if name not in known and value not in (None, "", [], {})]
     parsed = ParsedRow(
         prompt=prompt,
-        answers=dict(zip(("chosen", "rejected"), by_column.values(), strict=False)),
+        answers=dict(zip(("chosen", "rejected"), answers.values(), strict=False)),
         system=system,
         tools=_decode_json_column(row, "tools", list),
         template_options={name: value for name, value in options.items() if value is not None},
         subset=row["subset"] if isinstance(row.get("subset"), str) else None,
-        notes=notes + [unread_column_note(name) for name in unread],
+        notes=notes + [f"column {name!r} is not read" for name in unread],
     )
     try:
         parsed.to_json().encode()
@@ -122,23 +114,14 @@ def read_row(
 
 
 def keep_last_turn(row: ParsedRow) -> ParsedRow:
-    """Keep only the last turn of the chosen answer, for SFT: what comes before it is not to be learned.
-
-    Raises:
-        BrokenRow: if an answer ends in a human turn.
-    """
+    """Keep only the last turn of the chosen answer, for SFT: what comes before it is not to be learned."""
     chosen = row.answers["chosen"]
-    if isinstance(chosen, list):
-        if len(chosen) == 1:
-            return row
+    if isinstance(chosen, list) and len(chosen) > 1:
         return replace(row, prompt=[*row.prompt, *chosen[:-1]], answers={"chosen": chosen[-1:]})
-    if HUMAN not in row.prompt:
-        return row
-    _check_last_turns(row.answers)
-    if not (HUMAN in chosen and ASSISTANT in chosen):
-        return row
-    prompt, answers = split_dialogues({"chosen": row.prompt + chosen})
-    return replace(row, prompt=prompt, answers=answers)
+    if isinstance(chosen, str) and HUMAN in row.prompt and HUMAN in chosen:
+        prompt, answers = split_dialogues({"chosen": row.prompt + chosen})
+        return replace(row, prompt=prompt, answers=answers)
+    return row
 
 
 def split_dialogues(dialogues: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -146,13 +129,13 @@ def split_dialogues(dialogues: dict[str, str]) -> tuple[str, dict[str, str]]:
 
     The dialogues of a pair may part before their last turn; cutting rejected at chosen's prompt would garble it.
     """
+    for name, dialogue in dialogues.items():
+        if dialogue.rfind(HUMAN) > dialogue.rfind(ASSISTANT):
+            raise BrokenRow(f"expected {name!r} to end in an assistant turn, found a human turn")
     shared = common_prefix(dialogues.values())
     start = shared.rfind(ASSISTANT)
     if start < 0:
-        raise BrokenRow(
-            f"expected dialogues that share a prompt up to {ASSISTANT!r}, found no shared assistant turn and no "
-            f"'prompt'{COLUMN_HINT}"
-        )
+        raise BrokenRow(f"expected dialogues that share a prompt up to {ASSISTANT!r}, found no shared assistant turn")
     end = start + len(ASSISTANT)
     return shared[:end], {name: dialogue[end:] for name, dialogue in dialogues.items()}
 
@@ -168,24 +151,13 @@ def describe_type(value: Any) -> str:
     return {type(None): "null", str: "a string", dict: "an object", list: "a list"}.get(type(value), repr(value)[:40])
 
 
-def printable(name: str) -> str:
-    """A name from the data, short and escaped, for a message."""
-    return repr(name)[1:-1][:40]
-
-
-def unread_column_note(name: str) -> str:
-    """The note on a column that is ignored."""
-    return f"column {printable(name)!r} is not read"
-
-
 def _unwrap_openai_row(row: dict[str, Any]) -> dict[str, Any]:
     """OpenAI's preference form under the usual names; any other row as it is."""
     given = row.get("input")
     if not (isinstance(given, dict) and "messages" in given and OPENAI_COLUMNS.keys() & row):
         return row
-    rest = {f"input.{key}": value for key, value in given.items() if key not in ("messages", "tools")}
     beside = {OPENAI_COLUMNS.get(key, key): value for key, value in row.items() if key != "input"}
-    return {"prompt": given["messages"], "tools": given.get("tools"), **rest, **beside}
+    return {"prompt": given["messages"], "tools": given.get("tools"), **beside}
 
 
 def _rename(row: dict[str, Any], columns: Mapping[str, str], roles: Mapping[str, str]) -> dict[str, Any]:
@@ -216,7 +188,7 @@ def _rename_keys(mapping: dict[str, Any], names: Mapping[str, str]) -> dict[str,
     for key, value in mapping.items():
         name = names.get(key, key)
         if renamed.get(name) is not None and value is not None:
-            raise BrokenRow(f"expected one column for {name!r}, found two, {printable(key)!r} and another one")
+            raise BrokenRow(f"expected one column for {name!r}, found two, {key!r} and another one")
         if value is not None or name not in renamed:
             renamed[name] = value
     return renamed
@@ -225,49 +197,35 @@ def _rename_keys(mapping: dict[str, Any], names: Mapping[str, str]) -> dict[str,
 def _find_answers(row: dict[str, Any]) -> dict[str, Any]:
     """The answers by their columns, the chosen one first; a message on its own becomes a list of one."""
     if "chosen" in row and "rejected" in row:
-        beside_messages = isinstance(row.get("messages"), list) or isinstance(row.get("prompt"), list)
-        answers = {}
-        for name in ("chosen", "rejected"):
-            answer = row[name]
-            is_message = isinstance(answer, dict) and (beside_messages or "role" in answer)
-            answers[name] = [answer] if is_message else answer
-        return answers
-    if not ("chosen" in row or "rejected" in row):
-        if row.get("messages") is not None and row.get("completion") is None and row.get("response") is None:
-            if isinstance(row["messages"], list):
-                return {"messages": row["messages"]}
-            raise BrokenRow(f"expected 'messages' to be a list of messages, found {describe_type(row['messages'])}")
-        for name in ("completion", "response"):
-            if "prompt" in row and name in row:
-                return {name: row[name]}
-    found = ", ".join(map(repr, list(row)[:6])) or "no keys"
-    raise BrokenRow(
-        "expected the keys 'chosen' and 'rejected' (for SFT also 'prompt' and 'completion', or 'messages'), "
-        f"found {found}{COLUMN_HINT}"
-    )
+        names = ["chosen", "rejected"]
+    elif "prompt" in row and row.get("completion") is not None:
+        names = ["completion"]
+    elif "prompt" in row and row.get("response") is not None:
+        names = ["response"]
+    elif row.get("messages") is not None:
+        names = ["messages"]
+    else:
+        found = ", ".join(map(repr, list(row)[:6])) or "no keys"
+        raise BrokenRow(
+            "expected the keys 'chosen' and 'rejected' (for SFT also 'prompt' and 'completion', or 'messages'), "
+            f"found {found}; --column names other columns, for example --column question=prompt"
+        )
+    return {name: [row[name]] if isinstance(row[name], dict) else row[name] for name in names}
 
 
 def _parse_conversation(prompt: Any, answers: dict[str, list]) -> tuple[list[Message], dict[str, list[Message]]]:
-    answers = {name: _normalize_messages(name, messages) for name, messages in answers.items()}
-    if isinstance(prompt, list):
-        prompt = _normalize_messages("prompt", prompt) if prompt else None
-    elif isinstance(prompt, str):
+    if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    elif prompt is not None:
-        raise BrokenRow(f"expected 'prompt' to be a string or a list of messages, found {describe_type(prompt)}")
-    if not prompt or not all(map(_is_reply, answers.values())):
+    prompt = _normalize_messages("prompt", prompt or [])
+    answers = {name: _normalize_messages(name, messages) for name, messages in answers.items()}
+    if not prompt or any(not messages or messages[0]["role"] != "assistant" for messages in answers.values()):
         # The answers are whole conversations; a prompt beside them only repeats how they begin.
         prompt, answers = _split_conversations(answers)
     for name, messages in answers.items():
         role = messages[-1]["role"]
         if role != "assistant":
-            raise BrokenRow(f"expected {name!r} to end in an assistant message, found one by {printable(role)!r}")
+            raise BrokenRow(f"expected {name!r} to end in an assistant message, found one by {role!r}")
     return prompt, answers
-
-
-def _is_reply(answer: list) -> bool:
-    """Whether an answer is messages that continue a prompt, and not a whole conversation."""
-    return bool(answer) and isinstance(answer[0], dict) and answer[0].get("role") == "assistant"
 
 
 def _split_conversations(answers: dict[str, list[Message]]) -> tuple[list[Message], dict[str, list[Message]]]:
@@ -280,28 +238,17 @@ def _split_conversations(answers: dict[str, list[Message]]) -> tuple[list[Messag
             for messages in answers.values()
         ):
             return first[:start], {name: messages[start:] for name, messages in answers.items()}
-    roles = ", ".join(dict.fromkeys(printable(message["role"]) for message in first))
+    roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in first))
     raise BrokenRow(
         f"expected conversations that share a prompt before an assistant message, found none (roles: {roles}); "
         "--role names other roles, for example --role human=user gpt=assistant"
     )
 
 
-def _prepend_system(system: str | None, prompt: list[Message]) -> list[Message]:
-    """The prompt after the system message that stood beside it, if any."""
-    if not system:
-        return prompt
-    if prompt[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *prompt]
-    if prompt[0]["content"] != system:
-        raise BrokenRow("expected one system message, found 'system' and another one in the conversation")
-    return prompt
-
-
-def _normalize_messages(column: str, messages: list) -> list[Message]:
+def _normalize_messages(column: str, messages: Any) -> list[Message]:
     """The messages of a column, each with text as its content, or null where it only calls tools."""
-    if not messages:
-        raise BrokenRow(f"expected {column!r} to hold at least one message, found an empty list")
+    if not isinstance(messages, list):
+        raise BrokenRow(f"expected {column!r} to be a string or a list of messages, found {describe_type(messages)}")
     return [_normalize_message(column, message) for message in messages]
 
 
@@ -310,72 +257,49 @@ def _normalize_message(column: str, message: Any) -> Message:
     if not isinstance(message, dict):
         raise BrokenRow(f"{expected}, found {describe_type(message)}")
     message = dict(message)
-    if isinstance(message.get("content"), list):
-        message["content"] = "".join(_read_text_part(column, part) for part in message["content"])
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise BrokenRow(f"expected the content of messages in {column!r} to be text, found {repr(content)[:60]}")
+        content = "".join(part["text"] for part in content)
+        message["content"] = content
     if isinstance(message.get("tool_calls"), list):
         message["tool_calls"] = [_decode_tool_call(call) for call in message["tool_calls"]]
-    content = message.get("content")
     calls_tools = content is None and message.get("tool_calls")
     if isinstance(message.get("role"), str) and (isinstance(content, str) or calls_tools):
         return message
     found = ", ".join(f"{key!r}: {describe_type(value)}" for key, value in message.items())
-    raise BrokenRow(f"{expected}, found {found or 'no keys'}{MESSAGE_HINT}")
-
-
-def _read_text_part(column: str, part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else part
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise BrokenRow(f"expected the content of messages in {column!r} to be text, found a part {repr(kind)[:40]}")
-    return part["text"]
+    raise BrokenRow(
+        f"{expected}, found {found or 'no keys'}; --column names other keys, for example --column "
+        "conversations=messages from=role value=content"
+    )
 
 
 def _decode_tool_call(call: Any) -> Any:
     """A tool call with its arguments, a JSON string in OpenAI's form, as the mapping that chat templates expect."""
     try:
         arguments = json.loads(call["function"]["arguments"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         return call  # it is in another form already
-    return {**call, "function": {**call["function"], "arguments": arguments}} if isinstance(arguments, dict) else call
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _parse_texts(row: dict[str, Any], answers: dict[str, Any]) -> tuple[str, dict[str, str]]:
     texts = {"prompt": row["prompt"], **answers} if "prompt" in row else answers
     for name, text in texts.items():
         if not isinstance(text, str):
-            hint = MESSAGE_HINT if isinstance(text, dict) else ""
-            raise BrokenRow(f"expected {name!r} to be a string, found {describe_type(text)}{hint}")
+            raise BrokenRow(f"expected {name!r} to be a string, found {describe_type(text)}")
     if "prompt" in row:
         return row["prompt"], answers
-    prompt, answers = split_dialogues(answers)
-    _check_last_turns(answers)
-    return prompt, answers
-
-
-def _repeats_prompt(prompt: str, answers: Iterable[str]) -> bool:
-    """Whether the answers are whole texts, prompt included, and do not just happen to begin like it."""
-    if not prompt.strip() or not all(answer.startswith(prompt) for answer in answers):
-        return False
-    if HUMAN in prompt:
-        return True
-    rests = [answer[len(prompt) :] for answer in answers]
-    ends_at_a_word = prompt[-1].isspace() or all(not rest or rest[0].isspace() for rest in rests)
-    return ends_at_a_word and len(prompt.split()) >= MIN_REPEATED_WORDS
-
-
-def _check_last_turns(answers: dict[str, str]) -> None:
-    for name, text in answers.items():
-        if text.rfind(HUMAN) > text.rfind(ASSISTANT):
-            raise BrokenRow(f"expected {name!r} to end in an assistant turn, found a human turn")
+    return split_dialogues(answers)
 
 
 def _decode_json_column(row: dict[str, Any], name: str, kind: type) -> Any:
     """A list or an object, given as such or as a JSON string; None if it is empty."""
-    value = row.get(name) or None
+    value = row.get(name)
     if isinstance(value, str):
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            pass
-    if value is not None and not isinstance(value, kind):
+    if value and not isinstance(value, kind):
         raise BrokenRow(f"expected {name!r} to be {describe_type(kind())}, found {describe_type(value)}")
     return value or None

@@ -10,14 +10,14 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import datasets.config
 import numpy as np
 import pyarrow
+import pyarrow.compute as pc
 import pyarrow.parquet
 from datasets import (
     Dataset,
@@ -50,7 +50,6 @@ ROW_FEATURES = Features(
 )
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 SMALL_BYTES = 8 << 20  # files below this are read without a progress bar
-BLANK = b"\xef\xbb\xbf \t\r\n"  # white space, and a byte-order mark
 HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must draw and hold out the same rows
 SHARED_PROMPT_NOTE = "the prompt stands in the train split too"
 
@@ -64,32 +63,27 @@ class DataFile(NamedTuple):
 
 
 def load_rows(data: DataArguments) -> dict[str, Dataset]:
-    """Read the `train` and the `test` rows of all datasets, one after the other (columns of `ROW_FEATURES`).
-
-    Raises:
-        UserError: if the data cannot be found or read, or a dataset lacks the split that was asked for.
-    """
+    """Read the `train` and the `test` rows of all datasets, one after the other (columns of `ROW_FEATURES`)."""
     if not data.dataset_name:
         raise UserError("dataset_name is not set; give a Hub id, a folder or a file, such as --dataset_name my.jsonl")
     sources = data.sources()
     train = []
     test = []
-    for source, label in zip(sources, label_sources(sources), strict=True):
+    for source, label in zip(sources, _label_sources(sources), strict=True):
         source_train, source_test = _load_source(data, source, label)
         train.append(draw_rows(source_train, round(source.weight * len(source_train))))
         test.append(source_test)
     return {"train": concatenate_datasets(train), "test": concatenate_datasets(test)}
 
 
-def label_sources(sources: list[Source]) -> list[str]:
+def _label_sources(sources: list[Source]) -> list[str]:
     """A name for each of several datasets, as short as tells them apart; "" for a single one."""
     if len(sources) == 1:
         return [""]
     short = [Path(source.data_dir or source.name).name.split(".")[0] for source in sources]
     full = ["/".join(filter(None, (source.name.rstrip("/"), source.data_dir))) for source in sources]
-    for name in full:
-        if full.count(name) > 1:
-            raise UserError(f"dataset_name has {name} twice, so its rows would count twice; name it once")
+    if len(set(full)) < len(full):
+        raise UserError(f"dataset_name has {max(full, key=full.count)} twice; name it once")
     return short if len(set(short)) == len(short) else full
 
 
@@ -103,24 +97,19 @@ def draw_rows(rows: Dataset, count: int) -> Dataset:
 
 def count_shared_prompts(train: Dataset, test: Dataset) -> int:
     """How many rows of `test` have a `prompt` that is one of `train`'s; both with columns of `text.TEXT_FEATURES`."""
-    trained = set()  # hashes: the prompts themselves may be gigabytes
-    for batch in train.select_columns("prompt").iter(1_000):
-        trained.update(map(hash, batch["prompt"]))
-    return sum(hash(prompt) in trained for prompt in test["prompt"][:])
+    prompts = [rows.with_format("arrow")[:]["prompt"] for rows in (train, test)]
+    return pc.sum(pc.is_in(prompts[1], value_set=prompts[0])).as_py()
 
 
 def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Dataset, Dataset]:
     """The train and the test rows of one dataset."""
     train = data.dataset_train_split
     test = data.dataset_test_split
-    files = _find_files(source, train)
+    files = _find_files(source, label, train)
     for split, flag in ((train, "--dataset_train_split"), (test, "--dataset_test_split")):
         may_be_missing = split == test == "test"  # the default: nobody asked for it by name
         if split not in files and not may_be_missing:
             raise UserError(f"{source.name} has no split {split!r}, only {', '.join(sorted(files))}; check {flag}")
-    if label:
-        for split in files:
-            files[split] = [_label_file(file, source, label) for file in files[split]]
     columns = parse_renames(data.column)
     roles = parse_renames(data.role)
     rows = _read_files(files[train], columns, roles)
@@ -129,26 +118,19 @@ def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Datas
     return hold_out(rows, data.test_split_size, source.name)
 
 
-def _label_file(file: DataFile, source: Source, label: str) -> DataFile:
-    folder = file.subset.removeprefix(source.data_dir or "").strip("/")
-    return file._replace(subset=f"{label}/{folder}".rstrip("/"))
-
-
-def _find_files(source: Source, train: str) -> dict[str, list[DataFile]]:
-    """Every split's files; a single file is the `train` split."""
+def _find_files(source: Source, label: str, train: str) -> dict[str, list[DataFile]]:
+    """Every split's files; a single file is the `train` split. `label` goes before the subset of their rows."""
     path = Path(source.name).expanduser()
     if path.is_file():
-        if not path.name.endswith(FILE_SUFFIXES):
-            raise UserError(f"{path} is not a .jsonl, .jsonl.gz, .json or .parquet file")
-        return {train: [DataFile(str(path), str(path), "")]}
+        return {train: [DataFile(str(path), str(path), label)]}
     if path.is_dir():
-        return _find_folder_files(path, source)
+        return _find_folder_files(path, source, label)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source.name) or path.name.endswith(FILE_SUFFIXES):
         raise UserError(f"there is no file or folder {source.name!r}; check --dataset_name")
-    return _find_folder_files(download_dataset(source.name, source.revision, source.data_dir), source)
+    return _find_folder_files(download_dataset(source.name, source.revision, source.data_dir), source, label)
 
 
-def _find_folder_files(folder: Path, source: Source) -> dict[str, list[DataFile]]:
+def _find_folder_files(folder: Path, source: Source, label: str) -> dict[str, list[DataFile]]:
     """Every split's files, as `datasets` finds them by the folder's file names and its README."""
     if source.data_dir and not (folder / source.data_dir).is_dir():
         raise UserError(f"{source.name} has no folder {source.data_dir!r}; check --dataset_data_dir")
@@ -171,11 +153,10 @@ def _find_folder_files(folder: Path, source: Source) -> dict[str, list[DataFile]
     for split, files in data_files.items():
         splits[str(split)] = []
         for file in sorted(files):
-            path = Path(file)
-            inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-            if not inside.name.endswith(FILE_SUFFIXES):
-                raise UserError(f"{source.name}: {inside} is not a .jsonl, .jsonl.gz, .json or .parquet file")
+            inside = Path(file).relative_to(root)
             subset = inside.parent.as_posix() if has_subsets and inside.parent != Path() else ""
+            if label:
+                subset = f"{label}/{subset.removeprefix(source.data_dir or '').strip('/')}".rstrip("/")
             splits[str(split)].append(DataFile(file, f"{source.name.rstrip('/')}/{inside.as_posix()}", subset))
     return splits
 
@@ -184,11 +165,10 @@ def _read_files(files: list[DataFile], columns: Mapping[str, str], roles: Mappin
     """Read files into Arrow, once: the cache goes by their content, not their date."""
     key: list[Any] = [CACHE_VERSION, sorted(columns.items()), sorted(roles.items())]
     for file in files:
-        try:
-            with open(file.path, "rb") as stream:
-                key.append((file.name, file.subset, hashlib.file_digest(stream, "sha256").hexdigest()))
-        except OSError as error:
-            raise UserError(f"{file.name} cannot be read ({error.strerror}); check the file") from None
+        if not file.name.endswith(FILE_SUFFIXES):
+            raise UserError(f"{file.name} is not a .jsonl, .jsonl.gz, .json or .parquet file")
+        with open(file.path, "rb") as stream:
+            key.append((file.name, file.subset, hashlib.file_digest(stream, "sha256").hexdigest()))
     try:
         with hide_progress_bars(small=sum(Path(file.path).stat().st_size for file in files) < SMALL_BYTES):
             return Dataset.from_generator(
@@ -197,10 +177,8 @@ def _read_files(files: list[DataFile], columns: Mapping[str, str], roles: Mappin
                 gen_kwargs={"files": tuple(files), "columns": columns, "roles": roles},
                 fingerprint=Hasher.hash(key),
             )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+    except DatasetGenerationError as error:  # its cause names the file
+        raise error.__cause__ or error from None
     except ValueError as error:  # raised by `datasets` for a generator without rows
         raise UserError(f"{', '.join(file.name for file in files)}: no rows ({error})") from None
 
@@ -227,19 +205,15 @@ def _iter_rows(
 
 
 def _iter_records(file: DataFile) -> Iterator[tuple[int, bytes]]:
-    """The rows of a file as JSON, each with its number. The kind of file is read off its first bytes."""
+    """The rows of a file as JSON, each with its number."""
+    open_file = gzip.open if file.name.endswith(".gz") else open
     try:
-        with open(file.path, "rb") as stream:
-            start = stream.read(32)
-            stream.seek(0)
-            if start.startswith(b"version https://git-lfs"):
-                raise UserError(f"{file.name} is a Git LFS pointer in place of the data; run `git lfs pull`")
-            if start.startswith(b"PAR1"):
+        with open_file(file.path, "rb") as stream:
+            if file.name.endswith(".parquet"):
                 yield from _iter_parquet(stream)
             else:
-                is_gzip = start.startswith(b"\x1f\x8b")
-                yield from _iter_json(gzip.GzipFile(fileobj=stream) if is_gzip else stream, file.path)
-    except (OSError, EOFError, ValueError, OverflowError, RecursionError, zlib.error, pyarrow.ArrowException) as error:
+                yield from _iter_json(stream, is_jsonl=".jsonl" in Path(file.name).suffixes)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(
             f"{file.name} cannot be read, it may be cut or damaged ({error}); download or write it again"
         ) from None
@@ -257,17 +231,14 @@ def _iter_parquet(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
             yield number, json.dumps(row, default=to_json_value).encode()
 
 
-def _iter_json(stream: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
-    if path.endswith((".json", ".json.gz")):
-        text = stream.read()
-        if text.lstrip(BLANK).startswith(b"["):
-            for number, row in enumerate(json.loads(text), 1):
-                yield number, json.dumps(row).encode()
-            return
-        stream.seek(0)  # one object a line, as in .jsonl
-    for number, line in enumerate(stream, 1):
-        if line.strip(BLANK):
-            yield number, line
+def _iter_json(stream: Any, is_jsonl: bool) -> Iterator[tuple[int, bytes]]:
+    """Rows of a JSON-lines file, or of a JSON file, which may hold one array instead."""
+    records: Iterable[bytes] = stream
+    if not is_jsonl and stream.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # with a byte-order mark
+        records = (json.dumps(row).encode() for row in json.load(stream))
+    for number, record in enumerate(records, 1):
+        if record.strip():
+            yield number, record
 
 
 def hold_out(rows: Dataset, size: float, name: str) -> tuple[Dataset, Dataset]:
@@ -304,11 +275,11 @@ def hold_out(rows: Dataset, size: float, name: str) -> tuple[Dataset, Dataset]:
 @contextmanager
 def hide_progress_bars(small: bool) -> Iterator[None]:
     """Hide progress bars where the work is small: a bar that is done at once only clutters the log."""
-    if not small or are_progress_bars_disabled() or datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is not None:
-        yield
-        return
-    disable_progress_bars()
+    is_hidden = small and not are_progress_bars_disabled()
+    if is_hidden:
+        disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        if is_hidden:
+            enable_progress_bars()
