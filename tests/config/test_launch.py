@@ -1,6 +1,5 @@
 """Device, precision and batch: what is unset is filled in, and what runs is what the accelerate file asks for."""
 
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,14 +59,14 @@ def accelerate_file(tmp_path: Path):
     return write
 
 
-def filled(**given: object) -> Namespace:
+def filled(**given: object) -> SimpleNamespace:
     unset = {
         "accelerate_config": None, "use_cpu": False, "bf16": None, "fp16": False, "pairs_per_step": None,
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "output_dir": None,
     }  # fmt: skip
-    settings = Namespace(**{**unset, **given})
+    settings = {**unset, **given}
     launch.fill_defaults(settings)
-    return settings
+    return SimpleNamespace(**settings)
 
 
 def running(processes: int = 1, **given: object) -> SimpleNamespace:
@@ -86,9 +85,6 @@ def refusal(args: SimpleNamespace, file: str | None) -> str:
     return str(caught.value)
 
 
-# Filling in
-
-
 @pytest.mark.parametrize(("capability", "bf16"), [(None, False), (7, False), (8, True), (12, True)])
 def test_a_gpu_computes_in_bf16_from_capability_8_on(gpu, capability: int | None, bf16: bool):
     if capability:
@@ -104,16 +100,12 @@ def test_a_cpu_computes_in_bf16_where_it_is_fast(has: str, monkeypatch):
     assert filled().bf16 is True, "a CPU that is fast in bf16 computes slower than it could"
     assert filled(bf16=False).bf16 is False, "--bf16 false does not give float32"
     assert launch.pick_device_and_dtype("auto") == ("cpu", torch.bfloat16), "evaluation differs from training"
-    assert "bfloat16," in launch.describe_launch(running(bf16=True)), "the line calls a fast precision slow"
 
 
-def test_a_resumed_run_keeps_its_precision(tmp_path: Path, monkeypatch):
+def test_a_resumed_run_keeps_its_precision(tmp_path: Path):
     (tmp_path / "run_config.yaml").write_text("bf16: true\nfp16: false\n")
     assert filled(output_dir=str(tmp_path)).bf16 is True
     assert filled(output_dir=str(tmp_path), bf16=False).bf16 is False, "the user's own setting is lost"
-    (tmp_path / "run_config.yaml").write_text("bf16: false\nfp16: false\n")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert filled(output_dir=str(tmp_path)).bf16 is False
 
 
 def test_what_the_user_set_stays(gpu):
@@ -134,17 +126,12 @@ def test_the_accelerate_file_decides_the_device(gpu, accelerate_file, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("asked", "bf16", "fp16"),
-    [("bf16", True, False), ("fp16", False, True), ("no", False, False), (False, False, False)],
+    ("asked", "bf16", "fp16"), [("bf16", True, False), ("fp16", False, True), (False, False, False)]
 )
-def test_the_accelerate_file_may_ask_for_a_precision(
-    gpu, accelerate_file, monkeypatch, asked: object, bf16: bool, fp16: bool
-):
+def test_the_accelerate_file_may_ask_for_a_precision(gpu, accelerate_file, asked: object, bf16: bool, fp16: bool):
     gpu(9)
     got = filled(accelerate_config=accelerate_file(mixed_precision=asked))
     assert (got.bf16, got.fp16) == (bf16, fp16), f"the file asks for {asked!r}"
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked or "no")  # "no" is set by every `accelerate launch`
-    assert (filled().bf16, filled().fp16) == (not fp16, fp16)
 
 
 @given(share=st.integers(1, 600), processes=st.integers(1, 16), limit=st.integers(1, 128))
@@ -163,9 +150,7 @@ def test_a_recipe_is_the_same_training_on_any_number_of_devices(share: int, proc
 @pytest.mark.parametrize(
     ("processes", "given", "named"),
     [
-        (1, {"pairs_per_step": 0}, "pairs_per_step"),
         (3, {"pairs_per_step": 64}, "pairs_per_step"),
-        (1, {"pairs_per_step": 4, "per_device_train_batch_size": 0}, "per_device_train_batch_size"),
         (1, {"pairs_per_step": 64, "gradient_accumulation_steps": 5}, "gradient_accumulation_steps"),
     ],
 )
@@ -173,9 +158,6 @@ def test_what_cannot_be_run_is_refused(monkeypatch, processes: int, given: dict,
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(UserError, match=f"^{named} is "):
         filled(**given)
-
-
-# Checking
 
 
 def test_one_line_says_what_runs(monkeypatch):
@@ -187,24 +169,17 @@ def test_one_line_says_what_runs(monkeypatch):
     assert launch.describe_launch(on_gpus) == line.replace("processes", "processes (FSDP2)")
 
 
-@pytest.mark.parametrize("kind", ["MULTI_CPU", "MULTI_GPU"])
-def test_fewer_processes_than_asked_are_refused(accelerate_file, kind: str):
-    file = accelerate_file(distributed_type=kind, num_processes=2, use_cpu=True)
-    message = refusal(running(), file)
-    assert file in message and "2 processes and 1 started" in message and "multi_cpu.yaml" in message
-
-
-def test_processes_that_do_not_know_of_each_other_are_refused(accelerate_file, monkeypatch):
-    """`use_cpu: false` without a GPU: independent runs that would race on the output folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    file = accelerate_file(distributed_type="MULTI_GPU", num_processes=2, use_cpu=False)
-    assert "do not know of each other" in refusal(running(1), file)
-    assert "do not know of each other" in refusal(running(1), None), "a bare `accelerate launch` can see this too"
+def test_fewer_or_independent_processes_are_refused(accelerate_file, monkeypatch):
+    message = "2 processes and 1 run together.*multi_cpu.yaml"
+    with pytest.raises(UserError, match=message):
+        launch.check_launch(running(), accelerate_file(distributed_type="MULTI_CPU", num_processes=2, use_cpu=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # `use_cpu: false` without a GPU: runs that would race on the output folder
+    with pytest.raises(UserError, match=message):
+        launch.check_launch(running(), None)
 
 
 def test_a_gpu_asked_for_and_missing_is_refused():
-    message = refusal(running(), str(ROOT / "accelerate_configs/single_gpu.yaml"))
-    assert "asks for a GPU" in message and "ACCELERATE=accelerate_configs/cpu.yaml" in message
+    assert "asks for a GPU" in refusal(running(), str(ROOT / "accelerate_configs/single_gpu.yaml"))
 
 
 def test_fsdp_on_cpus_is_refused(accelerate_file, monkeypatch):
@@ -222,7 +197,6 @@ def test_fsdp_on_cpus_is_refused(accelerate_file, monkeypatch):
     ],
 )
 def test_sharding_that_would_lose_the_model_is_refused(accelerate_file, monkeypatch, kind: str, name: str, value: str):
-    """Some of these are accelerate's defaults: a file that leaves the key out is refused too."""
     for key, setting in {**SHARDED[kind], name: value}.items():
         monkeypatch.setenv(key, setting)
     message = refusal(running(use_cpu=False), accelerate_file(distributed_type=kind))
@@ -242,17 +216,8 @@ def test_a_contradicting_precision_is_refused(accelerate_file, monkeypatch):
     assert "bf16 and this run uses float32" in refusal(running(), accelerate_file(mixed_precision="bf16"))
     assert "no and this run uses bfloat16" in refusal(running(bf16=True), accelerate_file(mixed_precision="no"))
     launch.check_launch(running(bf16=True), accelerate_file(mixed_precision="bf16"))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    assert "fp8 and this run uses float32" in refusal(running(), None)
-
-
-def test_an_accelerate_file_that_cannot_be_read_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"no file 'missing\.yaml'"):
-        filled(accelerate_config="missing.yaml")
-    for text in ("- a", "a: ["):
-        (tmp_path / "broken.yaml").write_text(text)
-        with pytest.raises(UserError, match=r"broken\.yaml"):
-            filled(accelerate_config=str(tmp_path / "broken.yaml"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert "fp16 and this run uses float32" in refusal(running(), None)
 
 
 def test_real_arguments_on_the_cpu(tmp_path: Path, capsys):

@@ -369,7 +369,6 @@ def test_fewer_pairs_are_the_same_in_every_stage(two: list[str], tiny_tokenizer:
         (["--dataset_weights", "0.5", "0.5", "1"], "dataset_weights has 3 values for 2 names in dataset_name"),
         (["--dataset_revision", "a", "b", "c"], "dataset_revision has 3 values for 2 names"),
         (["--dataset_weights", "0", "1"], "dataset_weights are shares above 0 and up to 1"),
-        (["--max_train_pairs", "0"], "max_train_pairs must be at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(flags: list[str], sentence: str):
