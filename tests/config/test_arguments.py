@@ -1,7 +1,6 @@
 """Recipes and the command line: every flag of TRL's, strict, the command line wins, one sentence for a mistake."""
 
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from running import ROOT
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArguments
+from tinydpo.config.flags import check_flags
 from tinydpo.config.recipe import parse_args, parse_training_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation.arguments import EvaluateArguments
@@ -55,7 +55,6 @@ def test_an_unknown_key_is_named_with_the_nearest(recipe, key: str, nearest: str
 def test_an_unknown_key_without_a_near_one_gets_no_guess(recipe):
     assert "did you mean" not in mistake(recipe({"zzz": 1}))
     assert "'stray' belongs to no flag" in mistake(["stray"])
-    assert "'config'" in mistake(["--conf", "x.yaml"])
 
 
 @pytest.mark.parametrize(
@@ -64,11 +63,8 @@ def test_an_unknown_key_without_a_near_one_gets_no_guess(recipe):
         ("learning_rate: fast", "float"),
         ("learning_rate:", "float"),
         ("beta: {a: 1}", "float"),
-        ("max_steps: 1.5", "int"),
-        ("use_cpu: maybe", "true"),
         ("eval_strategy: sometimes", "'no', 'steps', 'epoch'"),
         ("loss_type: []", "at least one"),
-        ("loss_weights: [1, x]", "float"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_file_and_key(recipe, text: str, expected: str):
@@ -84,14 +80,11 @@ def test_a_value_of_the_wrong_type_names_file_and_key(recipe, text: str, expecte
         (["--test_split_size", "2"], "test_split_size"),
         (["--column", "question"], "column"),
         (["--row_length", "9"], "row_length"),
-        (["--loss_type", "sigmoid", "sft", "--loss_weights", "1"], "loss_weights"),
         (["--bf16", "true", "--fp16", "true"], "fp16"),
     ],
 )
-def test_a_bad_value_on_the_command_line_is_one_sentence(tmp_path: Path, argv: list[str], flag: str):
-    message = mistake(["--output_dir", str(tmp_path / "out"), *argv])
-    assert flag in message, f"{argv}: the message does not say which flag is wrong: {message}"
-    assert not (tmp_path / "out").exists(), "a refused command line left an output folder behind"
+def test_a_bad_value_on_the_command_line_names_the_flag(argv: list[str], flag: str):
+    assert flag in mistake(["--output_dir", "out", *argv])
 
 
 def test_a_mistake_exits_with_one_line_and_no_traceback(recipe, capsys):
@@ -159,13 +152,10 @@ def test_a_pinned_revision_belongs_to_its_own_id(recipe, name: str, revision: st
     assert parsed(f"--{revision}", "def") == "def", "the command line does not win"
 
 
-def test_an_unreadable_recipe_is_named(tmp_path: Path, recipe):
+def test_an_unreadable_recipe_is_named(recipe):
     assert "missing.yaml: No such file" in mistake(["--config", "missing.yaml"])
-    for text in ("beta: [", "- beta", "on: 1"):
+    for text in ("beta: [", "- beta", "beta: 0.1\nseed: 1\nbeta: 0.2"):
         assert "recipe.yaml" in mistake(recipe(text)), f"{text!r}: the file is not named"
-    assert "'beta' stands there twice" in mistake(recipe("beta: 0.1\nseed: 1\nbeta: 0.2"))
-    (tmp_path / "latin.yaml").write_bytes("run_name: é".encode("latin-1"))
-    assert "latin.yaml" in mistake(["--config", str(tmp_path / "latin.yaml")])
 
 
 def test_env_in_a_recipe_is_set(recipe, monkeypatch):
@@ -195,32 +185,30 @@ def test_output_dir_follows_the_recipe(recipe, tmp_path: Path):
     assert "output_dir" in mistake([])
 
 
-def parse_recipe(path: Path) -> tuple:
-    """A shipped recipe as its own script parses it."""
-    types = {
-        "sft": SFT, "dpo": DPO, "reward": REWARD, "winrate": (WinrateArguments, JudgeArguments, DataArguments),
-        "evaluate": (EvaluateArguments, RewardArguments, DataArguments),
-        "frontier": (FrontierArguments, RewardArguments, DataArguments),
-        "pairs": (PairsArguments, RewardArguments, DataArguments),
-    }  # fmt: skip
-    stage = path.stem.split("-")[0]
-    judge = ["--judge_model", "m", "--judge_base_url", "http://host/v1"] if stage == "winrate" else []
-    return parse_args(*types[stage], argv=["--config", str(path), *judge])
+STAGES = {
+    "sft": SFT, "dpo": DPO, "reward": REWARD, "winrate": (WinrateArguments, JudgeArguments, DataArguments),
+    "evaluate": (EvaluateArguments, RewardArguments, DataArguments),
+    "frontier": (FrontierArguments, RewardArguments, DataArguments),
+    "pairs": (PairsArguments, RewardArguments, DataArguments),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_shipped_recipe_parses(path: Path):
     keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert not {"bf16", "fp16", "use_cpu"} & set(keys), "recipes leave precision and device to the scripts"
-    parsed = parse_recipe(path)
+    stage = path.stem.split("-")[0]
+    judge = ["--judge_model", "m", "--judge_base_url", "http://host/v1"] if stage == "winrate" else []
+    parsed, settings = parse_training_args(*STAGES[stage], argv=["--config", str(path), *judge])
     for key, value in keys.items():
         if key not in ("per_device_train_batch_size", "report_to", "judge_base_url"):
             holder = next(part for part in parsed if hasattr(part, key))
             got = getattr(holder, key)
             assert getattr(got, "value", got) == value, f"{path.name} says {key}: {value}, and {got!r} is used"
-    if "pairs_per_step" in keys:
-        training = parsed[2]
-        assert keys["pairs_per_step"] == training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if STAGES[stage] in (SFT, DPO, REWARD):
+        batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+        assert keys.get("pairs_per_step", batch) == batch
+        check_flags(stage, settings, *STAGES[stage][2:])
 
 
 def test_another_script_may_read_a_training_recipe():
@@ -229,15 +217,6 @@ def test_another_script_may_read_a_training_recipe():
     assert data.dataset_name == "Anthropic/hh-rlhf"
     with pytest.raises(UserError, match="not a known key"):
         parse_args(DataArguments, argv=[*argv, "--learning_rate", "1"], ignored=SFT[1:])
-
-
-def test_help_lists_every_flag(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_args(*DPO, argv=["--help"])
-    out = capsys.readouterr().out
-    assert not caught.value.code, "--help must exit with status 0"
-    missing = [f.name for kind in DPO for f in fields(kind) if f.init and f"--{f.name}" not in out]
-    assert not missing and "--config" in out, f"--help does not list {missing}"
 
 
 @pytest.fixture

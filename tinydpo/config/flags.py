@@ -1,7 +1,6 @@
 """Flags of TRL and transformers that would mislead here: accepted without effect, or with a harmful one.
 
-A run brings its own tokens, packed rows and checkpoints, which leaves some flags nothing to act on. Those are refused
-with what to do instead; every other flag is passed on to its library as it is.
+Those are refused with what to do instead; every other flag is passed on to its library as it is.
 """
 
 from dataclasses import fields

@@ -78,11 +78,10 @@ def _split_batch(settings: dict[str, Any], processes: int) -> None:
 def _get_mixed_precision(asked: dict[str, Any]) -> str | None:
     """The precision that the accelerate file or its launcher asks for, by accelerate's names; None for neither."""
     precision = asked.get("mixed_precision")
-    if precision is False:  # YAML reads a bare no as false
-        return "no"
-    if precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":  # the launcher's default
-        return os.environ["ACCELERATE_MIXED_PRECISION"]
-    return precision
+    if precision is None:
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        return None if launcher == "no" else launcher  # its default
+    return precision or "no"  # YAML reads a bare no as false
 
 
 def prepare_process(training_args: Any, model_args: Any, accelerate_config: str | None) -> None:
@@ -131,11 +130,7 @@ def _quiet_libraries() -> None:
 
 
 def check_launch(training_args: Any, accelerate_config: str | None) -> None:
-    """Compare what runs with what the accelerate file asks for; without the file, with the launcher's environment.
-
-    Raises:
-        UserError: they differ, or the run would end without its model.
-    """
+    """Refuse a run that is not what the accelerate file asks for; without the file, the launcher's environment."""
     asked = read_yaml(accelerate_config) if accelerate_config else {}
     file = accelerate_config or "the launcher"
     running = training_args.distributed_state.num_processes
@@ -215,10 +210,7 @@ def count_cores() -> int:
 
 
 def pick_device_and_dtype(dtype: str) -> tuple[str, Any]:
-    """Where evaluation runs, the first GPU or else the CPU, and what its blocks compute in, as a torch dtype.
-
-    `dtype` is "float32", "bfloat16", or "auto" for what training would use there.
-    """
+    """Where evaluation runs, and what it computes in: "float32", "bfloat16", or "auto" for what training would use."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,6 @@ wins over it. An unknown, misspelt or abbreviated key, or a value of the wrong t
 import difflib
 import json
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -52,12 +51,9 @@ def parse_training_args(
         ignored: dataclasses whose keys a recipe may hold without effect (a training recipe read by another script).
         defaults_from_run: a flag that names a model. If that is a local run's, the run's data settings, `max_length`
             and `beta` are the defaults here.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type, or a recipe that cannot be read.
     """
     parser = _StrictParser(types)
-    command_line = parser.parse_given(sys.argv[1:] if argv is None else argv)
+    command_line = parser.parse_given(argv)
     path = command_line.pop("config", None)
     recipe = {} if path is None else parser.parse_recipe(path, ignored)
     given = recipe | command_line
@@ -70,7 +66,6 @@ def parse_training_args(
     try:
         if "bf16" in settings:  # a training script
             _fill_training_settings(settings, path, given, command_line)
-        settings = dict(sorted(settings.items()))
         return parser.parse_dict(settings), settings
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:  # the dataclasses' own checks
         raise UserError(str(error)) from None
@@ -96,7 +91,7 @@ class _StrictParser(HfArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(f"{self.source}: {message}; --help lists every flag")
 
-    def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
+    def parse_given(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The flags that `argv` sets, without the defaults of the others."""
         unset = object()
         namespace = Namespace(**dict.fromkeys([*self.defaults, "config"], unset))
@@ -119,14 +114,12 @@ class _StrictParser(HfArgumentParser):
         skipped = {field.name for kind in ignored for field in fields(kind)}
         values = {}
         for key, value in recipe.items():
-            if key not in self.defaults and key in skipped:
-                continue
-            if key not in self.defaults:
-                self.refuse_key(str(key))
-            if value is None and type(None) in self.kinds[key]:
+            if key in self.defaults and value is None and type(None) in self.kinds[key]:
                 values[key] = None
-            else:
+            elif key in self.defaults:
                 values |= self.parse_given(self.to_argv(key, value))
+            elif key not in skipped:
+                self.refuse_key(str(key))
         return values
 
     def to_argv(self, key: str, value: Any) -> list[str]:
