@@ -50,9 +50,6 @@ def mistake(argv: list[str], types: tuple = DPO) -> str:
 def test_an_unknown_key_is_named_with_the_nearest(recipe, key: str, nearest: str):
     for message in (mistake(recipe({key: 1})), mistake([f"--{key.replace('_', '-')}=1"])):
         assert repr(key) in message and repr(nearest) in message, message
-
-
-def test_an_unknown_key_without_a_near_one_gets_no_guess(recipe):
     assert "did you mean" not in mistake(recipe({"zzz": 1}))
     assert "'stray' belongs to no flag" in mistake(["stray"])
 
@@ -158,12 +155,6 @@ def test_an_unreadable_recipe_is_named(recipe):
         assert "recipe.yaml" in mistake(recipe(text)), f"{text!r}: the file is not named"
 
 
-def test_env_in_a_recipe_is_set(recipe, monkeypatch):
-    monkeypatch.setenv("TINYDPO_TEST", "old")
-    parse_args(*DPO, argv=recipe({"env": {"TINYDPO_TEST": 1}}))
-    assert os.environ["TINYDPO_TEST"] == "1", "TRL's `env` key has no effect"
-
-
 @pytest.mark.filterwarnings("error::FutureWarning")  # transformers' about the old name, at every start
 @pytest.mark.parametrize(
     ("text", "argv", "on"),
@@ -179,7 +170,10 @@ def test_both_names_of_activation_checkpointing_work(recipe, text: str, argv: li
     assert resolved["activation_checkpointing"] is resolved["gradient_checkpointing"] is on
 
 
-def test_output_dir_follows_the_recipe(recipe, tmp_path: Path):
+def test_output_dir_follows_the_recipe_and_env_is_set(recipe, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TINYDPO_TEST", "old")
+    parse_args(*DPO, argv=recipe({"env": {"TINYDPO_TEST": 1}}))
+    assert os.environ["TINYDPO_TEST"] == "1", "TRL's `env` key has no effect"
     assert parse_args(*DPO, argv=recipe({}))[2].output_dir == f"runs/{tmp_path.name}/recipe"
     assert parse_args(*DPO, argv=recipe({}, "--output_dir", "there"))[2].output_dir == "there"
     assert "output_dir" in mistake([])
@@ -213,10 +207,7 @@ def test_every_shipped_recipe_parses(path: Path):
 
 def test_another_script_may_read_a_training_recipe():
     argv = ["--config", str(ROOT / "recipes/gpt2-medium-hh/sft.yaml")]
-    (data,) = parse_args(DataArguments, argv=argv, ignored=SFT[1:])
-    assert data.dataset_name == "Anthropic/hh-rlhf"
-    with pytest.raises(UserError, match="not a known key"):
-        parse_args(DataArguments, argv=[*argv, "--learning_rate", "1"], ignored=SFT[1:])
+    assert parse_args(DataArguments, argv=argv, ignored=SFT[1:])[0].dataset_name == "Anthropic/hh-rlhf"
 
 
 @pytest.fixture

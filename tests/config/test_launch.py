@@ -101,30 +101,25 @@ def test_a_resumed_run_keeps_its_precision(tmp_path: Path):
     assert filled(output_dir=str(tmp_path)).bf16 is True
 
 
-def test_what_the_user_set_stays(gpu):
-    gpu(9)
-    assert filled(bf16=False).bf16 is False
-    fp16 = filled(fp16=True)
-    assert (fp16.bf16, fp16.fp16) == (False, True), "both would be an error of transformers'"
-    on_cpu = filled(use_cpu=True)
-    assert (on_cpu.use_cpu, on_cpu.bf16) == (True, False), "bf16 is slower on this CPU, and nobody asked for it"
-    assert filled(use_cpu=True, bf16=True).bf16 is True
-
-
-def test_the_accelerate_file_decides_the_device(gpu, accelerate_file, monkeypatch):
-    gpu(9)
-    assert filled(accelerate_config=accelerate_file(use_cpu=True)).use_cpu is True
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # what `accelerate launch` makes of it
-    assert filled().use_cpu is True
-
-
 @pytest.mark.parametrize(
-    ("asked", "bf16", "fp16"), [("bf16", True, False), ("fp16", False, True), (False, False, False)]
+    ("flags", "file", "expected"),
+    [
+        ({"bf16": False}, {}, (False, False, False)),
+        ({"fp16": True}, {}, (False, False, True)),  # TRL's bf16 as well would be an error
+        ({"use_cpu": True}, {}, (True, False, False)),  # bf16 is slower on this CPU, and nobody asked for it
+        ({"use_cpu": True, "bf16": True}, {}, (True, True, False)),
+        ({}, {"use_cpu": True}, (True, False, False)),
+        ({}, {"mixed_precision": "bf16"}, (False, True, False)),
+        ({}, {"mixed_precision": "fp16"}, (False, False, True)),
+        ({}, {"mixed_precision": False}, (False, False, False)),  # a bare `no` in YAML
+    ],
 )
-def test_the_accelerate_file_may_ask_for_a_precision(gpu, accelerate_file, asked: object, bf16: bool, fp16: bool):
+def test_flags_and_accelerate_file_decide_device_and_precision(
+    gpu, accelerate_file, flags: dict, file: dict, expected: tuple
+):
     gpu(9)
-    got = filled(accelerate_config=accelerate_file(mixed_precision=asked))
-    assert (got.bf16, got.fp16) == (bf16, fp16), f"the file asks for {asked!r}"
+    got = filled(**flags, accelerate_config=accelerate_file(**file))
+    assert (got.use_cpu, got.bf16, got.fp16) == expected
 
 
 @given(share=st.integers(1, 600), processes=st.integers(1, 16), limit=st.integers(1, 128))

@@ -83,6 +83,8 @@ def test_merged_is_a_plain_checkpoint_that_trains_on(adapter: Path, base: Path, 
     with pytest.raises(UserError, match=r"is an adapter.*scripts/merge\.py --model_name_or_path"):
         dpo(adapter, task, tmp_path / "refused")
     merge("--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
+    with pytest.raises(UserError, match=r"output_dir \S+ exists and is not empty"):
+        merge("--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
     together = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (logits(plain) - logits(load_model(str(base)))).abs().max() > 1e-2, "the adapter changes no answer"
@@ -128,12 +130,6 @@ def test_an_adapter_on_the_wrong_base_is_refused(spoil: Callable, adapter: Path,
 def test_a_base_that_moved_is_named_by_a_flag(adapter: Path, base: Path, tmp_path: Path):
     moved = str(shutil.copytree(base, tmp_path / "moved"))
     assert logits(merge_adapter(adapter, moved)).equal(logits(merge_adapter(adapter)))
-
-
-def test_merge_overwrites_nothing(adapter: Path, tmp_path: Path):
-    (tmp_path / "kept").write_text("mine")
-    with pytest.raises(UserError, match=r"output_dir \S+ exists and is not empty"):
-        merge("--model_name_or_path", adapter, "--output_dir", tmp_path)
 
 
 def test_qlora_trains_after_a_reference_pass_and_evaluations(base: Path, task: Path, tmp_path: Path, capsys):

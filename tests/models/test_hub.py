@@ -105,22 +105,18 @@ def sentence(load: Callable[[], Any]) -> str:
 
 
 @pytest.mark.parametrize("kind", LOAD)
-def test_what_the_hub_does_not_have_is_named(server: Server, kind: str):
+def test_what_the_hub_answers_is_one_sentence_without_the_token(server: Server, kind: str, monkeypatch, capfd):
+    monkeypatch.setenv("HF_TOKEN", "hf_ThisMustNeverBeSeen")
     thing = "dataset" if kind == "dataset" else "model"
     for missing in ("nobody/nothing", "runs/recipe/sft"):
         message = sentence(lambda missing=missing: LOAD[kind](missing, None))
         assert f"there is no {thing} '{missing}'" in message and "make quickstart" in message
     assert f"has no revision 'abcdef'; check --{thing}_revision" in sentence(lambda: LOAD[kind](revision="abcdef"))
-
-
-@pytest.mark.parametrize("kind", LOAD)
-def test_a_failing_hub_is_one_sentence_without_the_token(server: Server, kind: str, monkeypatch, capfd):
-    monkeypatch.setenv("HF_TOKEN", "hf_ThisMustNeverBeSeen")
     server.error = HubError(403, "gated on purpose", "GatedRepo")
     assert "is gated: accept its terms on the Hub and log in" in sentence(LOAD[kind])
     server.error = HubError(500, "failing on purpose")
     message = sentence(LOAD[kind])
-    assert (DATA if kind == "dataset" else MODEL) in message and "make quickstart" in message, message
+    assert (DATA if kind == "dataset" else MODEL) in message and "make quickstart" in message
     assert "hf_ThisMustNeverBeSeen" not in message + "".join(capfd.readouterr())
 
 

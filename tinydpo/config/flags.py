@@ -14,7 +14,6 @@ LOSSES = {
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 }  # fmt: skip
 SMOOTHED_LOSSES = {"exo_pair", "robust", "aot", "aot_unpaired"}
-SORTING_LOSSES = {"aot", "aot_unpaired"}
 ADAPTER_FLAGS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit",
@@ -86,7 +85,7 @@ def _refuse_for_dpo(settings: Settings) -> dict[str, str]:
         refused["loss_type"] = "but exo_pair needs label smoothing; pass --label_smoothing 1e-3 or the like"
     if not losses & SMOOTHED_LOSSES:
         refused["label_smoothing"] = f"but {', '.join(sorted(losses))} ignores it; for robust DPO see docs/losses.md"
-    if losses & SORTING_LOSSES:
+    if losses & {"aot", "aot_unpaired"}:
         refused["use_weighting"] = "but the aot losses sort answers, so that weights would go to other pairs; drop one"
     if settings["precompute_ref_log_probs"]:
         refused["sync_ref_model"] = "but the reference is fixed; pass --precompute_ref_log_probs false as well"
