@@ -54,10 +54,10 @@ def _parse_object(where: Path | str, text: str, needed: tuple[str, ...]) -> dict
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file of `key: value` lines (UserError: there is no such file, or a key stands there twice)."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
     try:
         value = yaml.load(Path(path).read_text(encoding="utf-8"), _NoDuplicatesLoader) or {}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(value, dict):

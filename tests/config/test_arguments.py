@@ -150,7 +150,7 @@ def test_a_pinned_revision_belongs_to_its_own_id(recipe, name: str, revision: st
 
 
 def test_an_unreadable_recipe_is_named(recipe):
-    assert "missing.yaml: No such file" in mistake(["--config", "missing.yaml"])
+    assert "no file missing.yaml" in mistake(["--config", "missing.yaml"])
     for text in ("beta: [", "- beta", "beta: 0.1\nseed: 1\nbeta: 0.2"):
         assert "recipe.yaml" in mistake(recipe(text)), f"{text!r}: the file is not named"
 

@@ -65,7 +65,7 @@ def parse_training_args(
             settings[revision] = parser.defaults[revision]
     try:
         if "bf16" in settings:  # a training script
-            _fill_training_settings(settings, path, given, command_line)
+            _fill_training_settings(settings, path, command_line)
         return parser.parse_dict(settings), settings
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:  # the dataclasses' own checks
         raise UserError(str(error)) from None
@@ -87,6 +87,8 @@ class _StrictParser(HfArgumentParser):
                 action.nargs = "+"
         self.defaults = vars(self.parse_known_args([])[0])
         del self.defaults["config"]
+        if "logging_nan_inf_filter" in self.defaults:
+            self.defaults["logging_nan_inf_filter"] = False  # it hides NaN losses, and waits for the GPU each batch
 
     def error(self, message: str) -> None:
         raise UserError(f"{self.source}: {message}; --help lists every flag")
@@ -157,9 +159,7 @@ def _read_run_defaults(given: dict[str, Any], known: dict[str, Any], model: str 
     return {key: config[key] for key in keys & set(known) if config.get(key) is not None}
 
 
-def _fill_training_settings(
-    settings: dict[str, Any], path: str | None, given: dict[str, Any], command_line: dict[str, Any]
-) -> None:
+def _fill_training_settings(settings: dict[str, Any], path: str | None, command_line: dict[str, Any]) -> None:
     """Fill in what a training script's user left unset."""
     if settings["output_dir"] is None:
         if path is None:
@@ -175,7 +175,5 @@ def _fill_training_settings(
         if settings[new] is None or old_wins:
             settings[new] = settings[old]
         settings[old] = settings[new]
-    if "logging_nan_inf_filter" not in given:
-        settings["logging_nan_inf_filter"] = False  # it hides NaN losses, and waits for the GPU twice a batch
     settings["row_length"] = resolve_row_length(settings["max_length"] or 0, settings["row_length"])
     launch.fill_defaults(settings)

@@ -53,6 +53,8 @@ def _explain(error: Exception, kind: str, name: str, revision: str | None) -> st
         return f"{kind} {name} is not in the cache and the Hub cannot be reached; {OTHERWISE}"
     if caused_by(safetensors.SafetensorError):
         return f"{kind} {name}: a weights file is cut or damaged ({error}); download or save it again"
+    if "trust_remote_code" in str(error):
+        return f"{kind} {name} brings code of its own; read it, and pass --trust_remote_code true if you trust it"
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return f"{kind} {name} could not be loaded ({reason}); {OTHERWISE}"
 
