@@ -9,13 +9,35 @@ float32.
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
-from tinydpo.models.loading import ADAPTER_CONFIG, MergeArguments, find_adapter, load_tokenizer, merge_adapter
+from tinydpo.models.loading import ADAPTER_CONFIG, find_adapter, load_tokenizer, merge_adapter
 from tinydpo.models.stop_tokens import reset_generation_config
 from tinydpo.run_folder import RunFolder
+
+
+@dataclass
+class MergeArguments:
+    """Which adapter, and where the plain checkpoint goes."""
+
+    model_name_or_path: str | None = HfArg(default=None, help="The adapter: folder or Hub id.")
+    model_revision: str | None = HfArg(default=None, help="Commit, tag or branch, on the Hub.")
+    base_model_name_or_path: str | None = HfArg(
+        default=None, help="Its base, in full precision; by default the one that the adapter names."
+    )
+    output_dir: str | None = HfArg(default=None, help="A new or empty folder for the checkpoint.")
+
+    def __post_init__(self):
+        if not self.model_name_or_path or not self.output_dir:
+            raise ValueError("pass --model_name_or_path, an adapter, and --output_dir, a new folder")
+        folder = Path(self.output_dir)
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise ValueError(f"output_dir {folder} exists and is not empty; choose a new folder")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,11 +14,11 @@ import dpo
 import evaluate
 import sample_pairs
 
-from tinydpo.config.recipe import load_recipe, parse_args
+from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation.on_policy import RoundArguments, add_rounds_to_frontier, collect_rounds, format_rounds
 from tinydpo.evaluation.results import make_output_folder
-from tinydpo.files import read_json, write_json
+from tinydpo.files import read_json, read_yaml, write_json
 from tinydpo.report import figures
 from tinydpo.run_folder import RunFolder
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def find_first_model(args: RoundArguments) -> dict[str, str]:
     """The model that the first round starts from, as flags; it is the reference of all rounds."""
-    recipes = {stage: load_recipe(f"{args.recipe}/{stage}.yaml") for stage in ("dpo-on-policy", "pairs", "evaluate")}
+    recipes = {stage: read_yaml(f"{args.recipe}/{stage}.yaml") for stage in ("dpo-on-policy", "pairs", "evaluate")}
     for stage in ("pairs", "evaluate"):  # by default they would take the data of the policy, which are its own pairs
         if not (args.dataset_name or "dataset_name" in recipes[stage]):
             raise UserError(f"{args.recipe}/{stage}.yaml names no dataset; pass --dataset_name")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def float32_by_default() -> Iterator[None]:
-    """Tests compute in float32 on every CPU, where results are equal to the last digits; `test_bf16.py` does not."""
+    """Tests compute in float32 on every CPU; `test_bf16.py` does not."""
     import torch
     from running import FAST_BF16
 

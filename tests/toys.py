@@ -35,14 +35,12 @@ def with_turns(tokenizer: Any, template: str) -> Any:
 
 def stops_of(tokenizer: Any) -> list[int]:
     """What ends an answer of the family."""
-    return sorted(
-        {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<end>"] * (tokenizer.bos_token == "<bos>"))}
-    )
+    ends = ["<end>"] if tokenizer.bos_token == "<bos>" else []
+    return sorted({tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(ends)})
 
 
 def write_family(base: Path, folder: Path, template: str, **generation: Any) -> Path:
-    """A folder with the model of `base`, its tokenizer with `template`, and a generation config that lists all stop
-    tokens, besides what is given."""
+    """A folder with `base`'s model, its tokenizer with `template`, and a generation config with all stop tokens."""
     tokenizer = with_turns(AutoTokenizer.from_pretrained(base), template)
     model = GPT2LMHeadModel.from_pretrained(base)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -23,7 +23,6 @@ class Stopped(BaseException):
     """
 
     def __init__(self, sentence: str, by: signal.Signals = signal.SIGTERM):
-        """`sentence` says what was stopped, and how to resume."""
         super().__init__(sentence)
         self.by = by
 
@@ -50,8 +49,7 @@ def report_errors() -> Iterator[None]:
         elif not isinstance(error, UserError):
             raise
         if get_rank() > 0:
-            # All ranks meet the same error. Rank 0 prints it, and the launcher then ends the others; a rank that is
-            # still alive after this pause has an error of its own.
+            # All ranks meet the same error; rank 0 prints it, and the launcher ends the others during this pause.
             time.sleep(5)
         print_stderr(f"error: {message}")
         raise SystemExit(1) from None

@@ -12,7 +12,7 @@ from tinydpo.errors import UserError
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write indented JSON, as `write_atomic`."""
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -26,27 +26,39 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
-    """A JSON object, or {} where the file does not exist.
-
-    Raises:
-        UserError: it cannot be read, is no object, or lacks one of the keys `needed`.
-    """
-    return _parse_object(path, _read_text(path), needed) if path.is_file() else {}
+    """A JSON object, or {} where the file does not exist (UserError: damaged, or without a key of `needed`)."""
+    if not path.is_file():
+        return {}
+    return _parse_object(path, path.read_text(encoding="utf-8", errors="replace"), needed)
 
 
 def read_jsonl(path: Path, *needed: str) -> list[dict[str, Any]]:
     """JSON objects, one per line, or [] where the file does not exist (UserError: as `read_json`, with the line)."""
     if not path.is_file():
         return []
-    lines = _read_text(path).split("\n")  # splitlines would also split at other characters
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would split elsewhere too
     return [_parse_object(f"{path}, line {number}", line, needed) for number, line in enumerate(lines, 1) if line]
 
 
+def _parse_object(where: Path | str, text: str, needed: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not value.keys() >= set(needed):
+        raise UserError(
+            f"{where} is damaged, or of an older version; run the command that wrote it again, or delete it"
+        )
+    return value
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file of `key: value` lines (UserError: it is no such file, or a key stands there twice)."""
+    """A YAML file of `key: value` lines (UserError: there is no such file, or a key stands there twice)."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
     try:
         value = yaml.load(Path(path).read_text(encoding="utf-8"), _NoDuplicatesLoader) or {}
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold `key: value` lines")
@@ -60,9 +72,7 @@ class _NoDuplicatesLoader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -81,44 +91,3 @@ def public_name(name: str, revision: str | None = None) -> str:
     if path.is_absolute() or {"..", "~"} & set(path.parts):
         name = path.name
     return f"{name} at {revision}" if revision and revision != "main" else name
-
-
-def damaged_file_error(where: Path | str, reason: str) -> UserError:
-    """The error for a file of a run or an evaluation that is not as it was written."""
-    return UserError(f"{where} is damaged ({reason}); run the command that wrote it again, or delete it")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
-def _parse_object(where: Path | str, text: str, needed: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise damaged_file_error(where, str(error)) from None
-    if not isinstance(value, dict):
-        raise damaged_file_error(where, "it holds no JSON object")
-    for key in needed:
-        if key not in value:
-            raise damaged_file_error(where, f"{key!r} is missing")
-    return value
-
-
-RUN_CONFIG = "run_config.yaml"
-
-
-def read_run_config(model: str) -> dict[str, Any]:
-    """Every key of the run that made `model`, or {}. `RunFolder` replaces it."""
-    path = find_run_folder(model) / RUN_CONFIG
-    return read_yaml(path) if path.is_file() else {}
-
-
-def find_run_folder(model: str) -> Path:
-    """The folder of the run that made a local `model`. `RunFolder` replaces it."""
-    folder = Path(model)
-    of_checkpoint = folder.name.startswith("checkpoint-") and not (folder / RUN_CONFIG).is_file()
-    return folder.parent if of_checkpoint else folder

@@ -9,11 +9,10 @@ from tinydpo.files import read_json, read_yaml
 class RunFolder:
     """A run's folder, such as `runs/gpt2-medium-hh/dpo`; each of its files may be missing.
 
-    `results_file` is written last: a run that has it is finished.
+    `results_file` is written last: a run that has it is finished. What is read from a missing file is empty.
     """
 
     def __init__(self, path: str | Path):
-        """Nothing is read or written yet."""
         self.path = Path(path)
         self.config_file = self.path / "run_config.yaml"  # every setting of the run
         self.summary_file = self.path / "data_summary.json"  # what fitting did to each split
@@ -34,28 +33,22 @@ class RunFolder:
 
     @property
     def is_started(self) -> bool:
-        """Whether a run began here."""
         return self.config_file.is_file()
 
     @property
     def is_finished(self) -> bool:
-        """Whether a run ended here."""
         return self.results_file.is_file()
 
     def read_config(self) -> dict[str, Any]:
-        """Every setting of the run, or {}."""
         return read_yaml(self.config_file) if self.is_started else {}
 
     def read_summary(self) -> dict[str, Any]:
-        """What fitting did to each split, or {}."""
         return read_json(self.summary_file)
 
     def read_environment(self) -> dict[str, Any]:
-        """Versions, device and digests, or {}."""
         return read_json(self.environment_file)
 
     def read_results(self) -> dict[str, Any]:
-        """The final metrics, or {}."""
         return read_json(self.results_file)
 
     def read_log(self) -> list[dict[str, Any]]:

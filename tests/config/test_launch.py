@@ -1,6 +1,5 @@
 """Device, precision and batch: what is unset is filled in, and what runs is what the accelerate file asks for."""
 
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,16 +16,16 @@ from tinydpo.config.arguments import DataArguments, RunArguments
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError
 
-SHARDED = {  # what accelerate's launcher sets for the shipped files
-    "FSDP": {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    },
-    "DEEPSPEED": {
-        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
-        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    },
+# What accelerate's launcher sets for the shipped files.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }  # fmt: skip
+ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}  # fmt: skip
+GPU = {"use_cpu": False}
 
 
 @pytest.fixture(autouse=True)
@@ -60,14 +59,14 @@ def accelerate_file(tmp_path: Path):
     return write
 
 
-def filled(**given: object) -> Namespace:
+def filled(**given: object) -> SimpleNamespace:
     unset = {
         "accelerate_config": None, "use_cpu": False, "bf16": None, "fp16": False, "pairs_per_step": None,
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "output_dir": None,
     }  # fmt: skip
-    settings = Namespace(**{**unset, **given})
+    settings = {**unset, **given}
     launch.fill_defaults(settings)
-    return settings
+    return SimpleNamespace(**settings)
 
 
 def running(processes: int = 1, **given: object) -> SimpleNamespace:
@@ -78,15 +77,6 @@ def running(processes: int = 1, **given: object) -> SimpleNamespace:
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4,
     }  # fmt: skip
     return SimpleNamespace(**{**args, **given})
-
-
-def refusal(args: SimpleNamespace, file: str | None) -> str:
-    with pytest.raises(UserError) as caught:
-        launch.check_launch(args, file)
-    return str(caught.value)
-
-
-# Filling in
 
 
 @pytest.mark.parametrize(("capability", "bf16"), [(None, False), (7, False), (8, True), (12, True)])
@@ -104,47 +94,32 @@ def test_a_cpu_computes_in_bf16_where_it_is_fast(has: str, monkeypatch):
     assert filled().bf16 is True, "a CPU that is fast in bf16 computes slower than it could"
     assert filled(bf16=False).bf16 is False, "--bf16 false does not give float32"
     assert launch.pick_device_and_dtype("auto") == ("cpu", torch.bfloat16), "evaluation differs from training"
-    assert "bfloat16," in launch.describe_launch(running(bf16=True)), "the line calls a fast precision slow"
 
 
-def test_a_resumed_run_keeps_its_precision(tmp_path: Path, monkeypatch):
+def test_a_resumed_run_keeps_its_precision(tmp_path: Path):
     (tmp_path / "run_config.yaml").write_text("bf16: true\nfp16: false\n")
     assert filled(output_dir=str(tmp_path)).bf16 is True
-    assert filled(output_dir=str(tmp_path), bf16=False).bf16 is False, "the user's own setting is lost"
-    (tmp_path / "run_config.yaml").write_text("bf16: false\nfp16: false\n")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert filled(output_dir=str(tmp_path)).bf16 is False
-
-
-def test_what_the_user_set_stays(gpu):
-    gpu(9)
-    assert filled(bf16=False).bf16 is False
-    fp16 = filled(fp16=True)
-    assert (fp16.bf16, fp16.fp16) == (False, True), "both would be an error of transformers'"
-    on_cpu = filled(use_cpu=True)
-    assert (on_cpu.use_cpu, on_cpu.bf16) == (True, False), "bf16 is slower on this CPU, and nobody asked for it"
-    assert filled(use_cpu=True, bf16=True).bf16 is True
-
-
-def test_the_accelerate_file_decides_the_device(gpu, accelerate_file, monkeypatch):
-    gpu(9)
-    assert filled(accelerate_config=accelerate_file(use_cpu=True)).use_cpu is True
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # what `accelerate launch` makes of it
-    assert filled().use_cpu is True
 
 
 @pytest.mark.parametrize(
-    ("asked", "bf16", "fp16"),
-    [("bf16", True, False), ("fp16", False, True), ("no", False, False), (False, False, False)],
+    ("flags", "file", "expected"),
+    [
+        ({"bf16": False}, {}, (False, False, False)),
+        ({"fp16": True}, {}, (False, False, True)),  # TRL's bf16 as well would be an error
+        ({"use_cpu": True}, {}, (True, False, False)),  # bf16 is slower on this CPU, and nobody asked for it
+        ({"use_cpu": True, "bf16": True}, {}, (True, True, False)),
+        ({}, {"use_cpu": True}, (True, False, False)),
+        ({}, {"mixed_precision": "bf16"}, (False, True, False)),
+        ({}, {"mixed_precision": "fp16"}, (False, False, True)),
+        ({}, {"mixed_precision": False}, (False, False, False)),  # a bare `no` in YAML
+    ],
 )
-def test_the_accelerate_file_may_ask_for_a_precision(
-    gpu, accelerate_file, monkeypatch, asked: object, bf16: bool, fp16: bool
+def test_flags_and_accelerate_file_decide_device_and_precision(
+    gpu, accelerate_file, flags: dict, file: dict, expected: tuple
 ):
     gpu(9)
-    got = filled(accelerate_config=accelerate_file(mixed_precision=asked))
-    assert (got.bf16, got.fp16) == (bf16, fp16), f"the file asks for {asked!r}"
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked or "no")  # "no" is set by every `accelerate launch`
-    assert (filled().bf16, filled().fp16) == (not fp16, fp16)
+    got = filled(**flags, accelerate_config=accelerate_file(**file))
+    assert (got.use_cpu, got.bf16, got.fp16) == expected
 
 
 @given(share=st.integers(1, 600), processes=st.integers(1, 16), limit=st.integers(1, 128))
@@ -160,22 +135,12 @@ def test_a_recipe_is_the_same_training_on_any_number_of_devices(share: int, proc
     assert not larger, f"{batch} at a time, though {larger} fit and divide a device's {share}"
 
 
-@pytest.mark.parametrize(
-    ("processes", "given", "named"),
-    [
-        (1, {"pairs_per_step": 0}, "pairs_per_step"),
-        (3, {"pairs_per_step": 64}, "pairs_per_step"),
-        (1, {"pairs_per_step": 4, "per_device_train_batch_size": 0}, "per_device_train_batch_size"),
-        (1, {"pairs_per_step": 64, "gradient_accumulation_steps": 5}, "gradient_accumulation_steps"),
-    ],
-)
-def test_what_cannot_be_run_is_refused(monkeypatch, processes: int, given: dict, named: str):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    with pytest.raises(UserError, match=f"^{named} is "):
-        filled(**given)
-
-
-# Checking
+def test_pairs_that_cannot_be_shared_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="gradient_accumulation_steps is 5"):
+        filled(pairs_per_step=64, gradient_accumulation_steps=5)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="pairs_per_step is 64"):
+        filled(pairs_per_step=64)
 
 
 def test_one_line_says_what_runs(monkeypatch):
@@ -187,72 +152,37 @@ def test_one_line_says_what_runs(monkeypatch):
     assert launch.describe_launch(on_gpus) == line.replace("processes", "processes (FSDP2)")
 
 
-@pytest.mark.parametrize("kind", ["MULTI_CPU", "MULTI_GPU"])
-def test_fewer_processes_than_asked_are_refused(accelerate_file, kind: str):
-    file = accelerate_file(distributed_type=kind, num_processes=2, use_cpu=True)
-    message = refusal(running(), file)
-    assert file in message and "2 processes and 1 started" in message and "multi_cpu.yaml" in message
-
-
-def test_processes_that_do_not_know_of_each_other_are_refused(accelerate_file, monkeypatch):
-    """`use_cpu: false` without a GPU: independent runs that would race on the output folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    file = accelerate_file(distributed_type="MULTI_GPU", num_processes=2, use_cpu=False)
-    assert "do not know of each other" in refusal(running(1), file)
-    assert "do not know of each other" in refusal(running(1), None), "a bare `accelerate launch` can see this too"
-
-
-def test_a_gpu_asked_for_and_missing_is_refused():
-    message = refusal(running(), str(ROOT / "accelerate_configs/single_gpu.yaml"))
-    assert "asks for a GPU" in message and "ACCELERATE=accelerate_configs/cpu.yaml" in message
-
-
-def test_fsdp_on_cpus_is_refused(accelerate_file, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "does not shard on CPUs" in refusal(running(), accelerate_file(distributed_type="FSDP", use_cpu=True))
-
-
 @pytest.mark.parametrize(
-    ("kind", "name", "value"),
+    ("file", "environment", "run", "message"),
     [
-        ("DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false"),
-        ("FSDP", "FSDP_VERSION", "1"),
-        ("FSDP", "FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT"),
-        ("FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "true"),
+        ({"num_processes": 2, "use_cpu": True}, {}, {}, "2 processes and 1 run together.*multi_cpu.yaml"),
+        (None, {"WORLD_SIZE": "2"}, {}, "2 processes and 1 run together"),  # they would race on the output folder
+        ({"use_cpu": False}, {}, {}, "asks for a GPU"),
+        ({"distributed_type": "FSDP", "use_cpu": True}, {}, {}, "does not shard on CPUs"),
+        ({}, {**ZERO3, "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"}, GPU, "zero3_save_16bit_model: true"),
+        ({}, ZERO3, {**GPU, "precompute_ref_log_probs": True}, "--precompute_ref_log_probs false"),
+        ({}, {**FSDP, "FSDP_VERSION": "1"}, GPU, "fsdp_version: 2"),
+        ({}, {**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, GPU, "fsdp_state_dict_type: FULL_STATE_DICT"),
+        ({}, {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, GPU, "fsdp_cpu_ram_efficient_loading: false"),
+        ({"mixed_precision": "bf16"}, {}, {}, "bf16 and this run uses float32"),
+        ({"mixed_precision": "no"}, {}, {"bf16": True}, "no and this run uses bfloat16"),
+        (None, {"ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "fp16 and this run uses float32"),
     ],
 )
-def test_sharding_that_would_lose_the_model_is_refused(accelerate_file, monkeypatch, kind: str, name: str, value: str):
-    """Some of these are accelerate's defaults: a file that leaves the key out is refused too."""
-    for key, setting in {**SHARDED[kind], name: value}.items():
-        monkeypatch.setenv(key, setting)
-    message = refusal(running(use_cpu=False), accelerate_file(distributed_type=kind))
-    key = name.removeprefix("ACCELERATE_DEEPSPEED_").lower()
-    assert key in message and "accelerate_configs/" in message, f"neither the key nor an example is named: {message}"
-
-
-def test_zero3_refuses_precomputed_log_probs(accelerate_file, monkeypatch):
-    for name, value in SHARDED["DEEPSPEED"].items():
+def test_a_run_that_is_not_what_was_asked_for_is_refused(
+    accelerate_file, monkeypatch, file: dict | None, environment: dict, run: dict, message: str
+):
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    file = accelerate_file(distributed_type="DEEPSPEED")
-    assert "--precompute_ref_log_probs false" in refusal(running(use_cpu=False, precompute_ref_log_probs=True), file)
-    launch.check_launch(running(use_cpu=False, precompute_ref_log_probs=False), file)
+    with pytest.raises(UserError, match=message):
+        launch.check_launch(running(**run), None if file is None else accelerate_file(**file))
 
 
-def test_a_contradicting_precision_is_refused(accelerate_file, monkeypatch):
-    assert "bf16 and this run uses float32" in refusal(running(), accelerate_file(mixed_precision="bf16"))
-    assert "no and this run uses bfloat16" in refusal(running(bf16=True), accelerate_file(mixed_precision="no"))
-    launch.check_launch(running(bf16=True), accelerate_file(mixed_precision="bf16"))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    assert "fp8 and this run uses float32" in refusal(running(), None)
-
-
-def test_an_accelerate_file_that_cannot_be_read_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"no file 'missing\.yaml'"):
-        filled(accelerate_config="missing.yaml")
-    for text in ("- a", "a: ["):
-        (tmp_path / "broken.yaml").write_text(text)
-        with pytest.raises(UserError, match=r"broken\.yaml"):
-            filled(accelerate_config=str(tmp_path / "broken.yaml"))
+@pytest.mark.parametrize("environment", [ZERO3, FSDP, {}])
+def test_a_run_as_asked_for_is_let_through(accelerate_file, monkeypatch, environment: dict):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    launch.check_launch(running(**GPU, bf16=True), accelerate_file(mixed_precision="bf16"))
 
 
 def test_real_arguments_on_the_cpu(tmp_path: Path, capsys):

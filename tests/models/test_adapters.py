@@ -1,26 +1,18 @@
 """Adapters, quantized bases and the 8-bit optimizer: that they train, merge and evaluate, and what is refused."""
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import merge as merge_script
 import pytest
 import torch
 from peft import PeftModel
 from running import log, run
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    Trainer,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, set_seed
 
 from tinydpo.errors import UserError
 from tinydpo.models.loading import hash_weights, load_model, merge_adapter
@@ -29,12 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["--dataloader_num_workers", "0", "--warmup_steps", "0"]
 LORA = ["--config", "recipes/gpt2-medium-hh/dpo-lora.yaml", *SHORT]
 QLORA = ["--config", "recipes/gpt2-medium-hh/dpo-qlora.yaml", *SHORT]
-ADAM8 = ["--config", "recipes/gpt2-medium-hh/dpo.yaml", "--optim", "adamw_8bit", *SHORT]
 IDS = torch.arange(40).reshape(2, 20)
 
 
 def merge(*argv: str | Path) -> None:
-    importlib.import_module("merge").main([*map(str, argv)])
+    merge_script.main([*map(str, argv)])
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -66,21 +57,6 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llama(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama: without biases, so that a quantized layer's lost gradients raise no error."""
-    folder, end = tmp_path_factory.mktemp("llama"), tiny_tokenizer.eos_token_id
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=192, bos_token_id=end,
-        eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def lora(base: Path, task: Path) -> Any:
     """A trained adapter's trainer; its folder is `args.output_dir`."""
     return dpo(base, task, base.parent / "lora", *LORA, "--learning_rate", "1e-2")
@@ -93,8 +69,7 @@ def adapter(lora: Any) -> Path:
 
 def test_an_adapter_of_conv1d_trains_and_the_base_stays(lora: Any, adapter: Path, base: Path):
     first, last = (load_file(folder / "adapter_model.safetensors") for folder in (adapter / "checkpoint-1", adapter))
-    layers = {name.rsplit(".lora_", 1)[0] for name in last}
-    assert len(layers) == 8, f"2 blocks of 4 Conv1D have other adapters: {sorted(layers)}"
+    assert len(last) == 16, f"2 blocks of 4 Conv1D have other adapters: {sorted(last)}"
     for name, weight in last.items():
         assert not weight.equal(first[name]) and weight.abs().sum() > 0, f"{name} does not train"
     trained = {name.replace(".base_layer", ""): w for name, w in lora.model.get_base_model().state_dict().items()}
@@ -104,53 +79,24 @@ def test_an_adapter_of_conv1d_trains_and_the_base_stays(lora: Any, adapter: Path
     assert record["base_sha256"] == hash_weights(base), "the run does not record which weights it started from"
 
 
-def test_merged_is_a_plain_checkpoint_that_trains_on(adapter: Path, base: Path, task: Path, tmp_path: Path, capsys):
+def test_merged_is_a_plain_checkpoint_that_trains_on(adapter: Path, base: Path, task: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"is an adapter.*scripts/merge\.py --model_name_or_path"):
         dpo(adapter, task, tmp_path / "refused")
     merge("--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
-    assert "quantized" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"output_dir \S+ exists and is not empty"):
+        merge("--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
     together = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert type(plain) is GPT2LMHeadModel and plain.dtype == torch.float32
     assert (logits(plain) - logits(load_model(str(base)))).abs().max() > 1e-2, "the adapter changes no answer"
     torch.testing.assert_close(logits(plain), logits(together), rtol=1e-5, atol=1e-5, msg="merging changes answers")
     assert logits(load_model(str(adapter))).equal(logits(plain)), "evaluation would see another model than the merged"
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
-    assert plain.generation_config.top_k == 0, "sampling from the merged model is cut at 50 tokens"
-    names = {path.name for path in (tmp_path / "merged").iterdir()}
-    assert not any("adapter" in name or name.endswith(".bin") for name in names), f"not a plain checkpoint: {names}"
     dpo(tmp_path / "merged", task, tmp_path / "run", "--eval_strategy", "no")
     assert log(tmp_path / "run", "loss")[0] == pytest.approx(0.6931, abs=1e-3), "the reference is not the merged model"
 
 
-def other_base(base: Path, tokenizer: Any = None, **config: Any) -> None:
-    """Put another model into a base's folder, and another tokenizer where one is given."""
-    set_seed(1)
-    settings = json.loads((base / "config.json").read_text()) | config
-    GPT2LMHeadModel(GPT2Config(**settings)).save_pretrained(base)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(base)
-
-
 def retrain(adapter: Path, base: Path) -> None:
-    other_base(base)
-
-
-def make_wider(adapter: Path, base: Path) -> None:
-    (adapter / "environment.json").unlink()  # as if the adapter came from elsewhere
-    other_base(base, n_embd=80)
-
-
-def make_shallower(adapter: Path, base: Path) -> None:
-    (adapter / "environment.json").unlink()
-    other_base(base, n_layer=1)
-
-
-def change_vocabulary(adapter: Path, base: Path) -> None:
-    (adapter / "environment.json").unlink()
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens(["<unheard-of>"])
-    other_base(base, tokenizer, vocab_size=len(tokenizer))
+    set_seed(1)
+    GPT2LMHeadModel(GPT2Config.from_pretrained(base)).save_pretrained(base)
 
 
 def quantize(adapter: Path, base: Path) -> None:
@@ -163,18 +109,10 @@ def pickle(adapter: Path, base: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
 
 
-def remove_adapter(adapter: Path, base: Path) -> None:
-    (adapter / "adapter_config.json").unlink()
-
-
 REFUSED: dict[Callable, str] = {
     retrain: r"base \S+ has other weights than adapter \S+ was trained on",
-    make_wider: r"adapter \S+ does not fit the base \S+ \(.*size mismatch",
-    make_shallower: r"adapter \S+ does not fit the base \S+: it has other layers",
-    change_vocabulary: r"base \S+ has another vocabulary than adapter \S+ \(token '<unheard-of>' differs",
     quantize: r"base \S+ is quantized; merge adapter \S+ into the same weights in full precision",
-    pickle: r"has no adapter_model\.safetensors; pickled weights are not read",
-    remove_adapter: r"is no adapter: there is no adapter_config\.json",
+    pickle: r"could not be loaded .*adapter_model\.safetensors",
 }
 
 
@@ -184,9 +122,8 @@ def test_an_adapter_on_the_wrong_base_is_refused(spoil: Callable, adapter: Path,
     other = Path(shutil.copytree(base, tmp_path / "base"))
     spoil(copy, other)
     flags = ["--base_model_name_or_path", other, "--output_dir", tmp_path / "merged"]
-    with pytest.raises(UserError, match=REFUSED[spoil]) as error:
+    with pytest.raises(UserError, match=REFUSED[spoil]):
         merge("--model_name_or_path", copy, *flags)
-    assert "\n" not in str(error.value), "more than one sentence"
     assert not (tmp_path / "merged").exists(), "something was written all the same"
 
 
@@ -195,33 +132,19 @@ def test_a_base_that_moved_is_named_by_a_flag(adapter: Path, base: Path, tmp_pat
     assert logits(merge_adapter(adapter, moved)).equal(logits(merge_adapter(adapter)))
 
 
-def test_merge_overwrites_nothing(adapter: Path, tmp_path: Path):
-    (tmp_path / "kept").write_text("mine")
-    with pytest.raises(UserError, match=r"output_dir \S+ exists and is not empty"):
-        merge("--model_name_or_path", adapter, "--output_dir", tmp_path)
-    assert (tmp_path / "kept").read_text() == "mine"
-
-
-@pytest.mark.parametrize(("family", "shared_prefix", "count"), [("gpt2", "true", 8), ("llama", "false", 14)])
-def test_qlora_trains_after_a_reference_pass_and_evaluations(
-    family: str, shared_prefix: str, count: int, base: Path, llama: Path, task: Path, tmp_path: Path, capsys
-):
+def test_qlora_trains_after_a_reference_pass_and_evaluations(base: Path, task: Path, tmp_path: Path, capsys):
     from bitsandbytes.nn import Linear4bit
 
-    start = {"gpt2": base, "llama": llama}[family]
-    trainer = dpo(start, task, tmp_path / "run", *QLORA, "--shared_prefix", shared_prefix, "--learning_rate", "1e-2")
+    trainer = dpo(base, task, tmp_path / "run", *QLORA, "--learning_rate", "1e-2")
     layers = [m for m in trainer.model.modules() if isinstance(m, Linear4bit)]
-    assert len(layers) == count, "not every layer is in 4 bits"
-    assert all(m.weight.dtype == torch.uint8 and m.weight.quant_state.quant_type == "nf4" for m in layers)
+    assert len(layers) == 8, "not every layer is in 4 bits"
     assert not any(m.support_avx512bf16_for_cpu for m in layers), "evaluation may repack layers, then gradients are 0"
     assert min(log(tmp_path / "run", "grad_norm")) > 1e-3, "no gradient reaches the adapter"
     assert log(tmp_path / "run", "loss")[0] == pytest.approx(0.6931, abs=1e-3), "policy and reference differ at first"
     assert len(log(tmp_path / "run", "eval_loss")) >= 1
     merge("--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "merged")
-    assert "its base was quantized" in capsys.readouterr().out, (
-        "nothing is said about the rounding that merging undoes"
-    )
-    policy, plain = (logits(load_model(str(folder))) for folder in (tmp_path / "merged", start))
+    assert "its base was quantized" in capsys.readouterr().out, "the rounding that merging undoes is not mentioned"
+    policy, plain = (logits(load_model(str(folder))) for folder in (tmp_path / "merged", base))
     assert (policy - plain).abs().max() > 1e-2, "the merged policy is the base"
 
 

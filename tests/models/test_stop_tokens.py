@@ -1,11 +1,11 @@
 """What ends an answer: a model whose turns end with another token than its end token learns that, and is read so."""
 
 import copy
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import merge
 import pytest
 from running import run
 from toys import CHATML, GEMMA, PHI, say, stops_of, with_turns, write_family, write_rows
@@ -22,11 +22,7 @@ ROWS = [
     {"prompt": ASKED, "chosen": [say("assistant", f"Well, {i}.")], "rejected": [say("assistant", f"Bad, {i} times!")]}
     for i in range(4)
 ]
-# What a checkpoint may reshape its own samples with.
-SHAPED = {
-    "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05,
-    "suppress_tokens": [7], "max_length": 20, "bad_words_ids": [[9]],
-}  # fmt: skip
+SHAPED = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05, "bad_words_ids": [[9]]}
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -59,8 +55,7 @@ def assert_samples_plainly(folder: Path) -> None:
 def test_a_saved_model_keeps_all_stop_tokens_and_samples_plainly(sft: Path, rows: Path, tmp_path: Path):
     assert_samples_plainly(sft)
     adapter = train("dpo", sft, rows, tmp_path / "lora", "--use_peft", "true")
-    argv = ["--model_name_or_path", str(adapter), "--output_dir", str(tmp_path / "merged")]
-    importlib.import_module("merge").main(argv)
+    merge.main(["--model_name_or_path", str(adapter), "--output_dir", str(tmp_path / "merged")])
     assert_samples_plainly(tmp_path / "merged")
     assert was_trained_on_chat(str(tmp_path / "merged")), "the playground would ask the merged model in another form"
 

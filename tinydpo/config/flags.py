@@ -1,10 +1,9 @@
 """Flags of TRL and transformers that would mislead here: accepted without effect, or with a harmful one.
 
-A run brings its own tokens, packed rows and checkpoints, which leaves some flags nothing to act on. Those are refused
-with what to do instead; every other flag is passed on to its library as it is.
+Those are refused with what to do instead; every other flag is passed on to its library as it is.
 """
 
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from typing import Any
 
 from tinydpo.errors import UserError
@@ -15,7 +14,6 @@ LOSSES = {
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 }  # fmt: skip
 SMOOTHED_LOSSES = {"exo_pair", "robust", "aot", "aot_unpaired"}
-SORTING_LOSSES = {"aot", "aot_unpaired"}
 ADAPTER_FLAGS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit",
@@ -44,38 +42,27 @@ REFUSED_ALWAYS |= dict.fromkeys(
 REFUSED_FOR_PACKED_ROWS = {
     "packing": "but rows are packed already, up to --row_length tokens; leave it out",
     "eval_packing": "but rows are packed already, up to --row_length tokens; leave it out",
-    "neftune_noise_alpha": "but its noise depends on a sequence's length, and a packed row holds several sequences; "
-    "leave it out, or pass --shared_prefix false",
+    "neftune_noise_alpha": "but its noise depends on a sequence's length; pass --shared_prefix false, or leave it out",
 }
 
 
 def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
     """Refuse a run that sets a flag to something that would have no effect, or a wrong one.
 
-    Args:
-        stage: "sft", "dpo" or "reward".
-        settings: every key of the run with its value.
-        configs: the libraries' dataclasses, or instances of them, that the flags come from.
+    `settings` holds every key of the run; `configs` are the libraries' dataclasses that the flags come from.
     """
-    defaults = {field.name: _get_default(field) for config in configs for field in fields(config)}
-    refused = REFUSED_ALWAYS | _refuse_for_rows(settings) | _refuse_for_adapters(stage, settings)
+    defaults = {field.name: field.default for config in configs for field in fields(config)}
+    refused = REFUSED_ALWAYS | _refuse_for_adapters(stage, settings)
+    if settings["shared_prefix"]:
+        refused |= REFUSED_FOR_PACKED_ROWS
+        if settings["train_sampling_strategy"] in ("group_by_length", "batch_rebalance"):
+            refused["train_sampling_strategy"] = "but packed rows have no padding to save; leave it out"
     if stage == "dpo":
         refused |= _refuse_for_dpo(settings)
     for flag, reason in refused.items():
         value = settings.get(flag)
         if value not in (None, False, defaults.get(flag)):
             raise UserError(f"{flag} is {value}, {reason}")
-
-
-def _refuse_for_rows(settings: Settings) -> dict[str, str]:
-    if not settings["shared_prefix"]:
-        return {}
-    refused = dict(REFUSED_FOR_PACKED_ROWS)
-    if settings["train_sampling_strategy"] in ("group_by_length", "batch_rebalance"):
-        refused["train_sampling_strategy"] = (
-            "but it saves padding, which packed rows do not have; leave it out, or pass --shared_prefix false"
-        )
-    return refused
 
 
 def _refuse_for_adapters(stage: str, settings: Settings) -> dict[str, str]:
@@ -89,33 +76,22 @@ def _refuse_for_adapters(stage: str, settings: Settings) -> dict[str, str]:
 
 def _refuse_for_dpo(settings: Settings) -> dict[str, str]:
     refused = {"label_smoothing_factor": "but DPO does not read it; pass --label_smoothing instead (docs/losses.md)"}
+    if not settings.get("ref_model_name_or_path"):
+        refused["ref_model_revision"] = "but --ref_model_name_or_path is not set"
     losses = set(settings["loss_type"])
     if losses - LOSSES:
         refused["loss_type"] = f"but DPO's losses are {', '.join(sorted(LOSSES))}"
     elif "exo_pair" in losses and settings["label_smoothing"] <= 0:
         refused["loss_type"] = "but exo_pair needs label smoothing; pass --label_smoothing 1e-3 or the like"
     if not losses & SMOOTHED_LOSSES:
-        refused["label_smoothing"] = (
-            f"but {', '.join(sorted(losses))} ignores it; --loss_type robust reads it, and conservative DPO is a "
-            "mixture with it (docs/losses.md)"
-        )
-    if losses & SORTING_LOSSES:
+        refused["label_smoothing"] = f"but {', '.join(sorted(losses))} ignores it; for robust DPO see docs/losses.md"
+    if losses & {"aot", "aot_unpaired"}:
         refused["use_weighting"] = "but the aot losses sort answers, so that weights would go to other pairs; drop one"
     if settings["precompute_ref_log_probs"]:
-        refused["sync_ref_model"] = (
-            "but precomputed log-probs are those of a fixed reference; pass --precompute_ref_log_probs false as well"
-        )
-    elif settings["use_peft"]:
-        refused["sync_ref_model"] = (
-            "but an adapter's reference is its base, which does not move; pass --use_peft false"
-        )
-    elif settings.get("ref_model_name_or_path"):
-        refused["sync_ref_model"] = "but --ref_model_name_or_path names a fixed reference; leave one of the two out"
+        refused["sync_ref_model"] = "but the reference is fixed; pass --precompute_ref_log_probs false as well"
+    elif settings["use_peft"] or settings.get("ref_model_name_or_path"):
+        refused["sync_ref_model"] = "but an adapter's base and --ref_model_name_or_path are fixed; leave one out"
     return refused
-
-
-def _get_default(field: Field) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def check_reporters(training: Any) -> None:
@@ -125,7 +101,4 @@ def check_reporters(training: Any) -> None:
     installed = get_available_reporting_integrations()
     for name in training.report_to:
         if name not in installed:
-            raise UserError(
-                f"report_to is {name}, which is not installed (installed: {', '.join(installed) or 'none'}); install "
-                "its package, or pass --report_to none"
-            )
+            raise UserError(f"report_to is {name}, which is not installed; install it, or pass --report_to none")

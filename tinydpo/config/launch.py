@@ -10,9 +10,10 @@ import math
 import os
 import signal
 import warnings
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import parse_flag_from_env
 
 from tinydpo.errors import UserError
 from tinydpo.files import read_yaml
@@ -21,71 +22,66 @@ from tinydpo.run_folder import RunFolder
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, per how many
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by accelerate's names
+# What the launcher must have set for sharded runs; some of accelerate's defaults differ.
+FSDP_NEEDS = {
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",  # or no final model is saved
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",  # or most ranks hold an empty reference model
+}
+ZERO3_NEEDS = {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}  # or no final model is saved
 
 
-def fill_defaults(settings: Namespace) -> None:
+def fill_defaults(settings: dict[str, Any]) -> None:
     """Fill in `use_cpu`, `bf16`, the batch per device and the accumulation where the user left them unset."""
     import torch
 
-    asked = read_accelerate_config(settings.accelerate_config)
-    on_cpu = settings.use_cpu or _is_set("ACCELERATE_USE_CPU") or asked.get("use_cpu") is True
-    settings.use_cpu = on_cpu or not torch.accelerator.is_available()
-    if settings.bf16 is None:
+    asked = read_yaml(settings["accelerate_config"]) if settings["accelerate_config"] else {}
+    on_cpu = settings["use_cpu"] or parse_flag_from_env("ACCELERATE_USE_CPU") or asked.get("use_cpu") is True
+    settings["use_cpu"] = on_cpu or not torch.accelerator.is_available()
+    if settings["bf16"] is None:
         _fill_precision(settings, asked)
-    if settings.pairs_per_step is not None:
+    if settings["pairs_per_step"] is not None:
         _split_batch(settings, int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def _fill_precision(settings: Namespace, asked: dict[str, Any]) -> None:
+def _fill_precision(settings: dict[str, Any], asked: dict[str, Any]) -> None:
     """By order: `--fp16`, the accelerate file on a GPU, the run that is resumed, or bf16 where it is fast."""
     precision = _get_mixed_precision(asked)
-    before = RunFolder(settings.output_dir or "").read_config()
-    if settings.fp16:
-        settings.bf16 = False
-    elif precision in DTYPES and not settings.use_cpu:
-        settings.bf16 = precision == "bf16"
-        settings.fp16 = precision == "fp16"
+    before = RunFolder(settings["output_dir"] or "").read_config()
+    if settings["fp16"]:
+        settings["bf16"] = False
+    elif precision in DTYPES and not settings["use_cpu"]:
+        settings["bf16"] = precision == "bf16"
+        settings["fp16"] = precision == "fp16"
     elif "bf16" in before:  # a run keeps its precision on whatever machine it is resumed
-        settings.bf16 = before["bf16"]
-        settings.fp16 = before.get("fp16", False)
+        settings["bf16"] = before["bf16"]
+        settings["fp16"] = before.get("fp16", False)
     else:
-        settings.bf16 = has_fast_bf16("cpu" if settings.use_cpu else "cuda")
+        settings["bf16"] = has_fast_bf16("cpu" if settings["use_cpu"] else "cuda")
 
 
-def _split_batch(settings: Namespace, processes: int) -> None:
+def _split_batch(settings: dict[str, Any], processes: int) -> None:
     """The largest batch up to `per_device_train_batch_size` that divides a process's share of `pairs_per_step`."""
-    pairs = settings.pairs_per_step
-    limit = settings.per_device_train_batch_size
-    if limit < 1:
-        raise UserError(f"per_device_train_batch_size is {limit}; it must be at least 1")
+    pairs = settings["pairs_per_step"]
     if pairs < 1 or pairs % processes:
         raise UserError(f"pairs_per_step is {pairs}, which {processes} process(es) cannot share evenly; change it")
     share = pairs // processes
-    batch = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
-    if settings.gradient_accumulation_steps not in (1, share // batch):
-        raise UserError(
-            f"gradient_accumulation_steps is {settings.gradient_accumulation_steps}, but pairs_per_step {pairs} on "
-            f"{processes} process(es) with batches of {batch} needs {share // batch}; leave it out"
-        )
-    settings.per_device_train_batch_size = batch
-    settings.gradient_accumulation_steps = share // batch
-
-
-def read_accelerate_config(path: str | None) -> dict[str, Any]:
-    """The accelerate file's keys; empty without a file."""
-    if path is not None and not Path(path).is_file():
-        raise UserError(f"--accelerate_config: there is no file {path!r}; see accelerate_configs/")
-    return read_yaml(path) if path else {}
+    limit = min(share, settings["per_device_train_batch_size"])
+    batch = max(size for size in range(1, limit + 1) if share % size == 0)
+    accumulation = settings["gradient_accumulation_steps"]
+    if accumulation not in (1, share // batch):
+        raise UserError(f"gradient_accumulation_steps is {accumulation}, but pairs_per_step decides it; leave it out")
+    settings["per_device_train_batch_size"] = batch
+    settings["gradient_accumulation_steps"] = share // batch
 
 
 def _get_mixed_precision(asked: dict[str, Any]) -> str | None:
     """The precision that the accelerate file or its launcher asks for, by accelerate's names; None for neither."""
     precision = asked.get("mixed_precision")
-    if precision is False:  # YAML reads a bare no as false
-        return "no"
-    if precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":  # the launcher's default
-        return os.environ["ACCELERATE_MIXED_PRECISION"]
-    return precision
+    if precision is None:
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        return None if launcher == "no" else launcher  # its default
+    return precision or "no"  # YAML reads a bare no as false
 
 
 def prepare_process(training_args: Any, model_args: Any, accelerate_config: str | None) -> None:
@@ -134,31 +130,19 @@ def _quiet_libraries() -> None:
 
 
 def check_launch(training_args: Any, accelerate_config: str | None) -> None:
-    """Compare what runs with what the accelerate file asks for; without the file, with the launcher's environment.
-
-    Raises:
-        UserError: they differ, or the run would end without its model.
-    """
-    asked = read_accelerate_config(accelerate_config)
+    """Refuse a run that is not what the accelerate file asks for; without the file, the launcher's environment."""
+    asked = read_yaml(accelerate_config) if accelerate_config else {}
     file = accelerate_config or "the launcher"
     running = training_args.distributed_state.num_processes
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != running:
+    needed = asked.get("num_processes", launched)
+    if not running == launched == needed:  # accelerate started fewer, or ones that do not know of each other
         raise UserError(
-            f"{file} started {launched} processes that do not know of each other (there is no GPU for them); set "
-            "`use_cpu: true` in the accelerate file, as accelerate_configs/multi_cpu.yaml does"
-        )
-    if asked and asked.get("num_processes", 1) != running:
-        raise UserError(
-            f"{file} asks for {asked.get('num_processes', 1)} processes and {running} started; start with `accelerate "
-            "launch`, and on CPUs use `distributed_type: MULTI_GPU` with `use_cpu: true`, as "
-            "accelerate_configs/multi_cpu.yaml does"
+            f"{file} asks for {needed} processes and {running} run together; start with `accelerate launch`, and on "
+            "CPUs with `distributed_type: MULTI_GPU` and `use_cpu: true`, as accelerate_configs/multi_cpu.yaml does"
         )
     if training_args.use_cpu and asked.get("use_cpu") is False:
-        raise UserError(
-            f"{file} asks for a GPU and this run has none; use accelerate_configs/cpu.yaml "
-            "(make: ACCELERATE=accelerate_configs/cpu.yaml)"
-        )
+        raise UserError(f"{file} asks for a GPU and this run has none; use accelerate_configs/cpu.yaml")
     if training_args.use_cpu and asked.get("distributed_type") == "FSDP":
         raise UserError(f"{file} asks for FSDP, which does not shard on CPUs; use accelerate_configs/multi_cpu.yaml")
     _check_sharding(training_args, file)
@@ -172,25 +156,18 @@ def check_launch(training_args: Any, accelerate_config: str | None) -> None:
 
 
 def _check_sharding(training_args: Any, file: str) -> None:
-    """Refuse settings, some of them accelerate's defaults, under which a run would end without its model or worse."""
-    needed = None
-    if _get_sharding() == "ZeRO-3":
-        if getattr(training_args, "precompute_ref_log_probs", False):
-            raise UserError(
-                "precompute_ref_log_probs is True, but under ZeRO-3 their cache cannot tell one reference from "
-                "another; pass --precompute_ref_log_probs false"
-            )
-        if not _is_set("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"):
-            needed = "zero3_save_16bit_model: true, without which no final model is saved"
-    elif _is_set("ACCELERATE_USE_FSDP"):
-        if os.environ.get("FSDP_VERSION") != "2":
-            needed = "fsdp_version: 2"
-        elif os.environ.get("FSDP_STATE_DICT_TYPE") != "FULL_STATE_DICT":
-            needed = "fsdp_state_dict_type: FULL_STATE_DICT, without which no final model is saved"
-        elif _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-            needed = "fsdp_cpu_ram_efficient_loading: false, or most ranks hold an empty reference model"
-    if needed:
-        raise UserError(f"{file} needs {needed}; see accelerate_configs/fsdp.yaml and zero3.yaml")
+    """Refuse settings under which a sharded run would end without its model, or with a wrong one."""
+    sharding = _get_sharding()
+    if sharding == "ZeRO-3" and getattr(training_args, "precompute_ref_log_probs", False):
+        raise UserError(
+            "precompute_ref_log_probs is True, but under ZeRO-3 their cache cannot tell one reference from another; "
+            "pass --precompute_ref_log_probs false"
+        )
+    needed = {"FSDP2": FSDP_NEEDS, "ZeRO-3": ZERO3_NEEDS}.get(sharding, {})
+    for variable, value in needed.items():
+        if os.environ.get(variable, "false").lower() != value.lower():
+            key = variable.removeprefix("ACCELERATE_DEEPSPEED_").lower()
+            raise UserError(f"{file} needs {key}: {value}; see accelerate_configs/fsdp.yaml and zero3.yaml")
 
 
 def describe_launch(training_args: Any) -> str:
@@ -203,7 +180,7 @@ def describe_launch(training_args: Any) -> str:
     if sharding:
         line += f" ({sharding})"
     line += f" on {training_args.device.type}, {_get_dtype(training_args)}"
-    if training_args.use_cpu and (training_args.bf16 or training_args.fp16) and not has_fast_bf16("cpu"):
+    if training_args.use_cpu and training_args.bf16 and not has_fast_bf16("cpu"):
         line += " (slow on this CPU; --bf16 false is faster)"
     return f"{line}, {processes * batch * accumulation} pairs per step ({batch} at a time x {accumulation})"
 
@@ -216,13 +193,9 @@ def _get_dtype(training_args: Any) -> str:
 
 def _get_sharding() -> str | None:
     """What splits the model over processes, by the launcher's environment."""
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
-    return "FSDP2" if _is_set("ACCELERATE_USE_FSDP") else None
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+    return "FSDP2" if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
 
 
 def count_cores() -> int:
@@ -237,11 +210,7 @@ def count_cores() -> int:
 
 
 def pick_device_and_dtype(dtype: str) -> tuple[str, Any]:
-    """Where evaluation runs, the first GPU or else the CPU, and what its blocks compute in.
-
-    Args:
-        dtype: "float32", "bfloat16", or "auto" for what training would use there.
-    """
+    """Where evaluation runs, and what it computes in: "float32", "bfloat16", or "auto" for what training would use."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,22 +4,20 @@ A recipe is a YAML file whose keys are flags. Its values are converted as if the
 wins over it. An unknown, misspelt or abbreviated key, or a value of the wrong type, is one sentence that names it.
 """
 
-import argparse
 import difflib
 import json
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
 from tinydpo.config import launch
-from tinydpo.config.arguments import PER_DATASET_FLAGS, DataArguments, as_list, resolve_row_length, unwrap_single
+from tinydpo.config.arguments import DataArguments, as_list, resolve_row_length
 from tinydpo.errors import UserError
 from tinydpo.files import read_yaml
 from tinydpo.run_folder import RunFolder
@@ -34,13 +32,18 @@ REVISIONS = {
 DATASET_KEYS = {"dataset_config", "dataset_revision", "dataset_data_dir", "dataset_weights", "column", "role"}
 
 
-def parse_args(
+def parse_args(*types: type, **options: Any) -> tuple:
+    """`parse_training_args` without the settings: one instance of each dataclass."""
+    return parse_training_args(*types, **options)[0]
+
+
+def parse_training_args(
     *types: type,
     argv: Sequence[str] | None = None,
     ignored: Iterable[type] = (),
     defaults_from_run: str | None = None,
-) -> tuple:
-    """Parse the command line and the `--config` recipe into one instance of each dataclass.
+) -> tuple[tuple, dict[str, Any]]:
+    """Parse the command line and the `--config` recipe: one instance of each dataclass, and every key with its value.
 
     Args:
         types: dataclasses whose fields are the flags.
@@ -48,26 +51,9 @@ def parse_args(
         ignored: dataclasses whose keys a recipe may hold without effect (a training recipe read by another script).
         defaults_from_run: a flag that names a model. If that is a local run's, the run's data settings, `max_length`
             and `beta` are the defaults here.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type, or a recipe that cannot be read.
     """
-    return _parse(types, argv, ignored, defaults_from_run)[0]
-
-
-def parse_training_args(*types: type, argv: Sequence[str] | None = None) -> tuple[tuple, dict[str, Any]]:
-    """`parse_args` for a training script: the dataclasses, and every key with its value (as plain YAML values)."""
-    return _parse(types, argv)
-
-
-def _parse(
-    types: Iterable[type],
-    argv: Sequence[str] | None,
-    ignored: Iterable[type] = (),
-    defaults_from_run: str | None = None,
-) -> tuple[tuple, dict[str, Any]]:
     parser = _StrictParser(types)
-    command_line = parser.parse_given(sys.argv[1:] if argv is None else argv)
+    command_line = parser.parse_given(argv)
     path = command_line.pop("config", None)
     recipe = {} if path is None else parser.parse_recipe(path, ignored)
     given = recipe | command_line
@@ -79,8 +65,7 @@ def _parse(
             settings[revision] = parser.defaults[revision]
     try:
         if "bf16" in settings:  # a training script
-            settings = _fill_training_settings(Namespace(**settings), path, given, command_line)
-        settings = dict(sorted(settings.items()))
+            _fill_training_settings(settings, path, command_line)
         return parser.parse_dict(settings), settings
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:  # the dataclasses' own checks
         raise UserError(str(error)) from None
@@ -94,27 +79,21 @@ class _StrictParser(HfArgumentParser):
         self.add_argument("--config", help="A recipe: a YAML file whose keys are these flags.")
         self.source = "command line"
         self.kinds = {key: _get_kinds(hint) for kind in types for key, hint in get_type_hints(kind).items()}
-        self.actions = {}
-        for action in self._actions:
-            if action.dest not in self.actions and action.dest in self.kinds:  # not the --no_ twin of a flag
-                self.actions[action.dest] = action
-        for key, action in self.actions.items():  # HfArgumentParser takes only one type of a union
-            kinds = self.kinds[key]
+        for action in self._actions:  # HfArgumentParser takes only one type of a union
+            kinds = self.kinds.get(action.dest, set())
             if dict in kinds:
-                takes_path = str in kinds and not key.endswith("_kwargs")
-                action.type = _parse_path_or_mapping if takes_path else _parse_mapping
-            elif str in kinds and kinds & {bool, Literal}:
-                action.type = _parse_bool_or_text
+                action.type = _parse_json_mapping
             elif {str, list} <= kinds:
                 action.nargs = "+"
         self.defaults = vars(self.parse_known_args([])[0])
         del self.defaults["config"]
+        if "logging_nan_inf_filter" in self.defaults:
+            self.defaults["logging_nan_inf_filter"] = False  # it hides NaN losses, and waits for the GPU each batch
 
     def error(self, message: str) -> None:
-        """Raise what argparse would print."""
         raise UserError(f"{self.source}: {message}; --help lists every flag")
 
-    def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
+    def parse_given(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The flags that `argv` sets, without the defaults of the others."""
         unset = object()
         namespace = Namespace(**dict.fromkeys([*self.defaults, "config"], unset))
@@ -125,24 +104,21 @@ class _StrictParser(HfArgumentParser):
             self.error(f"{rest[0]!r} belongs to no flag")
         given = {key: value for key, value in vars(namespace).items() if value is not unset}
         for key, value in given.items():
-            if key in PER_DATASET_FLAGS or {str, list} <= self.kinds.get(key, set()):
-                given[key] = unwrap_single(as_list(value))
+            if {str, list} <= self.kinds.get(key, set()) and len(value) == 1:
+                given[key] = value[0]  # as recipes write it
         return given
 
     def parse_recipe(self, path: str, ignored: Iterable[type]) -> dict[str, Any]:
         """A recipe's values as their flags would give them; its `env` goes into the environment."""
         self.source = path
-        recipe = load_recipe(path)
-        environment = recipe.pop("env", {})
-        if not isinstance(environment, dict):
-            self.error(f"env is {environment!r}, expected a mapping of environment variables")
-        os.environ.update({name: str(value) for name, value in environment.items()})
-        skipped = {field.name for kind in ignored for field in fields(kind)} - set(self.actions)
+        recipe = read_yaml(path)
+        os.environ.update({name: str(value) for name, value in recipe.pop("env", {}).items()})
+        skipped = {field.name for kind in ignored for field in fields(kind)}
         values = {}
         for key, value in recipe.items():
-            if key in self.actions and value is None and type(None) in self.kinds[key]:
+            if key in self.defaults and value is None and type(None) in self.kinds[key]:
                 values[key] = None
-            elif key in self.actions:
+            elif key in self.defaults:
                 values |= self.parse_given(self.to_argv(key, value))
             elif key not in skipped:
                 self.refuse_key(str(key))
@@ -150,22 +126,16 @@ class _StrictParser(HfArgumentParser):
 
     def to_argv(self, key: str, value: Any) -> list[str]:
         """A recipe's key as a flag on the command line."""
-        action = self.actions[key]
-        wrong_list = isinstance(value, list) and action.nargs != "+"
-        wrong_mapping = isinstance(value, dict) and dict not in self.kinds[key]
-        if value is None or wrong_list or wrong_mapping:
-            self.error(f"{key} is {'empty' if value is None else value}")
         if isinstance(value, list):
             return [f"--{key}", *map(str, value)]
         if isinstance(value, dict):
             return [f"--{key}={json.dumps(value)}"]
-        if value is False and "no" in (action.choices or ()):
+        if value is False and key.endswith("_strategy"):
             return [f"--{key}=no"]  # YAML reads a bare no as false
         return [f"--{key}={value}"]
 
     def refuse_key(self, key: str) -> None:
-        """Raise the error for a key that is no flag."""
-        near = difflib.get_close_matches(key, [*self.actions, "config"], n=1)
+        near = difflib.get_close_matches(key, [*self.defaults, "config"], n=1)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists every flag"
         raise UserError(f"{self.source}: {key!r} is not a known key; {hint}")
 
@@ -176,22 +146,8 @@ def _get_kinds(hint: Any) -> set:
     return {get_origin(kind) or kind for kind in kinds}
 
 
-def _parse_mapping(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON mapping")
-    return value
-
-
-def _parse_path_or_mapping(text: str) -> str | dict[str, Any]:
-    return _parse_mapping(text) if text.startswith("{") else text
-
-
-def _parse_bool_or_text(text: str) -> bool | str:
-    return {"true": True, "false": False}.get(text.lower(), text)
+def _parse_json_mapping(text: str) -> str | dict[str, Any]:
+    return json.loads(text) if text.startswith("{") else text
 
 
 def _read_run_defaults(given: dict[str, Any], known: dict[str, Any], model: str | None) -> dict[str, Any]:
@@ -203,33 +159,21 @@ def _read_run_defaults(given: dict[str, Any], known: dict[str, Any], model: str 
     return {key: config[key] for key in keys & set(known) if config.get(key) is not None}
 
 
-def _fill_training_settings(
-    settings: Namespace, path: str | None, given: dict[str, Any], command_line: dict[str, Any]
-) -> dict[str, Any]:
+def _fill_training_settings(settings: dict[str, Any], path: str | None, command_line: dict[str, Any]) -> None:
     """Fill in what a training script's user left unset."""
-    if settings.output_dir is None:
+    if settings["output_dir"] is None:
         if path is None:
             raise UserError("output_dir is not set; pass --output_dir, or --config with a recipe")
         recipe = Path(path).resolve()
-        settings.output_dir = f"runs/{recipe.parent.name}/{recipe.stem}"
+        settings["output_dir"] = f"runs/{recipe.parent.name}/{recipe.stem}"
     # transformers renamed these flags: TRL's default for the old name prints a warning at every start, and the old
     # name on the command line would lose against the new one in a recipe.
     for end in ("", "_kwargs"):
         new = f"activation_checkpointing{end}"
         old = f"gradient_checkpointing{end}"
         old_wins = old in command_line and new not in command_line
-        if getattr(settings, new) is None or old_wins:
-            setattr(settings, new, getattr(settings, old))
-        setattr(settings, old, getattr(settings, new))
-    if "logging_nan_inf_filter" not in given:
-        settings.logging_nan_inf_filter = False  # it hides NaN losses, and waits for the GPU twice a batch to do so
-    settings.row_length = resolve_row_length(settings.max_length or 0, settings.row_length)
+        if settings[new] is None or old_wins:
+            settings[new] = settings[old]
+        settings[old] = settings[new]
+    settings["row_length"] = resolve_row_length(settings["max_length"] or 0, settings["row_length"])
     launch.fill_defaults(settings)
-    return vars(settings)
-
-
-def load_recipe(path: str) -> dict[str, Any]:
-    """The keys of a recipe (UserError: it cannot be read, or holds a key twice)."""
-    if not Path(path).is_file():
-        raise UserError(f"--config: there is no file {path!r}; recipes/ holds the recipes")
-    return read_yaml(path)

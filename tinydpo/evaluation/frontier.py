@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import hash_module
 
 from tinydpo.config.arguments import DataArguments, resolve_row_length
-from tinydpo.config.recipe import load_recipe
 from tinydpo.data.pairs import load_split
 from tinydpo.data.rows import ParsedRow
 from tinydpo.data.splits import load_rows
@@ -32,7 +31,7 @@ from tinydpo.errors import UserError
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
 from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, score_answers
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
-from tinydpo.files import find_difference, read_json, write_atomic, write_json
+from tinydpo.files import find_difference, read_json, read_yaml, write_atomic, write_json
 from tinydpo.models.loading import load_model, load_tokenizer
 from tinydpo.models.precision import get_compute_dtype
 from tinydpo.training.logps import token_logps
@@ -125,7 +124,7 @@ def get_loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
 
 def load_dpo_recipe(path: str) -> dict[str, Any]:
     """The keys that all runs share: a DPO recipe without its data (UserError: it sets no token budget)."""
-    recipe = load_recipe(path)
+    recipe = read_yaml(path)
     if not isinstance(recipe.get("max_length"), int):
         raise UserError(f"{path} sets no max_length; a frontier needs the token budget of its runs")
     data_keys = {field.name for field in fields(DataArguments)}

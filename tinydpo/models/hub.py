@@ -6,7 +6,6 @@ Retries, timeouts and the offline switch are those of the Hub's clients: HF_HUB_
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tinydpo.errors import UserError, is_disk_full, iter_causes
 
@@ -18,23 +17,16 @@ TRAIN_FIRST = "check the name, or train it first: `make sft`, `make dpo`, `make 
 def explain_load_errors(
     kind: str, name: str, revision: str | None, also: tuple[type[Exception], ...] = (ValueError, KeyError)
 ) -> Iterator[None]:
-    """Turn what the libraries raise while they load something into a `UserError`.
+    """Turn what the libraries raise while they load a "model" or a "dataset" into a `UserError`.
 
-    Args:
-        kind: "model" or "dataset".
-        name: Hub id or local path.
-        revision: commit, tag or branch on the Hub.
-        also: errors to turn besides those of files, networks and the Hub.
+    `also` are errors to turn besides those of files, networks and the Hub.
     """
     import httpx2  # what huggingface_hub speaks through; some of its errors come out as they are
-    import huggingface_hub.errors as hub
     import safetensors
 
     try:
         yield
-    except UserError:
-        raise
-    except (httpx2.HTTPError, safetensors.SafetensorError, hub.HFValidationError, OSError, *also) as error:
+    except (httpx2.HTTPError, safetensors.SafetensorError, OSError, *also) as error:
         if is_disk_full(error):
             raise
         raise UserError(_explain(error, kind, name, revision)) from None
@@ -49,10 +41,9 @@ def _explain(error: Exception, kind: str, name: str, revision: str | None) -> st
     def caused_by(*types: type) -> bool:
         return any(isinstance(cause, types) for cause in causes)
 
-    is_local = Path(name).exists()
     if caused_by(hub.GatedRepoError):
         return f"{kind} {name} is gated: accept its terms on the Hub and log in with `hf auth login`"
-    if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) and not is_local:
+    if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) and not Path(name).exists():
         # What cannot be a Hub id, such as runs/recipe/sft, was meant as a path.
         advice = TRAIN_FIRST if kind == "model" and caused_by(hub.HFValidationError) else OTHERWISE
         return f"there is no {kind} {name!r} on the Hub and no such local path; {advice}"
@@ -63,29 +54,17 @@ def _explain(error: Exception, kind: str, name: str, revision: str | None) -> st
     if caused_by(safetensors.SafetensorError):
         return f"{kind} {name}: a weights file is cut or damaged ({error}); download or save it again"
     if "trust_remote_code" in str(error):
-        return (
-            f"{kind} {name} brings code of its own, which is not run; read it first, and pass "
-            "--trust_remote_code true to sft.py or dpo.py if you trust it"
-        )
+        return f"{kind} {name} brings code of its own; read it, and pass --trust_remote_code true if you trust it"
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return f"{kind} {name} could not be loaded ({reason}); {OTHERWISE}"
 
 
 def download_dataset(name: str, revision: str | None, data_dir: str | None) -> Path:
-    """Download a dataset repository's JSON and Parquet files and return the local folder (the Hub's cache).
+    """Download a dataset repository's JSON and Parquet files and return the local folder (the Hub's cache)."""
+    from huggingface_hub import snapshot_download
 
-    Raises:
-        UserError: it does not exist, or the Hub does not answer.
-    """
     folder = f"{data_dir}/" if data_dir else ""
     suffixes = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
     patterns = ["README.md", *(f"{folder}*{suffix}" for suffix in suffixes)]
     with explain_load_errors("dataset", name, revision):
-        return download_files(name, revision, repo_type="dataset", allow_patterns=patterns)
-
-
-def download_files(name: str, revision: str | None, **patterns: Any) -> Path:
-    """Download the files of a repository that `patterns` picks, and return the local folder (the Hub's cache)."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, revision=revision, **patterns))
+        return Path(snapshot_download(name, revision=revision, repo_type="dataset", allow_patterns=patterns))

@@ -4,22 +4,17 @@ A LoRA adapter counts as a model: it is merged into its base's weights as it is 
 """
 
 import hashlib
-import json
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.hf_argparser import HfArg
-
 from tinydpo.errors import UserError
-from tinydpo.models.hub import download_files, explain_load_errors
+from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.precision import set_compute_dtype
 from tinydpo.run_folder import RunFolder
 
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_model(name: str, revision: str | None = None, dtype: Any = None, device: Any = None) -> Any:
@@ -63,17 +58,18 @@ def load_pretrained(
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model (UserError: it cannot be loaded, or has no end token)."""
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
 
     if not name:
         raise UserError("model_name_or_path is not set; give a Hub id or a local folder")
     with explain_load_errors("model", name, revision):
-        folder = Path(name)
-        if not folder.exists():
+        folder = name
+        if not Path(name).exists():
             # AutoTokenizer takes a failed request for a file that does not exist, and without config.json it may
             # return a tokenizer of another type. So the files are downloaded first.
             patterns = [*TOKENIZER_FILES, "*.py"] if trust_remote_code else TOKENIZER_FILES
-            folder = download_files(name, revision, allow_patterns=patterns, ignore_patterns="*/*")
+            folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     tokenizer.name_or_path = name
     if tokenizer.eos_token_id is None:
@@ -81,14 +77,9 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
-def find_differing_tokens(one: Any, other: Any) -> list[str]:
-    """The tokens that two tokenizers do not both have under the same id, sorted."""
-    return sorted({token for token, _ in one.get_vocab().items() ^ other.get_vocab().items()})
-
-
 def check_same_vocabulary(policy: Any, ref: Any) -> None:
     """Refuse tokenizers with different vocabularies, whose models' log-probs cannot be compared (UserError)."""
-    differing = find_differing_tokens(policy, ref)
+    differing = sorted({token for token, _ in policy.get_vocab().items() ^ ref.get_vocab().items()})
     if differing:
         raise UserError(
             f"policy and reference have different vocabularies ({len(differing)} tokens differ, such as "
@@ -98,101 +89,41 @@ def check_same_vocabulary(policy: Any, ref: Any) -> None:
 
 
 def find_adapter(name: str, revision: str | None = None) -> Path | None:
-    """The local folder of an adapter, downloaded if need be; None where `name` is something else.
-
-    Raises:
-        UserError: its weights are not safetensors.
-    """
+    """The local folder of an adapter, downloaded if need be; None where `name` is something else."""
     from transformers.utils import cached_file, find_adapter_config_file
 
     with explain_load_errors("model", name, revision):
         config = find_adapter_config_file(name, revision=revision)
         if config is None:
             return None
-        weights = cached_file(name, ADAPTER_WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if weights is None:
-        raise UserError(
-            f"adapter {name} has no {ADAPTER_WEIGHTS}; pickled weights are not read, save it again as safetensors"
-        )
+        cached_file(name, "adapter_model.safetensors", revision=revision)  # pickled weights are not read
     return Path(config).parent
 
 
 def merge_adapter(folder: Path, base: str | None = None) -> Any:
-    """A base model with an adapter added to its weights: a plain model, whose outputs are the adapter's.
+    """A base model with an adapter added to its weights: a plain model, in float32 on the CPU and in eval mode.
 
     Args:
         folder: an adapter's, with its weights in safetensors.
         base: folder or Hub id of the base; by default the one that the adapter names.
 
-    Returns:
-        The model in float32 on the CPU, in eval mode.
-
     Raises:
-        UserError: the adapter is no LoRA, or does not belong to this base: quantized, of other shapes or another
-            vocabulary, or trained again since.
+        UserError: the base is quantized, or has other weights than the adapter was trained on.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
+    from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"adapter {folder} is of type {config.get('peft_type')}; only LORA can be merged")
-    own_base = config["base_model_name_or_path"]
+    adapter = PeftConfig.from_pretrained(folder)
+    own_base = adapter.base_model_name_or_path
     base = base or own_base
-    revision = config.get("revision") if base == own_base else None
-    _check_base(folder, base, revision)
-    model, _ = load_pretrained(AutoModelForCausalLM, base, revision)
-    mismatch = f"adapter {folder} does not fit the base {base}"
-    try:
-        with warnings.catch_warnings(action="ignore"):  # peft warns of missing weights, which are refused below
-            model = PeftModel.from_pretrained(model, folder)
-        if set(get_peft_model_state_dict(model)) != set(load_file(folder / ADAPTER_WEIGHTS)):
-            raise UserError(f"{mismatch}: it has other layers; pass the base that it was trained on")
-        return model.merge_and_unload(safe_merge=True).eval()
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[-1].strip()
-        raise UserError(f"{mismatch} ({reason}); pass the base that it was trained on") from None
-
-
-def _check_base(folder: Path, base: str, revision: str | None) -> None:
-    """Refuse a base that is wrong by its config, digest or tokenizer, before its weights are loaded."""
-    from transformers import AutoConfig
-
-    with explain_load_errors("model", base, revision):
-        config = AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"base {base} is quantized; merge adapter {folder} into the same weights in full precision")
     recorded = RunFolder.of_model(folder).read_environment().get("base_sha256")
     if recorded and Path(base).is_dir() and recorded != hash_weights(Path(base)):
         raise UserError(f"base {base} has other weights than adapter {folder} was trained on: train the adapter again")
-    if (folder / "tokenizer_config.json").is_file():
-        differing = find_differing_tokens(load_tokenizer(str(folder)), load_tokenizer(base, revision))
-        if differing:
-            raise UserError(
-                f"base {base} has another vocabulary than adapter {folder} (token {differing[0]!r} differs); pass the "
-                "base that it was trained on"
-            )
-
-
-@dataclass
-class MergeArguments:
-    """Which adapter, and where the plain checkpoint goes."""
-
-    model_name_or_path: str | None = HfArg(default=None, help="The adapter: folder or Hub id.")
-    model_revision: str | None = HfArg(default=None, help="Commit, tag or branch, on the Hub.")
-    base_model_name_or_path: str | None = HfArg(
-        default=None, help="Its base, in full precision; by default the one that the adapter names."
-    )
-    output_dir: str | None = HfArg(default=None, help="A new or empty folder for the checkpoint.")
-
-    def __post_init__(self):
-        """Check the values (ValueError)."""
-        if not self.model_name_or_path or not self.output_dir:
-            raise ValueError("pass --model_name_or_path, an adapter, and --output_dir, a new folder")
-        folder = Path(self.output_dir)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise ValueError(f"output_dir {folder} exists and is not empty; choose a new folder")
+    model, _ = load_pretrained(AutoModelForCausalLM, base, adapter.revision if base == own_base else None)
+    if getattr(model.config, "quantization_config", None):
+        raise UserError(f"base {base} is quantized; merge adapter {folder} into the same weights in full precision")
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft uses transformers' older names
+        return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True).eval()
 
 
 def refuse_adapter(name: str, needed: str, instead: str) -> None:
@@ -205,14 +136,11 @@ def refuse_adapter(name: str, needed: str, instead: str) -> None:
 
 
 def get_adapter_kwargs(model_args: Any) -> dict[str, Any]:
-    """What TRL's trainers need for a `ModelConfig`: `quantization_config` and `peft_config`, None if not asked for.
+    """`quantization_config` and `peft_config` for TRL's trainers, as a `ModelConfig` asks for them, or None.
 
     Loading a quantized model after this is safe on every CPU. On those with AVX512-BF16, bitsandbytes repacks a 4-bit
     layer for inference at its first forward in eval mode without gradients (the reference pass, an evaluation), after
     which its gradients are silently zero.
-
-    Raises:
-        UserError: the model is itself an adapter, which TRL cannot load.
     """
     from trl import get_peft_config, get_quantization_config
 

@@ -13,11 +13,7 @@ from typing import Any
 
 
 def has_fast_bf16(device: str) -> bool:
-    """Whether a device ("cuda" or "cpu") has bf16 in hardware and gains from it.
-
-    GPUs before capability 8 emulate it. CPUs with AMX multiply in it 7 times as fast as in float32, with AVX512-BF16
-    alone 1.5 times, with neither many times slower (docs/performance.md).
-    """
+    """Whether a device ("cuda" or "cpu") has bf16 in hardware (docs/performance.md); others emulate it slowly."""
     import torch
 
     if device == "cuda":
@@ -80,18 +76,11 @@ def float32_mode(model: Any) -> Iterator[None]:
 
     before = get_compute_dtype(model)
     model.compute_dtype = torch.float32
-    model.is_exact = True
     try:
         with torch.autocast(model.device.type, enabled=False), matmul_precision("highest"):
             yield
     finally:
         model.compute_dtype = before
-        model.is_exact = False
-
-
-def in_float32_mode(model: Any) -> bool:
-    """Whether a model is under `float32_mode` just now."""
-    return getattr(model, "is_exact", False)
 
 
 @contextmanager
