@@ -5,9 +5,6 @@
 `--dataset_name` reads what it writes (docs/on-policy.md). After an interruption, run the same command again.
 """
 
-import io
-import json
-
 from stages import get_config_path, train_missing_model
 
 from tinydpo.config.arguments import DataArguments
@@ -16,7 +13,7 @@ from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import on_policy
-from tinydpo.evaluation.results import make_output_folder
+from tinydpo.evaluation.results import make_output_folder, write_jsonl
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
 from tinydpo.evaluation.sampling import prepare_prompts
 from tinydpo.files import write_atomic, write_json
@@ -49,17 +46,14 @@ def main(argv: list[str] | None = None) -> None:
     counts = on_policy.count_answers(answers, rows, args.pair_by)
 
     for split, pairs in rows.items():
-        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
-        write_atomic(folder / f"{split}.jsonl", "".join(lines))
+        write_jsonl(folder / f"{split}.jsonl", pairs)
     pairs = [*rows["train"], *rows["test"]]
-    png = io.BytesIO()
     draw_reward_histogram(
         [answer.reward for scored in answers for answer in scored],
         [pair["reward_chosen"] for pair in pairs],
         [pair["reward_rejected"] for pair in pairs],
         reward.name(),
-    ).savefig(png, format="png", dpi=150)
-    write_atomic(folder / "rewards.png", png.getvalue())
+    ).savefig(folder / "rewards.png", dpi=150)
     write_atomic(folder / "README.md", on_policy.render_pairs_card(folder, settings, reward, counts))
     write_json(folder / on_policy.PAIRS_RESULTS, {"settings": settings, "counts": counts})
     for name, value in counts.items():

@@ -23,7 +23,7 @@ def test_reward_functions_are_summed_and_checked():
     def length(prompts: list[str], completions: list[str], completion_ids: list, **kwargs: Any) -> list[float]:
         return [float(len(text) + len(ids)) for text, ids in zip(completions, completion_ids, strict=True)]
 
-    assert score_answers([length, length], texts, ["ab", ""], [[1], []]).tolist() == [6.0, 0.0]
+    assert score_answers([length, length], texts, ["ab", ""], [[1], []]).tolist() == [[3.0, 0.0]] * 2
     for broken in (lambda **_: [1.0], lambda **_: [None, 1.0], lambda **_: [math.nan, 1.0], lambda **_: 1 / 0):
         with pytest.raises(UserError, match="reward function"):
             score_answers([broken], texts, ["ab", ""], [[1], []])

@@ -13,6 +13,13 @@ from tinydpo.config.arguments import RowArguments, resolve_row_length
 from tinydpo.models.loading import check_same_vocabulary, load_tokenizer
 
 
+def check_given(args: Any, *names: str, hint: str) -> None:
+    """Raise a ValueError for the first of these flags without a value."""
+    for name in names:
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing; {hint}")
+
+
 @dataclass
 class PolicyArguments:
     """A policy, the prompts that it answers, and where the results go."""
@@ -33,17 +40,7 @@ class PolicyArguments:
     )
 
     def __post_init__(self):
-        """Check the values (ValueError)."""
-        for name in ("model_name_or_path", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing; pass a policy and an output folder")
-        self.at_least(max_length=4, num_prompts=1, batch_size=1)
-
-    def at_least(self, **bounds: int) -> None:
-        """Raise a ValueError if a value is below its bound."""
-        for name, bound in bounds.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        check_given(self, "model_name_or_path", "output_dir", hint="pass a policy and an output folder")
 
 
 @dataclass
@@ -53,15 +50,6 @@ class SamplingArguments(PolicyArguments):
     temperature: float = HfArg(default=1.0, help="Divides the logits when sampling.")
     top_k: int = HfArg(default=0, help="Sample from the k most likely tokens only; 0: from all.")
     top_p: float = HfArg(default=1.0, help="Sample from the likeliest tokens of this mass; 1: from all.")
-
-    def __post_init__(self):
-        """Check the values (ValueError)."""
-        super().__post_init__()
-        self.at_least(top_k=0)
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -79,10 +67,8 @@ class ComparisonArguments(PolicyArguments):
     ref_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reference on the Hub.")
 
     def __post_init__(self):
-        """Check the values (ValueError)."""
         super().__post_init__()
-        if not self.ref_model_name_or_path:
-            raise ValueError("--ref_model_name_or_path is missing; pass the model that the policy was trained from")
+        check_given(self, "ref_model_name_or_path", hint="pass the model that the policy was trained from")
 
     @property
     def models(self) -> dict[str, tuple[str, str | None]]:
@@ -106,8 +92,5 @@ class EvaluateArguments(RowArguments, ComparisonArguments, SamplingArguments):
     beta: float = HfArg(default=0.1, help="β of the implicit reward and the DPO loss. The run's, if it has one.")
 
     def __post_init__(self):
-        """Check the values (ValueError), and set the length of packed rows: None without a shared prefix."""
         super().__post_init__()
-        if self.beta <= 0:
-            raise ValueError(f"beta must be above 0, got {self.beta}")
         self.row_length = resolve_row_length(self.max_length, self.row_length) if self.shared_prefix else None

@@ -11,18 +11,20 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import UserError
+from tinydpo.evaluation.arguments import check_given
 from tinydpo.evaluation.metrics import wilson_interval
 from tinydpo.evaluation.sampling import choose_prompts
+from tinydpo.files import write_atomic
 
 QUESTION = """\
 Below are a conversation and two replies to its last turn. Which reply helps the person more? Weigh what is said, not \
@@ -58,32 +60,19 @@ RETRIES = 5  # the client's own: of 429, 5xx, time-outs and lost connections, wi
 class JudgeArguments:
     """Which judge to ask. Its key comes from the environment only: JUDGE_API_KEY, else OPENAI_API_KEY."""
 
-    judge_base_url: str | None = field(
-        default=None, metadata={"help": "An endpoint of OpenAI's protocol, such as http://127.0.0.1:8000/v1."}
+    judge_base_url: str | None = HfArg(
+        default=None, help="An endpoint of OpenAI's protocol, such as http://127.0.0.1:8000/v1."
     )
-    judge_model: str | None = field(default=None, metadata={"help": "The judge's name at that endpoint."})
-    judge_concurrency: int = field(
-        default=8,
-        metadata={
-            "help": "Questions sent at once. Pass 1 for a local server that answers one at a time: the others would "
-            "wait there until they time out."
-        },
+    judge_model: str | None = HfArg(default=None, help="The judge's name at that endpoint.")
+    judge_concurrency: int = HfArg(
+        default=8, help="Questions sent at once: 1 for a local server that answers one at a time."
     )
-    judge_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for one reply."})
+    judge_timeout: float = HfArg(default=120.0, help="Seconds to wait for one reply.")
 
     def __post_init__(self):
-        """Check the endpoint; an address with a secret in it is refused, because addresses are stored (ValueError)."""
-        for name in ("judge_base_url", "judge_model"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing; a win rate needs a judge, and `transformers serve` can be one")
-        url = urlsplit(self.judge_base_url)
-        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query or url.fragment:
-            raise ValueError(
-                "judge_base_url must look like https://host/v1, without a user, password or query; "
-                "set the key in the environment as JUDGE_API_KEY"
-            )
-        if self.judge_concurrency < 1:
-            raise ValueError(f"judge_concurrency must be at least 1, got {self.judge_concurrency}")
+        check_given(self, "judge_base_url", "judge_model", hint="a win rate needs a judge (docs/evaluation.md)")
+        if {"@", "?", "#"} & set(self.judge_base_url):  # addresses are stored, and these may hold a secret
+            raise ValueError("judge_base_url must hold no user, password or query; set the key as JUDGE_API_KEY")
 
 
 def read_verdict(reply: str) -> str:
@@ -113,7 +102,6 @@ class Judge:
     """
 
     def __init__(self, args: JudgeArguments, cache_file: Path):
-        """Read the saved verdicts (UserError: the client is not installed, or the key cannot be one)."""
         try:
             import openai  # noqa: F401 - only whether it is there
         except ImportError:
@@ -123,7 +111,7 @@ class Judge:
         self.args = args
         self.cache_file = cache_file
         self._key = (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not (self._key.isascii() and self._key.isprintable()):
+        if not (self._key.isascii() and self._key.isprintable()):  # the client's error would print it
             raise UserError("the judge's key in the environment holds characters that no key has; set it again")
         self._rows = self._read_cache()
         self._used: set[str] = set()  # keys of the verdicts given out
@@ -182,29 +170,20 @@ class Judge:
     async def _ask_all(self, questions: dict[str, str], desc: str) -> None:
         from openai import AsyncOpenAI
 
-        limit = asyncio.Semaphore(self.args.judge_concurrency)
         client = AsyncOpenAI(
             base_url=self.args.judge_base_url,
             api_key=self._key or "none",  # a local server needs none, but the client insists on one
             timeout=self.args.judge_timeout,
             max_retries=RETRIES,
         )
+        limit = asyncio.Semaphore(self.args.judge_concurrency)
+        asked = [self._ask_one(client, limit, key, question) for key, question in questions.items()]
+        async with client:
+            await tqdm.gather(*asked, desc=desc, leave=False, disable=None)  # after a failure nothing more is asked
 
-        async def ask(key: str, question: str) -> None:
-            async with limit:
-                await self._ask_one(client, key, question)
-            bar.update()
-
-        with tqdm(desc=desc, total=len(questions), leave=False, disable=None) as bar:
-            try:
-                async with client, asyncio.TaskGroup() as group:
-                    for key, question in questions.items():
-                        group.create_task(ask(key, question))
-            except ExceptionGroup as failures:  # after the first failure nothing more is asked
-                raise failures.exceptions[0] from None
-
-    async def _ask_one(self, client: Any, key: str, question: str) -> None:
-        reply, verdict, usage = await self._get_reply(client, question)
+    async def _ask_one(self, client: Any, limit: asyncio.Semaphore, key: str, question: str) -> None:
+        async with limit:
+            reply, verdict, usage = await self._get_reply(client, question)
         row = {
             "key": key,
             "verdict": verdict,
@@ -250,10 +229,7 @@ class Judge:
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 return f"refuses the key ({error.status_code}); set JUDGE_API_KEY or OPENAI_API_KEY to one it accepts"
             case openai.NotFoundError():
-                return (
-                    f"does not know the address or the model {self.args.judge_model!r} (404); check --judge_base_url, "
-                    "which usually ends in /v1, and --judge_model"
-                )
+                return "answers 404; check --judge_model, and --judge_base_url, which usually ends in /v1"
             case openai.APITimeoutError():
                 return (
                     f"sent no reply within {self.args.judge_timeout:g} s, {RETRIES + 1} times; raise --judge_timeout, "
@@ -272,29 +248,17 @@ class Judge:
     def _read_cache(self) -> dict[str, dict[str, Any]]:
         if not self.cache_file.exists():
             return {}
-        rows = {}
-        text = self.cache_file.read_text(encoding="utf-8", errors="replace")
-        for line in text.split("\n"):
-            try:
-                row = json.loads(line)
-            except ValueError:  # the empty end, or a line that a killed run left half written
-                continue
-            rows[row["key"]] = row
-        if text and not text.endswith("\n"):
-            with self.cache_file.open("a") as file:
-                file.write("\n")
-        return rows
+        *lines, rest = self.cache_file.read_text().split("\n")
+        if rest:  # a killed run has left its last line half written
+            write_atomic(self.cache_file, "".join(line + "\n" for line in lines))
+        return {row["key"]: row for row in map(json.loads, lines)}
 
     def _hide_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
 
 
 def calibrate_judge(judge: Judge, texts: Dataset, tokenizer: Any, pairs: int, seed: int) -> dict[str, Any] | None:
-    """Ask the judge about at most so many held-out pairs, chosen against rejected, whole as they were labelled.
-
-    Returns:
-        The figures of `measure_agreement`; None if `pairs` is 0.
-    """
+    """`measure_agreement` on so many held-out pairs, chosen against rejected, whole as they were labelled; 0: None."""
     if not pairs:
         return None
     rows = get_readable_columns(choose_prompts(texts, pairs, seed), tokenizer, "chosen", "rejected")

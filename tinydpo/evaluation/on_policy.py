@@ -8,13 +8,14 @@ it would teach the policy to stop in the middle of a sentence.
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from datasets import Dataset
+from transformers.hf_argparser import HfArg
 from trl.trainer.utils import hash_module
 
 from tinydpo.config.arguments import DataArguments, list_sources
@@ -23,7 +24,7 @@ from tinydpo.data.rows import REWARD_COLUMNS
 from tinydpo.data.splits import HOLD_OUT_SEED
 from tinydpo.data.text import get_prompts
 from tinydpo.errors import UserError
-from tinydpo.evaluation.arguments import SamplingArguments
+from tinydpo.evaluation.arguments import SamplingArguments, check_given
 from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, as_completion, score_answers
 from tinydpo.evaluation.sampling import Answers, sample_cached
 from tinydpo.files import find_difference, public_name, read_json
@@ -37,19 +38,11 @@ PAIRS_RESULTS = "pairs_results.json"  # written last: where it exists, the pairs
 class PairsArguments(SamplingArguments):
     """How often the policy answers each prompt, and what becomes a pair."""
 
-    num_prompts: int = field(default=2000, metadata={"help": "Prompts of the train split to answer."})
-    samples_per_prompt: int = field(default=8, metadata={"help": "Answers to each; more lie further apart."})
-    pair_by: Literal["best_worst", "all"] = field(
-        default="best_worst",
-        metadata={
-            "help": "best_worst: a prompt's best answer against its worst; all: every two that score differently."
-        },
+    num_prompts: int = HfArg(default=2000, help="Prompts of the train split to answer.")
+    samples_per_prompt: int = HfArg(default=8, help="Answers to each; more lie further apart.")
+    pair_by: Literal["best_worst", "all"] = HfArg(
+        default="best_worst", help="A prompt's best answer against its worst, or every two that score differently."
     )
-
-    def __post_init__(self):
-        """Refuse numbers that give no pairs or no held-out ones, too (ValueError)."""
-        super().__post_init__()
-        self.at_least(num_prompts=2, samples_per_prompt=2)
 
 
 class ScoredAnswer(NamedTuple):
@@ -113,7 +106,7 @@ def score_samples(
     samples = len(answers.ids) // len(texts)
     repeated = texts.select(np.repeat(range(len(texts)), samples))
     written = answers.texts(tokenizer)
-    rewards = score_answers(functions, repeated, written, answers.ids).tolist()
+    rewards = score_answers(functions, repeated, written, answers.ids).sum(0).tolist()
     scored = [ScoredAnswer(*answer) for answer in zip(written, answers.ended, rewards, strict=True)]
     return [scored[start : start + samples] for start in range(0, len(scored), samples)]
 
@@ -218,29 +211,23 @@ def render_pairs_card(folder: Path, settings: dict[str, Any], reward: RewardArgu
 class RoundArguments:
     """Which recipes make a round, and how many rounds."""
 
-    recipe: str | None = field(
-        default=None,
-        metadata={"help": "Folder with pairs.yaml, dpo-on-policy.yaml and evaluate.yaml, the stages of a round."},
+    recipe: str | None = HfArg(
+        default=None, help="Folder with pairs.yaml, dpo-on-policy.yaml and evaluate.yaml, the stages of a round."
     )
-    rounds: int = field(default=2, metadata={"help": "Rounds in all; those made before are not made again."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for round-1, round-2 …; by default runs/<recipe folder>."}
+    rounds: int = HfArg(default=2, help="Rounds in all; those made before are not made again.")
+    output_dir: str | None = HfArg(
+        default=None, help="Folder for round-1, round-2 …; by default runs/<recipe folder>."
     )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Where the first round starts, the reference of all; by default dpo-on-policy.yaml's."},
+    model_name_or_path: str | None = HfArg(
+        default=None, help="Where the first round starts, the reference of all; by default dpo-on-policy.yaml's."
     )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Prompts to answer, and held-out pairs; by default the recipes' own."}
+    dataset_name: str | None = HfArg(
+        default=None, help="Prompts to answer, and held-out pairs; by default the recipes' own."
     )
-    seed: int = field(default=0, metadata={"help": "Of sampling, training and evaluation."})
+    seed: int = HfArg(default=0, help="Of sampling, training and evaluation.")
 
     def __post_init__(self):
-        """Check what is needed, and name the output folder after the recipe's (ValueError)."""
-        if not self.recipe:
-            raise ValueError("--recipe is missing; recipes/quickstart shows what a round needs")
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        check_given(self, "recipe", hint="recipes/quickstart shows what a round needs")
         self.output_dir = self.output_dir or f"runs/{Path(self.recipe).resolve().name}"
 
 

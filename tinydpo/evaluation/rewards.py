@@ -39,9 +39,7 @@ class RewardArguments:
         default=None, help="Rewards as module.function, in TRL's form f(prompts, completions, **kwargs); summed."
     )
     reward_model_name_or_path: str | None = HfArg(
-        default=None,
-        help="A sequence-classification model of one output that scores prompt + answer, a conversation in its own "
-        "chat template: folder or Hub id.",
+        default=None, help="A sequence-classification model that scores prompt + answer: folder or Hub id."
     )
     reward_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reward model on the Hub.")
 
@@ -58,11 +56,7 @@ class RewardArguments:
 
 
 def load_rewards(args: RewardArguments, device: str, batch_size: int, dtype: Any = None) -> list[RewardFunction]:
-    """All rewards as functions, a reward model last; the other arguments are the model's.
-
-    Raises:
-        UserError: one of them cannot be loaded.
-    """
+    """All rewards as functions, a reward model last; the other arguments are the model's."""
     functions = [load_reward(name) for name in args.reward_funcs or []]
     if args.reward_model_name_or_path:
         name = args.reward_model_name_or_path
@@ -71,20 +65,14 @@ def load_rewards(args: RewardArguments, device: str, batch_size: int, dtype: Any
 
 
 def load_reward(name: str) -> RewardFunction:
-    """The function named `module.function`; the module may be in the working directory.
-
-    Raises:
-        UserError: no such module or function, or the module fails to import.
-    """
+    """The function named `module.function`; the module may be in the working directory."""
     module, _, function = name.rpartition(".")
-    if not module:
-        raise UserError(f"--reward_funcs {name!r} is not of the form module.function")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         reward = getattr(importlib.import_module(module), function, None)
-    except Exception as error:
-        raise UserError(f"--reward_funcs {name!r}: cannot import {module!r}: {error!r}") from None
+    except Exception as error:  # whatever the module does when it is imported
+        raise UserError(f"--reward_funcs {name!r} (module.function): cannot import {module!r}: {error!r}") from None
     if not callable(reward):
         raise UserError(f"--reward_funcs {name!r}: module {module!r} has no function {function!r}")
     return reward
@@ -94,11 +82,7 @@ class RewardModel:
     """A sequence-classification model, called like a reward function."""
 
     def __init__(self, name: str, revision: str | None, device: str, batch_size: int, dtype: Any = None):
-        """Load it; its blocks compute in `dtype` if its head is one linear layer, else in float32.
-
-        Raises:
-            UserError: it cannot be loaded, has more than one output, or no trained head.
-        """
+        """Load it; its blocks compute in `dtype` if its head is one linear layer, else in float32."""
         tokenizer = load_tokenizer(name, revision)
         model, loading = load_pretrained(AutoModelForSequenceClassification, name, revision, device=device)
         if loading["missing_keys"]:
@@ -151,24 +135,15 @@ def score_pairs(model: RewardFunction, held_out: FittedSplit, tokenizer: Any) ->
 
     Texts are cut as fitting cut them. A conversation is passed whole, for the model's own template.
     """
-    texts = held_out.texts
-    pairs = held_out.pairs
-    cut = {
-        part: tokenizer.batch_decode(pairs[f"{part}_ids"][:], skip_special_tokens=True)
-        for part in ("prompt", "chosen", "rejected")
-    }
+    ids = {part: held_out.pairs[f"{part}_ids"][:] for part in ("prompt", "chosen", "rejected")}
+    cut = {part: tokenizer.batch_decode(ids[part], skip_special_tokens=True) for part in ids}
+    whole_prompts = get_prompts(held_out.texts)
     prompts = [
-        text if isinstance(whole, str) else whole
-        for whole, text in zip(get_prompts(texts), cut["prompt"], strict=True)
+        text if isinstance(whole, str) else whole for whole, text in zip(whole_prompts, cut["prompt"], strict=True)
     ]
-    chosen = score_answers([model], texts, cut["chosen"], pairs["chosen_ids"][:], prompts)
-    rejected = score_answers([model], texts, cut["rejected"], pairs["rejected_ids"][:], prompts)
+    (chosen,) = score_answers([model], held_out.texts, cut["chosen"], ids["chosen"], prompts)
+    (rejected,) = score_answers([model], held_out.texts, cut["rejected"], ids["rejected"], prompts)
     return chosen, rejected
-
-
-def score_by_function(functions: Sequence[RewardFunction], *answers: Any) -> np.ndarray:
-    """`score_answers` by each function alone, (functions, n)."""
-    return np.stack([score_answers([function], *answers) for function in functions])
 
 
 def score_answers(
@@ -178,16 +153,14 @@ def score_answers(
     ids: Sequence[Sequence[int]],
     prompts: list[Prompt] | None = None,
 ) -> np.ndarray:
-    """Sum of the functions' rewards (n,) of an answer to each row of `texts` (`FittedSplit.texts`).
+    """The rewards (functions, n) of an answer to each row of `texts` (`FittedSplit.texts`).
 
-    `ids` are the answers' tokens; `prompts` are by default the rows' own, whole.
-
-    Raises:
-        UserError: a function fails, or does not return one finite number for each answer.
+    `ids` are the answers' tokens; `prompts` are by default the rows' own, whole. A function that fails, or does not
+    return one finite number for each answer, is a UserError.
     """
     prompts = prompts or get_prompts(texts)
     completions = [*map(as_completion, prompts, answers, texts["templated"][:])]
-    total = np.zeros(len(completions))
+    scores = []
     for function in functions:
         name = f"{function.__module__}.{getattr(function, '__name__', type(function).__name__)}"
         try:
@@ -195,19 +168,16 @@ def score_answers(
             values = np.asarray(rewards, dtype=np.float64)
         except Exception as error:
             raise UserError(f"reward function {name} failed: {error!r}") from None
-        if values.shape != total.shape or not np.isfinite(values).all():
-            raise UserError(f"reward function {name} must return {len(total)} finite numbers, one for each completion")
-        total += values
-    return total
+        count = len(completions)
+        if values.shape != (count,) or not np.isfinite(values).all():
+            raise UserError(f"reward function {name} must return {count} finite numbers, one for each completion")
+        scores.append(values)
+    return np.stack(scores)
 
 
 def as_completion(prompt: Prompt, answer: str, templated: bool) -> Prompt:
-    """An answer in the form of its prompt: a message after messages, else the text.
-
-    HH's form, which a policy without a chat template (`templated`) writes, has a space before the answer; the message
-    has none.
-    """
+    """An answer in the form of its prompt: a message after messages, else the text."""
     if isinstance(prompt, str):
         return answer
-    content = answer if templated else answer.removeprefix(" ")
+    content = answer if templated else answer.removeprefix(" ")  # without a chat template, HH's form has the space
     return [{"role": "assistant", "content": content}]

@@ -100,6 +100,7 @@ def sample_cached(
     """
     stops = sorted(get_stop_token_ids(model, tokenizer))
     kind = (weights or hash_module(model), str(get_compute_dtype(model)), model.device.type, stops)
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
     key = Hasher.hash((kind, prompts, max_new_tokens, sorted(settings.items())))
     path = Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers" / f"{key}.json"
     try:
@@ -133,14 +134,9 @@ def sample_answers(
     stops = get_stop_token_ids(model, tokenizer)
     pad_token_id = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=pad_token_id,
-    )
+        do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens,
+        eos_token_id=stops, pad_token_id=pad_token_id,
+    )  # fmt: skip
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, tuple[list[int], bool]] = {}
     torch.manual_seed(seed)
