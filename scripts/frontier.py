@@ -17,7 +17,7 @@ from tinydpo.config.launch import pick_device_and_dtype
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import frontier
-from tinydpo.evaluation.results import make_output_folder
+from tinydpo.evaluation.results import check_settings, make_output_folder
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
 from tinydpo.files import write_json
 from tinydpo.report.figures import draw_frontier
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = make_output_folder(args.output_dir)  # not before everything that measures is loaded
     settings = frontier.get_frontier_settings(args, reward, data, recipe) | measure.get_fingerprint()
-    frontier.check_frontier_settings(folder / "frontier.json", settings)
+    check_settings(folder / "frontier.json", settings)
     measured = frontier.read_finished_runs(folder)
     missing = [run for run in frontier.plan_runs(args) if run.name not in measured]
     print(f"{len(missing)} runs to make and {len(measured)} made before, in {folder}.", flush=True)

@@ -13,7 +13,7 @@ from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import on_policy
-from tinydpo.evaluation.results import make_output_folder, write_jsonl
+from tinydpo.evaluation.results import check_settings, make_output_folder, write_jsonl
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
 from tinydpo.evaluation.sampling import prepare_prompts
 from tinydpo.files import write_atomic, write_json
@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
         args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     folder = make_output_folder(args.output_dir)
     settings = on_policy.get_pairs_settings(args, reward, data)
-    if on_policy.has_finished_pairs(folder, settings):
+    check_settings(folder / on_policy.PAIRS_RESULTS, settings)
+    if (folder / on_policy.PAIRS_RESULTS).exists():
         print(f"{folder} holds these pairs already; delete the folder to make them again.")
         return
     device, dtype = pick_device_and_dtype(args.dtype)

@@ -113,7 +113,7 @@ def test_pairs_are_right_and_train(policy: Path, task: Path, tmp_path: Path, cap
     capsys.readouterr()
     sample(policy, task / "data", folder)
     assert "holds these pairs already" in capsys.readouterr().out, "finished pairs were made again"
-    with pytest.raises(UserError, match=r"seed: 0.*seed: 1.*--output_dir"):
+    with pytest.raises(UserError, match=r"another seed \(0, not 1\).*--output_dir"):
         sample(policy, task / "data", folder, "--seed", "1")
 
 

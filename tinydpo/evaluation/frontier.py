@@ -5,6 +5,7 @@ shuffled labels, which must not rise, and best-of-N samples of the reference.
 """
 
 import gc
+import itertools
 import json
 import math
 import random
@@ -34,7 +35,7 @@ from tinydpo.evaluation.arguments import check_given
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
 from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, score_answers
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
-from tinydpo.files import find_difference, read_json, write_atomic, write_json
+from tinydpo.files import read_json, write_atomic, write_json
 from tinydpo.models.loading import load_model, load_tokenizer
 from tinydpo.models.precision import get_compute_dtype
 from tinydpo.training.logps import token_logps
@@ -93,13 +94,11 @@ def plan_runs(args: FrontierArguments) -> list[FrontierRun]:
     """Every loss, β, learning rate and seed, and beside them DPO at the lowest β on shuffled labels."""
     lowest = min(args.betas)
     runs = []
-    for seed in args.seeds:
-        for rate in args.learning_rates or [None]:
-            end = f"seed{seed}" if rate is None else f"lr{rate:g}-seed{seed}"
-            for loss in args.losses:
-                for beta in args.betas:
-                    runs.append(FrontierRun(f"{loss}-beta{beta:g}-{end}", CURVES[loss], loss, beta, seed, rate))
-            runs.append(FrontierRun(f"shuffled-beta{lowest:g}-{end}", SHUFFLED, "sigmoid", lowest, seed, rate))
+    for seed, rate in itertools.product(args.seeds, args.learning_rates or [None]):
+        end = f"seed{seed}" if rate is None else f"lr{rate:g}-seed{seed}"
+        for loss, beta in itertools.product(args.losses, args.betas):
+            runs.append(FrontierRun(f"{loss}-beta{beta:g}-{end}", CURVES[loss], loss, beta, seed, rate))
+        runs.append(FrontierRun(f"shuffled-beta{lowest:g}-{end}", SHUFFLED, "sigmoid", lowest, seed, rate))
     return list(dict.fromkeys(runs))  # a value given twice is one run
 
 
@@ -285,14 +284,6 @@ def get_frontier_settings(
     of_runs = ("output_dir", "losses", "betas", "learning_rates", "seeds", "best_of")
     settings = {name: value for name, value in asdict(args).items() if name not in of_runs}
     return settings | asdict(reward) | asdict(data) | {"recipe": recipe}
-
-
-def check_frontier_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse to add to a `frontier.json` whose points were measured under other settings (UserError)."""
-    before = read_json(path, "settings").get("settings", settings)
-    key = find_difference(before, settings)
-    if key:
-        raise UserError(f"{path} was measured with another {key}; pass another --output_dir, or delete its folder")
 
 
 def get_run_key(point: dict[str, Any]) -> tuple[str, float, float, int]:

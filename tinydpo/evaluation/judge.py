@@ -84,15 +84,12 @@ def read_verdict(reply: str) -> str:
 
 
 def get_outcome(as_a: str, as_b: str) -> float | None:
-    """What the verdicts on a pair say about an answer that was shown as A, then as B.
-
-    Returns:
-        1 (wins in both orders), 0 (loses in both), 0.5 (a tie, or a judge that goes by the order), or None if either
-        verdict is invalid.
-    """
+    """1 if an answer, shown as A and then as B, wins in both orders, 0 if it loses in both; None if one is invalid."""
     if "invalid" in (as_a, as_b):
         return None
-    return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((as_a, as_b), 0.5)
+    if (as_a, as_b) == ("A", "B"):
+        return 1.0
+    return 0.0 if (as_a, as_b) == ("B", "A") else 0.5  # a tie, or a judge that goes by the order
 
 
 class Judge:
@@ -105,9 +102,7 @@ class Judge:
         try:
             import openai  # noqa: F401 - only whether it is there
         except ImportError:
-            raise UserError(
-                "the judge's client is not installed; `make winrate` installs it, or pip install '.[judge]'"
-            ) from None
+            raise UserError("the judge's client is missing; run `make winrate`, or pip install '.[judge]'") from None
         self.args = args
         self.cache_file = cache_file
         self._key = (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
@@ -120,11 +115,7 @@ class Judge:
     def compare(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], desc: str
     ) -> list[tuple[str, str]]:
-        """The verdicts on n pairs of answers, with the first one as A, then as B; equal answers tie without asking.
-
-        Raises:
-            UserError: the judge cannot be asked (its verdicts so far are saved), or none of its verdicts can be read.
-        """
+        """The verdicts on n pairs of answers, with the first one as A, then as B; equal answers tie without asking."""
         pairs = [(a.strip(), b.strip()) for a, b in zip(first, second, strict=True)]
         questions = []
         for prompt, (a, b) in zip(prompts, pairs, strict=True):
@@ -134,10 +125,8 @@ class Judge:
         answers = iter(self._ask(questions, desc))
         verdicts = [("tie", "tie") if a == b else (next(answers), next(answers)) for a, b in pairs]
         if all(get_outcome(*pair) is None for pair in verdicts):
-            raise UserError(
-                f"none of {self.args.judge_model}'s verdicts ({desc}) can be read; its replies are in "
-                f"{self.cache_file}, try another --judge_model"
-            )
+            what = f"none of {self.args.judge_model}'s verdicts ({desc}) can be read"
+            raise UserError(f"{what}; its replies are in {self.cache_file}, try another --judge_model")
         return verdicts
 
     def count_tokens(self) -> dict[str, int]:
@@ -231,10 +220,8 @@ class Judge:
             case openai.NotFoundError():
                 return "answers 404; check --judge_model, and --judge_base_url, which usually ends in /v1"
             case openai.APITimeoutError():
-                return (
-                    f"sent no reply within {self.args.judge_timeout:g} s, {RETRIES + 1} times; raise --judge_timeout, "
-                    "or pass --judge_concurrency 1 if it is a local server"
-                )
+                tries = f"within {self.args.judge_timeout:g} s, {RETRIES + 1} times"
+                return f"sent no reply {tries}; raise --judge_timeout, or pass --judge_concurrency 1 to a local server"
             case openai.APIStatusError():
                 return f"answers {error.status_code}: {error.message}"
             case openai.APIConnectionError():
@@ -269,9 +256,8 @@ def calibrate_judge(judge: Judge, texts: Dataset, tokenizer: Any, pairs: int, se
 def measure_agreement(verdicts: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """How far n pairs of verdicts, with the chosen answer as A and as B, agree with the labels.
 
-    Returns:
-        Counts; `agreement`, the share of valid pairs whose chosen answer the judge prefers (ties half, as in a win
-        rate) with its 95 % interval; and `turned_share`, the share on which the verdict changes with the order.
+    `agreement` is the share of valid pairs whose chosen answer the judge prefers (ties half, as in a win rate), and
+    `turned_share` the share of those on which the verdict changes with the order.
     """
     valid = [pair for pair in verdicts if get_outcome(*pair) is not None]
     outcomes = [get_outcome(*pair) for pair in valid]

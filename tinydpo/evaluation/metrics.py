@@ -10,6 +10,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from tinydpo.evaluation.sampling import Answers
 from tinydpo.training.logps import PairLogps
@@ -215,11 +216,5 @@ def rank_agreement(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's, ties by their mean rank; 0 if all values of one are equal."""
-    ranks = np.stack([_rank(one.ravel()), _rank(other.ravel())])
+    ranks = np.stack([pd.Series(values.ravel()).rank() for values in (one, other)])
     return float(np.corrcoef(ranks)[0, 1]) if ranks.std(1).all() else 0.0
-
-
-def _rank(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, the mean rank for equal values."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[places]

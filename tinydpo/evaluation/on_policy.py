@@ -20,14 +20,13 @@ from trl.trainer.utils import hash_module
 
 from tinydpo.config.arguments import DataArguments, list_sources
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
-from tinydpo.data.rows import REWARD_COLUMNS
 from tinydpo.data.splits import HOLD_OUT_SEED
 from tinydpo.data.text import get_prompts
 from tinydpo.errors import UserError
 from tinydpo.evaluation.arguments import SamplingArguments, check_given
 from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, as_completion, score_answers
 from tinydpo.evaluation.sampling import Answers, sample_cached
-from tinydpo.files import find_difference, public_name, read_json
+from tinydpo.files import public_name, read_json
 from tinydpo.models.loading import hash_weights
 
 PROMPTS_AT_ONCE = 256  # sampled answers are cached this often: a run that is cut short repeats no more than this
@@ -46,10 +45,10 @@ class PairsArguments(SamplingArguments):
 
 
 class ScoredAnswer(NamedTuple):
-    """An answer as text, whether the policy ended it itself, and its reward."""
+    """An answer and its reward."""
 
     text: str
-    ended: bool
+    ended: bool  # by the policy itself
     reward: float
 
 
@@ -63,20 +62,6 @@ def get_pairs_settings(args: PairsArguments, reward: RewardArguments, data: Data
     return settings
 
 
-def has_finished_pairs(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds exactly these pairs (UserError: it holds pairs made with other settings)."""
-    before = read_json(folder / PAIRS_RESULTS, "settings").get("settings")
-    if before is None:
-        return False
-    key = find_difference(before, settings)
-    if key:
-        raise UserError(
-            f"{folder} holds pairs made with {key}: {before.get(key)}, these have {key}: {settings.get(key)}; "
-            "pass another --output_dir, or delete the folder"
-        )
-    return True
-
-
 def sample_several(model: Any, tokenizer: Any, prompts: list[list[int]], args: PairsArguments) -> Answers:
     """`samples_per_prompt` answers to each of n prompts, the answers to one prompt side by side."""
     ids: list[list[int]] = []
@@ -84,16 +69,10 @@ def sample_several(model: Any, tokenizer: Any, prompts: list[list[int]], args: P
     weights = hash_module(model)
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         batch = prompts[start : start + PROMPTS_AT_ONCE]
-        answers = sample_cached(
-            model,
-            tokenizer,
-            [prompt for prompt in batch for _ in range(args.samples_per_prompt)],
-            args.max_length // 2,
-            f"answers to prompts {start + 1} to {start + len(batch)} of {len(prompts)}",
-            seed=args.seed + start,
-            weights=weights,
-            **args.sampling,
-        )
+        repeated = [prompt for prompt in batch for _ in range(args.samples_per_prompt)]
+        desc = f"answers to prompts {start + 1} to {start + len(batch)} of {len(prompts)}"
+        settings = {"seed": args.seed + start, "weights": weights, **args.sampling}
+        answers = sample_cached(model, tokenizer, repeated, args.max_length // 2, desc, **settings)
         ids += answers.ids
         ended += answers.ended
     return Answers(ids, ended)
@@ -146,17 +125,15 @@ def make_rows(
                 "prompt": prompt,
                 "chosen": as_completion(prompt, better.text, templated),
                 "rejected": as_completion(prompt, worse.text, templated),
-                REWARD_COLUMNS[0]: better.reward,
-                REWARD_COLUMNS[1]: worse.reward,
+                "reward_chosen": better.reward,
+                "reward_rejected": worse.reward,
             }
             if subset:
                 row["subset"] = subset
             rows["test" if index in held_out else "train"].append(row)
     if not (rows["train"] and rows["test"]):
-        raise UserError(
-            f"{count} prompts gave {len(rows['train'])} pairs to train on and {len(rows['test'])} held out; raise "
-            "--num_prompts or --samples_per_prompt, or --test_split_size"
-        )
+        found = f"{count} prompts gave {len(rows['train'])} pairs to train on and {len(rows['test'])} held out"
+        raise UserError(f"{found}; raise --num_prompts, --samples_per_prompt or --test_split_size")
     return rows
 
 
@@ -187,14 +164,12 @@ def render_pairs_card(folder: Path, settings: dict[str, Any], reward: RewardArgu
     from huggingface_hub import DatasetCard, DatasetCardData
 
     files = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "test")]
-    metadata = DatasetCardData(
-        configs=[{"config_name": "default", "data_files": files}], tags=["tinydpo", "preference", "on-policy"]
-    )
+    configs = [{"config_name": "default", "data_files": files}]
     policy = f"`{public_name(settings['model_name_or_path'], settings['model_revision'])}`"
     if "weights" in settings:
         policy += f" (local, weights {settings['weights'][:12]}…)"
     card = DatasetCard.from_template(
-        metadata,
+        DatasetCardData(configs=configs, tags=["tinydpo", "preference", "on-policy"]),
         template_path=Path(__file__).with_name("templates") / "pairs.md",
         title=f"{folder.absolute().parent.name}/{folder.name}",
         policy=policy,
@@ -240,18 +215,11 @@ def collect_rounds(folders: Sequence[Path]) -> dict[str, Any]:
         if not rounds:
             settings = figures["settings"]
             rounds.append({"name": "SFT", "kl": 0.0, "kl_se": 0.0, **_collect_role(figures, "ref")})
-        rounds.append(
-            {
-                "name": folder.name,
-                "kl": figures["kl_per_sequence"],
-                "kl_se": figures["kl_per_sequence_se"],
-                **_collect_role(figures, "policy"),
-                "over_sft": figures.get("win_rate_vs_ref"),
-                "over_sft_ci95": figures.get("win_rate_ci95"),
-                "over_before": before.get("win_rate_vs_ref"),
-                "over_before_ci95": before.get("win_rate_ci95"),
-            }
-        )
+        one = {"name": folder.name, "kl": figures["kl_per_sequence"], "kl_se": figures["kl_per_sequence_se"]}
+        one |= _collect_role(figures, "policy")
+        for name, compared in (("over_sft", figures), ("over_before", before)):
+            one |= {name: compared.get("win_rate_vs_ref"), f"{name}_ci95": compared.get("win_rate_ci95")}
+        rounds.append(one)
     reward = RewardArguments(settings.get("reward_funcs"), settings.get("reward_model_name_or_path"))
     return {"reward": reward.name(), "rounds": rounds}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation.table import Row, headline_rows
-from tinydpo.files import write_atomic, write_json
+from tinydpo.files import find_difference, read_json, write_atomic, write_json
 from tinydpo.run_folder import RunFolder
 
 
@@ -21,6 +21,15 @@ def make_output_folder(output_dir: str) -> Path:
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: {error.strerror}; choose another folder") from None
     return folder
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to add to results that were made with other settings."""
+    before = read_json(path, "settings").get("settings", settings)
+    key = find_difference(before, settings)
+    if key:
+        change = f"another {key} ({before.get(key)}, not {settings.get(key)})"
+        raise UserError(f"{path} was made with {change}; pass another --output_dir, or delete its folder")
 
 
 def columns_to_rows(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:

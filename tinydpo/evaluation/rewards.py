@@ -46,9 +46,8 @@ class RewardArguments:
     def names(self) -> list[str]:
         """Short names: of a function without its module, of a model the last part of its path."""
         names = [name.rsplit(".", 1)[-1] for name in self.reward_funcs or []]
-        if self.reward_model_name_or_path:
-            names.append(Path(self.reward_model_name_or_path).name)
-        return names
+        model = self.reward_model_name_or_path
+        return [*names, Path(model).name] if model else names
 
     def name(self) -> str:
         """The name of the sum, as the label of an axis."""
@@ -87,9 +86,8 @@ class RewardModel:
         model, loading = load_pretrained(AutoModelForSequenceClassification, name, revision, device=device)
         if loading["missing_keys"]:
             raise UserError(f"--reward_model_name_or_path {name} has no trained head; pass a trained reward model")
-        outputs = model.config.num_labels
-        if outputs != 1:
-            raise UserError(f"--reward_model_name_or_path {name} has {outputs} outputs; pass a model that gives one")
+        if model.config.num_labels != 1:
+            raise UserError(f"--reward_model_name_or_path {name} has {model.config.num_labels} outputs; it needs one")
         if dtype and isinstance(getattr(model, "score", None), torch.nn.Linear):
             set_compute_dtype(model, dtype)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -28,14 +28,10 @@ from tinydpo.models.stop_tokens import get_stop_token_ids
 
 
 class Answers(NamedTuple):
-    """One sampled answer to each of n prompts.
+    """One sampled answer to each of n prompts."""
 
-    ids: n token lists, each up to its first stop token, which stays.
-    ended: n flags, whether the model wrote a stop token before it ran out of room.
-    """
-
-    ids: list[list[int]]
-    ended: list[bool]
+    ids: list[list[int]]  # each up to its first stop token, which stays
+    ended: list[bool]  # whether the model wrote a stop token before it ran out of room
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The answers as text, without the stop token (special or not) and other special tokens."""
@@ -46,10 +42,9 @@ class Answers(NamedTuple):
 def prepare_prompts(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, num_prompts: int, seed: int
 ) -> tuple[Dataset, list[list[int]]]:
-    """Choose prompts, and cut each to its last `max_length - max_length // 2` tokens: the rest is room for an answer.
+    """Choose rows of `texts` (`FittedSplit.texts`), and cut each one's prompt to its last tokens.
 
-    Returns:
-        The chosen rows of `texts` (`FittedSplit.texts`), and the token ids of each one's prompt.
+    The prompts' ids leave room for an answer of `max_length // 2` tokens.
     """
     rows = choose_prompts(texts, num_prompts, seed)
     bos_token_id = next(iter(get_bos_ids(tokenizer)), None)  # only if fitting keeps it

@@ -45,10 +45,7 @@ def summarize_verdicts(
 ) -> dict[str, Any]:
     """The figures of n judged pairs of answers: counts, both win rates (ties half), and mean lengths in words.
 
-    Args:
-        verdicts: with the policy's answer as A, then as B. Invalid pairs, not all of them, are left out of the rates.
-        policy: the policy's answers.
-        opponent: the other answers.
+    Verdicts are with the policy's answer as A, then as B. Invalid pairs are left out of the rates.
     """
     outcomes = [get_outcome(*pair) for pair in verdicts]
     valid = np.array([outcome is not None for outcome in outcomes])
@@ -74,15 +71,10 @@ def summarize_verdicts(
 def length_controlled_rate(outcomes: np.ndarray, differences: np.ndarray) -> tuple[float, float, float]:
     """The win rate between answers of equal length, with its 95 % interval.
 
-    A logistic regression of the outcome on the length difference, read at difference 0: the idea of length-controlled
-    AlpacaEval (arXiv 2404.04475), whose terms for model and instruction are left out here. The interval is that of
-    the intercept, by the curvature of the likelihood. Like Wilson's for the raw rate it takes a tie for as noisy as a
-    win or loss, so it is too wide rather than too narrow. If one side is always longer, equal length lies outside the
-    data, and the interval is wide.
-
-    Args:
-        outcomes: n ≥ 1 values of 1, 0.5 or 0, (n,).
-        differences: length of the policy's answer minus the other's, (n,), in any unit.
+    A logistic regression of the outcomes (1, 0.5 or 0) on the differences in length (policy's minus the other's), read
+    at difference 0: the idea of length-controlled AlpacaEval (arXiv 2404.04475), without its terms for model and
+    instruction. The interval is that of the intercept, by the curvature of the likelihood. It takes a tie for as noisy
+    as a win or loss, so it is too wide rather than too narrow. If one side is always longer, it is wide.
     """
     unit = np.sqrt(np.mean(np.square(differences))) or 1.0
     x = np.stack([np.ones(len(outcomes)), differences / unit], axis=1)
@@ -147,7 +139,7 @@ def winrate_rows(results: dict[str, Any]) -> list[Row]:
             f"how often {judge} prefers the policy's answer at temperature {comparison['temperature']:g}, ties half; "
             f"judges like length: length-controlled it is {controlled}{format_caveats(results, comparison)}"
         )
-        label = f"win rate against {OPPONENTS.get(comparison['opponent'], comparison['opponent'])}"
+        label = f"win rate against {OPPONENTS[comparison['opponent']]}"
         rows.append(Row(label, meaning, Estimate(comparison["win_rate"], *comparison["win_rate_ci95"]), chance=0.5))
     return rows
 
