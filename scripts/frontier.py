@@ -20,6 +20,7 @@ from tinydpo.evaluation import frontier
 from tinydpo.evaluation.results import check_settings, make_output_folder
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
 from tinydpo.files import write_json
+from tinydpo.models.loading import load_model
 from tinydpo.report.figures import draw_frontier
 from tinydpo.report.page import write_report
 
@@ -29,12 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     recipe = frontier.load_dpo_recipe(args.dpo_config)
     device, dtype = pick_device_and_dtype("float32" if recipe.get("bf16") is False else "auto")  # as the runs compute
-    functions = load_rewards(reward, device, args.batch_size, dtype)
-    if not functions:
-        raise UserError("a frontier needs a reward: pass --reward_funcs or --reward_model_name_or_path")
+    functions = load_rewards(reward, device, args.batch_size, dtype, required=True)
     if train_missing_model(args.model_name_or_path, args.dpo_config):
         args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
-    measure = frontier.FrontierMeasure(args, data, recipe, functions, device, dtype)
+    reference = load_model(args.model_name_or_path, dtype=dtype, device=device)
+    measure = frontier.FrontierMeasure(args, data, recipe, functions, reference)
 
     folder = make_output_folder(args.output_dir)  # not before everything that measures is loaded
     settings = frontier.get_frontier_settings(args, reward, data, recipe) | measure.get_fingerprint()
@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     measured = frontier.read_finished_runs(folder)
     missing = [run for run in frontier.plan_runs(args) if run.name not in measured]
     print(f"{len(missing)} runs to make and {len(measured)} made before, in {folder}.", flush=True)
-    reference = measure.measure_reference(args.best_of)
+    baselines = measure.measure_reference(args.best_of)
     frontier.write_shuffled_data(data, folder / "shuffled-data")
 
     failed: list[dict[str, str]] = []
-    results = {"settings": settings, "reward": reward.name(), **reference}
+    results = {"settings": settings, "reward": reward.name(), **baselines}
     results |= {"points": frontier.order_points(measured), "failed": failed}
     write_json(folder / "frontier.json", results)
     start = time.monotonic()
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if measured:
         draw_frontier(results).savefig(folder / "frontier.png", dpi=150)
-        print(frontier.format_frontier(results["points"], reference["sft"]))
+        print(frontier.format_frontier(results["points"], baselines["sft"]))
         print(f"Figure: {folder / 'frontier.png'}; report: {write_report(folder.parent)}")
     if failed:
         raise UserError(f"{len(failed)} of {len(missing)} runs failed, {failed[0]['name']}: {failed[0]['error']}")

@@ -11,7 +11,7 @@ from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
 from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
-from tinydpo.errors import UserError, report_errors
+from tinydpo.errors import report_errors
 from tinydpo.evaluation import on_policy
 from tinydpo.evaluation.results import check_settings, make_output_folder, write_jsonl
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
@@ -33,9 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{folder} holds these pairs already; delete the folder to make them again.")
         return
     device, dtype = pick_device_and_dtype(args.dtype)
-    functions = load_rewards(reward, device, args.batch_size, dtype)
-    if not functions:
-        raise UserError("pairs need a reward: pass --reward_funcs or --reward_model_name_or_path")
+    functions = load_rewards(reward, device, args.batch_size, dtype, required=True)
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
     train_texts = load_split(data, tokenizer, args.max_length, "train").texts

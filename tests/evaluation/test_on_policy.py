@@ -25,6 +25,7 @@ from tinydpo.data.splits import SHARED_PROMPT_NOTE
 from tinydpo.errors import UserError
 from tinydpo.evaluation import on_policy, sampling
 from tinydpo.evaluation.on_policy import ScoredAnswer, make_pairs
+from tinydpo.files import read_jsonl
 from tinydpo.toy_task import gold_reward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,11 +63,7 @@ def sample(policy: Path, data: Path | None, folder: Path, *flags: str) -> dict[s
     if "--reward_funcs" not in flags:
         argv += ["--reward_funcs", "tinydpo.toy_task.gold_reward"]
     sample_pairs.main([*argv, *flags])
-    return {split: read_rows(folder / f"{split}.jsonl") for split in ("train", "test")}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return {split: read_jsonl(folder / f"{split}.jsonl") for split in ("train", "test")}
 
 
 @given(ANSWERS)
@@ -87,7 +84,7 @@ def test_pairs_are_right_and_train(policy: Path, task: Path, tmp_path: Path, cap
     folder = tmp_path / "pairs"
     rows = sample(policy, task / "data", folder)
     assert len(rows["train"]) > 8 and len(rows["test"]) > 2, "too few pairs to show anything"
-    asked = [row["chosen"] for row in read_rows(task / "data/train.jsonl")]
+    asked = [row["chosen"] for row in read_jsonl(task / "data/train.jsonl")]
     for row in (*rows["train"], *rows["test"]):
         scores = gold_reward([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
         assert scores == pytest.approx([row["reward_chosen"], row["reward_rejected"]]), "not the answers' own rewards"
@@ -176,7 +173,7 @@ def test_messages_stay_messages(template: str | None, policy: Path, tmp_path: Pa
     assert again.summary["pairs_kept"] == len(rows["train"]) and bool(again.summary["templated"]) == bool(template)
 
 
-def test_settings_that_give_no_pairs_are_one_sentence(
+def test_rewards_that_do_not_differ_give_no_pairs(
     policy: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "my_flat.py").write_text("def flat(prompts, **kwargs):\n    return [1.0] * len(prompts)\n")

@@ -29,7 +29,7 @@ def test_reward_functions_are_summed_and_checked():
             score_answers([broken], texts, ["ab", ""], [[1], []])
 
 
-@pytest.mark.parametrize("name", ["no_dot", "no.such.module.f", "json.no_such_function", "json.__doc__"])
+@pytest.mark.parametrize("name", ["no_dot", "no.such.module.f", "json.no_such_function"])
 def test_unknown_reward_function_is_one_sentence(name: str):
     with pytest.raises(UserError, match="--reward_funcs") as caught:
         load_reward(name)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import yaml
 from datasets import concatenate_datasets
 from datasets.fingerprint import Hasher
@@ -33,7 +32,7 @@ from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import UserError
 from tinydpo.evaluation.arguments import check_given
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
-from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, score_answers
+from tinydpo.evaluation.rewards import RewardArguments, score_answers
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
 from tinydpo.files import read_json, write_atomic, write_json
 from tinydpo.models.loading import load_model, load_tokenizer
@@ -172,16 +171,11 @@ class FrontierMeasure:
     """Measures policies: KL from the reference, and reward of sampled answers to the same held-out prompts."""
 
     def __init__(
-        self,
-        args: FrontierArguments,
-        data: DataArguments,
-        recipe: dict[str, Any],
-        functions: list[RewardFunction],
-        device: str,
-        dtype: torch.dtype,
+        self, args: FrontierArguments, data: DataArguments, recipe: dict, functions: list, ref: PreTrainedModel
     ):
         self.args = args
         self.functions = functions
+        self.ref = ref
         self.max_length = recipe["max_length"]
         self.row_length = resolve_row_length(self.max_length, None) if recipe.get("shared_prefix", True) else None
         self.tokenizer = load_tokenizer(args.model_name_or_path)
@@ -189,7 +183,6 @@ class FrontierMeasure:
         self.texts, self.prompts = prepare_prompts(
             held_out, self.tokenizer, self.max_length, args.num_prompts, args.sample_seed
         )
-        self.ref = load_model(args.model_name_or_path, dtype=dtype, device=device)
 
     def get_fingerprint(self) -> dict[str, str]:
         """What may change behind the names in a recipe: weights, prompts and rewards."""

@@ -200,9 +200,8 @@ class Judge:
             )
             choice = completion.choices[0]
             reply = str(choice.message.content or choice.message.refusal or "")
-            if choice.finish_reason == "length":  # cut short: whatever comes last is not the verdict
-                return reply, "invalid", completion.usage
-            return reply, read_verdict(reply), completion.usage
+            is_cut = choice.finish_reason == "length"  # then whatever comes last is not the verdict
+            return reply, "invalid" if is_cut else read_verdict(reply), completion.usage
         except openai.BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):  # the endpoint refuses, not the model
                 return "", "invalid", None

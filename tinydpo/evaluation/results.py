@@ -16,10 +16,7 @@ from tinydpo.run_folder import RunFolder
 def make_output_folder(output_dir: str) -> Path:
     """Make the folder for results, if it is missing."""
     folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: {error.strerror}; choose another folder") from None
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

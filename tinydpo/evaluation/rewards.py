@@ -54,8 +54,12 @@ class RewardArguments:
         return " + ".join(self.names())
 
 
-def load_rewards(args: RewardArguments, device: str, batch_size: int, dtype: Any = None) -> list[RewardFunction]:
-    """All rewards as functions, a reward model last; the other arguments are the model's."""
+def load_rewards(
+    args: RewardArguments, device: str, batch_size: int, dtype: Any = None, required: bool = False
+) -> list[RewardFunction]:
+    """All rewards as functions, a reward model last; `device`, `batch_size` and `dtype` are the model's."""
+    if required and not args.names():
+        raise UserError("a reward is needed: pass --reward_funcs or --reward_model_name_or_path")
     functions = [load_reward(name) for name in args.reward_funcs or []]
     if args.reward_model_name_or_path:
         name = args.reward_model_name_or_path
@@ -69,12 +73,9 @@ def load_reward(name: str) -> RewardFunction:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        reward = getattr(importlib.import_module(module), function, None)
+        return getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the module does when it is imported
-        raise UserError(f"--reward_funcs {name!r} (module.function): cannot import {module!r}: {error!r}") from None
-    if not callable(reward):
-        raise UserError(f"--reward_funcs {name!r}: module {module!r} has no function {function!r}")
-    return reward
+        raise UserError(f"--reward_funcs {name!r} (module.function) cannot be imported: {error!r}") from None
 
 
 class RewardModel:
