@@ -38,20 +38,15 @@ from tinydpo.training.trainers import FittedDPOTrainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.4])
-def test_conservative_dpo_is_its_formula(smoothing: float, task: Path, tiny_tokenizer: Any, tmp_path: Path):
+def test_conservative_dpo_is_its_formula(task: Path, tiny_tokenizer: Any, tmp_path: Path):
     from trl import DPOConfig
 
-    pairs = Dataset.from_dict(
-        {
-            "prompt_ids": [[5, 6, 7]] * 4,
-            "chosen_ids": [[8, 9], [3], [4, 4, 4], [9]],
-            "rejected_ids": [[2], [7, 8], [6], [1, 1]],
-        }
-    )
+    columns = {"prompt_ids": [[5, 6, 7]] * 2, "chosen_ids": [[8, 9], [3]], "rejected_ids": [[2], [7, 8]]}
+    pairs = Dataset.from_dict(columns)
     beta = 0.7
+    smoothing = 0.4
     config = DPOConfig(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2, beta=beta,
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, learning_rate=1e-2, beta=beta,
         use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
         activation_checkpointing=False, gradient_checkpointing=False, **get_loss_flags("conservative", smoothing),
     )  # fmt: skip

@@ -51,14 +51,11 @@ def test_reward_model_scores_prompt_and_answer_as_one_text(tmp_path: Path, tiny_
     model = save_classifier(tmp_path, tiny_tokenizer, labels=1)
     (reward,) = load_rewards(RewardArguments(reward_model_name_or_path=str(tmp_path)), "cpu", batch_size=2)
     prompts, answers = ["How?", "Why is the sky blue?", "a"], [" So.", " Because it is.", " b" * 200]
+    ids = [tiny_tokenizer(p + a).input_ids[-64:] for p, a in zip(prompts, answers, strict=True)]
     with torch.no_grad():
-        alone = [
-            model(torch.tensor([tiny_tokenizer(prompt + answer)["input_ids"][-64:]])).logits.item()
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-    assert reward(prompts=prompts, completions=answers) == pytest.approx(alone, abs=1e-4), (
-        "padding, or cutting a long text, changes its reward"
-    )
+        alone = [model(torch.tensor([one])).logits.item() for one in ids]
+    scores = reward(prompts=prompts, completions=answers)
+    assert scores == pytest.approx(alone, abs=1e-4), "padding, or cutting a long text, changes its reward"
     assert RewardArguments(reward_funcs=["a.b"], reward_model_name_or_path="org/model").name() == "b + model"
 
 

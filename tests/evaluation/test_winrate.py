@@ -126,10 +126,8 @@ def test_passing_faults_are_retried(status: int, tmp_path: Path):
 
 
 def test_a_lasting_fault_keeps_what_was_paid_for(tmp_path: Path):
-    broken = [True]
-
     def fail_after_three(question: str, before: int) -> Any:
-        return 500 if broken[0] and len(set(server.questions)) > 3 else judge_honestly(question)
+        return 500 if len(set(server.questions)) > 3 else judge_honestly(question)
 
     with judge_server(fail_after_three) as server:
         judge = make_judge(server.url, tmp_path, judge_concurrency=1)
@@ -138,7 +136,7 @@ def test_a_lasting_fault_keeps_what_was_paid_for(tmp_path: Path):
         assert KEY not in str(caught.value), "the endpoint's error message gives the key away"
         with (tmp_path / "verdicts.jsonl").open("a") as file:
             file.write('{"key": "half a li')  # as if killed while writing
-        broken[0] = False
+        server.script = judge_honestly
         server.questions.clear()
         again = make_judge(server.url, tmp_path)
         assert ask_about(again) == HONEST and len(server.questions) == 3, "paid verdicts are asked for again"

@@ -27,17 +27,11 @@ class PolicyArguments:
     model_name_or_path: str | None = HfArg(default=None, help="The policy: folder or Hub id.")
     model_revision: str | None = HfArg(default=None, help="Commit, tag or branch, on the Hub.")
     output_dir: str | None = HfArg(default=None, help="Folder for the results.")
-    max_length: int = HfArg(
-        default=128, help="Tokens of prompt + completion; half of them for a sampled answer. The run's, if it has one."
-    )
+    max_length: int = HfArg(default=128, help="Tokens of prompt + completion; half of them for a sampled answer.")
     num_prompts: int = HfArg(default=512, help="Held-out prompts to answer.")
-    batch_size: int = HfArg(
-        default=32, help="Sequences in one forward pass: memory against speed; another draws other samples."
-    )
+    batch_size: int = HfArg(default=32, help="Sequences in one forward pass; another draws other samples.")
     seed: int = HfArg(default=0, help="Chooses the prompts, if there are more, and the samples.")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(
-        default="auto", help="What blocks compute in; auto: bfloat16 where the GPU or CPU is fast in it, else float32."
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 where that is fast.")
 
     def __post_init__(self):
         check_given(self, "model_name_or_path", "output_dir", hint="pass a policy and an output folder")
@@ -61,9 +55,7 @@ class SamplingArguments(PolicyArguments):
 class ComparisonArguments(PolicyArguments):
     """A policy and its reference, which answer the same held-out prompts."""
 
-    ref_model_name_or_path: str | None = HfArg(
-        default=None, help="The reference the policy was trained from (the SFT model): folder or Hub id."
-    )
+    ref_model_name_or_path: str | None = HfArg(default=None, help="What the policy was trained from: the SFT model.")
     ref_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reference on the Hub.")
 
     def __post_init__(self):
@@ -89,7 +81,7 @@ class ComparisonArguments(PolicyArguments):
 class EvaluateArguments(RowArguments, ComparisonArguments, SamplingArguments):
     """How policy and reference are compared."""
 
-    beta: float = HfArg(default=0.1, help="β of the implicit reward and the DPO loss. The run's, if it has one.")
+    beta: float = HfArg(default=0.1, help="β of the implicit reward and the DPO loss.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -50,24 +50,15 @@ class FrontierArguments:
     dpo_config: str | None = HfArg(default=None, help="The DPO recipe of every run, except for its data and model.")
     model_name_or_path: str | None = HfArg(default=None, help="The SFT reference: folder or Hub id.")
     output_dir: str | None = HfArg(default=None, help="Folder for the runs, frontier.json and the PNG.")
-    losses: list[str] = HfArg(
-        default_factory=lambda: list(CURVES),
-        help="A curve each: sigmoid, ipo, hinge, conservative (DPO with label smoothing).",
-    )
-    betas: list[float] = HfArg(
-        default_factory=lambda: [0.05, 0.1, 1.0, 5.0], help="A run each, for every loss (the paper's)."
-    )
-    learning_rates: list[float] | None = HfArg(
-        default=None, help="A run each, for every loss and β; by default the recipe's one rate."
-    )
+    losses: list[str] = HfArg(default_factory=lambda: list(CURVES), help=f"A curve each, of {', '.join(CURVES)}.")
+    betas: list[float] = HfArg(default_factory=lambda: [0.05, 0.1, 1.0, 5.0], help="A run each, for every loss.")
+    learning_rates: list[float] | None = HfArg(default=None, help="A run each, for every loss and β.")
     seeds: list[int] = HfArg(default_factory=lambda: [0], help="Each adds a run of every loss and β.")
     label_smoothing: float = HfArg(default=0.1, help="ε of conservative DPO: the share of wrong labels.")
     checkpoints: int = HfArg(default=3, help="Points along each run.")
     best_of: int = HfArg(default=32, help="Reference samples a prompt, for best of 1, 2, 4 … so many.")
     num_prompts: int = HfArg(default=256, help="Held-out prompts that every checkpoint answers.")
-    batch_size: int = HfArg(
-        default=64, help="Sequences in one forward pass: memory against speed; another draws other samples."
-    )
+    batch_size: int = HfArg(default=64, help="Sequences in one forward pass; another draws other samples.")
     sample_seed: int = HfArg(default=0, help="Picks the prompts and the samples.")
 
     def __post_init__(self):

@@ -60,13 +60,9 @@ RETRIES = 5  # the client's own: of 429, 5xx, time-outs and lost connections, wi
 class JudgeArguments:
     """Which judge to ask. Its key comes from the environment only: JUDGE_API_KEY, else OPENAI_API_KEY."""
 
-    judge_base_url: str | None = HfArg(
-        default=None, help="An endpoint of OpenAI's protocol, such as http://127.0.0.1:8000/v1."
-    )
+    judge_base_url: str | None = HfArg(default=None, help="An endpoint of OpenAI's protocol, such as https://host/v1.")
     judge_model: str | None = HfArg(default=None, help="The judge's name at that endpoint.")
-    judge_concurrency: int = HfArg(
-        default=8, help="Questions sent at once: 1 for a local server that answers one at a time."
-    )
+    judge_concurrency: int = HfArg(default=8, help="Questions sent at once: 1 for a server that answers one by one.")
     judge_timeout: float = HfArg(default=120.0, help="Seconds to wait for one reply.")
 
     def __post_init__(self):
@@ -93,10 +89,7 @@ def get_outcome(as_a: str, as_b: str) -> float | None:
 
 
 class Judge:
-    """A judge, and the verdicts it has given so far, saved as JSON lines in `cache_file`.
-
-    A verdict is asked for again only if model, address or question differ.
-    """
+    """A judge, and the verdicts it has given so far on a question, saved as JSON lines in `cache_file`."""
 
     def __init__(self, args: JudgeArguments, cache_file: Path):
         try:

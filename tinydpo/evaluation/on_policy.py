@@ -39,9 +39,7 @@ class PairsArguments(SamplingArguments):
 
     num_prompts: int = HfArg(default=2000, help="Prompts of the train split to answer.")
     samples_per_prompt: int = HfArg(default=8, help="Answers to each; more lie further apart.")
-    pair_by: Literal["best_worst", "all"] = HfArg(
-        default="best_worst", help="A prompt's best answer against its worst, or every two that score differently."
-    )
+    pair_by: Literal["best_worst", "all"] = HfArg(default="best_worst", help="all: every two that score differently.")
 
 
 class ScoredAnswer(NamedTuple):
@@ -186,19 +184,11 @@ def render_pairs_card(folder: Path, settings: dict[str, Any], reward: RewardArgu
 class RoundArguments:
     """Which recipes make a round, and how many rounds."""
 
-    recipe: str | None = HfArg(
-        default=None, help="Folder with pairs.yaml, dpo-on-policy.yaml and evaluate.yaml, the stages of a round."
-    )
+    recipe: str | None = HfArg(default=None, help="Folder with pairs.yaml, dpo-on-policy.yaml and evaluate.yaml.")
     rounds: int = HfArg(default=2, help="Rounds in all; those made before are not made again.")
-    output_dir: str | None = HfArg(
-        default=None, help="Folder for round-1, round-2 …; by default runs/<recipe folder>."
-    )
-    model_name_or_path: str | None = HfArg(
-        default=None, help="Where the first round starts, the reference of all; by default dpo-on-policy.yaml's."
-    )
-    dataset_name: str | None = HfArg(
-        default=None, help="Prompts to answer, and held-out pairs; by default the recipes' own."
-    )
+    output_dir: str | None = HfArg(default=None, help="Folder of the rounds; by default runs/<recipe folder>.")
+    model_name_or_path: str | None = HfArg(default=None, help="Where the first round starts, the reference of all.")
+    dataset_name: str | None = HfArg(default=None, help="Prompts and held-out pairs; by default the recipes' own.")
     seed: int = HfArg(default=0, help="Of sampling, training and evaluation.")
 
     def __post_init__(self):
@@ -241,10 +231,7 @@ def _collect_role(figures: dict[str, Any], role: str) -> dict[str, Any]:
 
 
 def add_rounds_to_frontier(frontier: dict[str, Any], rounds: dict[str, Any]) -> dict[str, Any]:
-    """`frontier.json` with the rounds of `rounds.json` as a curve of their own; either may be {}.
-
-    Rounds measured by another reward, or by none, are left out.
-    """
+    """`frontier.json` with the rounds of `rounds.json`, if measured by the same reward; either may be {}."""
     if not rounds.get("reward") or rounds["reward"] != frontier.get("reward", rounds["reward"]):
         return frontier
     return {"points": [], "reward": rounds["reward"], **frontier, "rounds": rounds["rounds"]}

@@ -36,10 +36,7 @@ def columns_to_rows(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def save_evaluation(output_dir: Path, results: dict[str, Any], **tables: Sequence[dict[str, Any]]) -> None:
-    """Write each table as `<name>.jsonl`, then `eval_results.json`, then the headline figures into the policy's card.
-
-    An evaluation with `eval_results.json` is complete. Files of an earlier evaluation are replaced.
-    """
+    """Write tables as `<name>.jsonl`, then `eval_results.json`, then the headline figures into the policy's card."""
     for name, rows in tables.items():
         write_jsonl(output_dir / f"{name}.jsonl", rows)
     write_json(output_dir / "eval_results.json", results)
@@ -52,10 +49,7 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def add_to_card(results: dict[str, Any], heading: str, rows: Sequence[Row]) -> None:
-    """Replace a section of the policy's model card by a table, or add it at the end.
-
-    A model without a finished run has no card to add to.
-    """
+    """Replace a section of the policy's model card, or add it at the end; without a finished run there is no card."""
     settings = results["settings"]
     run = RunFolder(settings["model_name_or_path"])
     if not (run.card_file.is_file() and run.is_finished):

@@ -35,12 +35,8 @@ RewardFunction = Callable[..., list[float]]
 class RewardArguments:
     """Which rewards are summed."""
 
-    reward_funcs: list[str] | None = HfArg(
-        default=None, help="Rewards as module.function, in TRL's form f(prompts, completions, **kwargs); summed."
-    )
-    reward_model_name_or_path: str | None = HfArg(
-        default=None, help="A sequence-classification model that scores prompt + answer: folder or Hub id."
-    )
+    reward_funcs: list[str] | None = HfArg(default=None, help="Rewards as module.function, in TRL's form; summed.")
+    reward_model_name_or_path: str | None = HfArg(default=None, help="A sequence-classification model of one output.")
     reward_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reward model on the Hub.")
 
     def names(self) -> list[str]:
@@ -130,16 +126,11 @@ class RewardModel:
 
 
 def score_pairs(model: RewardFunction, held_out: FittedSplit, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A reward model's scores (n,) of the chosen and of the rejected answers of fitted pairs.
-
-    Texts are cut as fitting cut them. A conversation is passed whole, for the model's own template.
-    """
+    """A reward model's scores (n,) of fitted pairs' chosen and rejected answers, cut as fitting cut them."""
     ids = {part: held_out.pairs[f"{part}_ids"][:] for part in ("prompt", "chosen", "rejected")}
     cut = {part: tokenizer.batch_decode(ids[part], skip_special_tokens=True) for part in ids}
-    whole_prompts = get_prompts(held_out.texts)
-    prompts = [
-        text if isinstance(whole, str) else whole for whole, text in zip(whole_prompts, cut["prompt"], strict=True)
-    ]
+    whole = get_prompts(held_out.texts)  # conversations stay whole, for the model's own template
+    prompts = [text if isinstance(one, str) else one for one, text in zip(whole, cut["prompt"], strict=True)]
     (chosen,) = score_answers([model], held_out.texts, cut["chosen"], ids["chosen"], prompts)
     (rejected,) = score_answers([model], held_out.texts, cut["rejected"], ids["rejected"], prompts)
     return chosen, rejected

@@ -42,10 +42,7 @@ class Answers(NamedTuple):
 def prepare_prompts(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, num_prompts: int, seed: int
 ) -> tuple[Dataset, list[list[int]]]:
-    """Choose rows of `texts` (`FittedSplit.texts`), and cut each one's prompt to its last tokens.
-
-    The prompts' ids leave room for an answer of `max_length // 2` tokens.
-    """
+    """Choose rows of `texts` (`FittedSplit.texts`), and cut their prompts' ids to leave room for `max_length // 2`."""
     rows = choose_prompts(texts, num_prompts, seed)
     bos_token_id = next(iter(get_bos_ids(tokenizer)), None)  # only if fitting keeps it
     prompts = tokenize_prompts(rows, tokenizer)[0]
@@ -89,10 +86,7 @@ def sample_cached(
     weights: str | None = None,
     **settings: Any,
 ) -> Answers:
-    """`sample_answers`, cached by weights, dtype, device, prompts and settings in the cache folder of `datasets`.
-
-    `weights` is the model's `hash_module`: pass it for several calls with one model, because it reads all weights.
-    """
+    """`sample_answers`, cached by weights (their `hash_module`), dtype, device, prompts and settings."""
     stops = sorted(get_stop_token_ids(model, tokenizer))
     kind = (weights or hash_module(model), str(get_compute_dtype(model)), model.device.type, stops)
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings

@@ -22,12 +22,8 @@ RIDGE = 0.01  # a prior of standard deviation 10 on the logits: matters only whe
 class WinrateArguments(ComparisonArguments):
     """Which answers the judge compares: four questions for each prompt, at each temperature."""
 
-    temperatures: list[float] = HfArg(
-        default_factory=lambda: [1.0], help="Both models sample at each; the judge is asked for each."
-    )
-    calibration_pairs: int = HfArg(
-        default=64, help="Labelled pairs that the judge is asked about first, two questions for each; 0: none."
-    )
+    temperatures: list[float] = HfArg(default_factory=lambda: [1.0], help="Both models sample at each of them.")
+    calibration_pairs: int = HfArg(default=64, help="Labelled pairs that the judge is asked about first; 0: none.")
 
     def __post_init__(self):
         super().__post_init__()
