@@ -1,12 +1,12 @@
 """Evaluation: log-probs that agree with a direct computation, samples of the model's own distribution, the script."""
 
-import importlib
 import json
 import math
 import sys
 from pathlib import Path
 
 import datasets
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -195,7 +195,6 @@ def test_evaluate_writes_figures_samples_pairs_report_and_card(
     Path("policy/train_results.json").write_text("{}")
     argv = ["--model_name_or_path", "policy", "--ref_model_name_or_path", "ref", "--dataset_name", "data",
             "--output_dir", "out", "--num_prompts", "8", "--reward_funcs", "rewards_for_test.length"]  # fmt: skip
-    evaluate = importlib.import_module("evaluate")
     evaluate.main(argv)
 
     assert sorted(path.name for path in Path("out").iterdir()) == ["eval_results.json", "pairs.jsonl", "samples.jsonl"]

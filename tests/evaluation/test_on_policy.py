@@ -17,6 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from running import ROOT, run
+from toys import say, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinydpo.config.arguments import DataArguments
@@ -156,13 +157,10 @@ def test_messages_stay_messages(template: str | None, policy: Path, tmp_path: Pa
         "def words(prompts, completions, **kwargs):\n    return [float(len(c[0]['content'])) for c in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    asked = [
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Is {i} odd?"}] for i in range(24)
-    ]
-    yes, no = ([{"role": "assistant", "content": word}] for word in ("Yes.", "No."))
-    lines = [json.dumps({"prompt": prompt, "chosen": yes, "rejected": no}) for prompt in asked]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    (policy / "run_config.yaml").write_text(yaml.safe_dump({"dataset_name": str(tmp_path / "data.jsonl")}))
+    asked = [[say("system", "Be brief."), say("user", f"Is {i} odd?")] for i in range(24)]
+    answers = {"chosen": [say("assistant", "Yes.")], "rejected": [say("assistant", "No.")]}
+    data = write_rows(tmp_path / "data", [{"prompt": prompt, **answers} for prompt in asked])
+    (policy / "run_config.yaml").write_text(yaml.safe_dump({"dataset_name": str(data)}))
     rows = sample(policy, None, tmp_path / "pairs", "--reward_funcs", "my_rewards.words")  # the policy's own data
     for row in (*rows["train"], *rows["test"]):
         assert row["prompt"] in asked, "a conversation became a text"
