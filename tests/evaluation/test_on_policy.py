@@ -204,6 +204,7 @@ def test_rounds_continue_and_keep_their_first_reference(
     runs = tmp_path / "runs"
     argv = ["--recipe", recipe, "--output_dir", runs, "--seed", "3", "--model_name_or_path", policy]
     argv = [*map(str, argv), "--dataset_name", str(task / "data")]
+    monkeypatch.setattr(evaluate, "write_report", lambda folder: None)  # its figures take most of the time
     round_script.main([*argv, "--rounds", "1"])
     first_files = [runs / "round-1" / name for name in ("pairs/train.jsonl", "dpo/model.safetensors")]
     written = [path.stat().st_mtime_ns for path in first_files]
