@@ -24,7 +24,7 @@ from tinydpo.errors import report_errors
 from tinydpo.evaluation import metrics
 from tinydpo.evaluation.arguments import EvaluateArguments
 from tinydpo.evaluation.results import columns_to_rows, make_output_folder, save_evaluation
-from tinydpo.evaluation.rewards import RewardArguments, load_rewards, score_by_function, score_pairs
+from tinydpo.evaluation.rewards import RewardArguments, load_rewards, score_answers, score_pairs
 from tinydpo.evaluation.sampling import Answers, prepare_prompts, sample_cached
 from tinydpo.evaluation.table import format_samples, format_table
 from tinydpo.models.loading import load_model
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         samples[role] = answers[role].texts(tokenizer)
         samples[f"ended_{role}"] = answers[role].ended
     if functions:
-        scores = {role: score_by_function(functions, texts, samples[role], answers[role].ids) for role in args.models}
+        scores = {role: score_answers(functions, texts, samples[role], answers[role].ids) for role in args.models}
         results |= metrics.compare_rewards(reward.names(), **scores)
         if reward.reward_funcs and reward.reward_model_name_or_path:
             results |= metrics.rank_agreement(**scores)

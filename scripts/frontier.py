@@ -16,73 +16,60 @@ from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
-from tinydpo.evaluation.frontier import (
-    FrontierArguments,
-    FrontierMeasure,
-    check_frontier_settings,
-    format_frontier,
-    get_frontier_settings,
-    load_dpo_recipe,
-    measure_run,
-    order_points,
-    plan_runs,
-    read_finished_runs,
-    write_run_recipe,
-    write_shuffled_data,
-)
-from tinydpo.evaluation.results import make_output_folder
+from tinydpo.evaluation import frontier
+from tinydpo.evaluation.results import check_settings, make_output_folder
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
 from tinydpo.files import write_json
+from tinydpo.models.loading import load_model
 from tinydpo.report.figures import draw_frontier
 from tinydpo.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    types = (FrontierArguments, RewardArguments, DataArguments)
+    types = (frontier.FrontierArguments, RewardArguments, DataArguments)
     args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
-    recipe = load_dpo_recipe(args.dpo_config)
+    recipe = frontier.load_dpo_recipe(args.dpo_config)
     device, dtype = pick_device_and_dtype("float32" if recipe.get("bf16") is False else "auto")  # as the runs compute
-    functions = load_rewards(reward, device, args.batch_size, dtype)
-    if not functions:
-        raise UserError("a frontier needs a reward: pass --reward_funcs or --reward_model_name_or_path")
+    functions = load_rewards(reward, device, args.batch_size, dtype, required=True)
     if train_missing_model(args.model_name_or_path, args.dpo_config):
         args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
-    measure = FrontierMeasure(args, data, recipe, functions, device, dtype)
+    reference = load_model(args.model_name_or_path, dtype=dtype, device=device)
+    measure = frontier.FrontierMeasure(args, data, recipe, functions, reference)
 
     folder = make_output_folder(args.output_dir)  # not before everything that measures is loaded
-    settings = get_frontier_settings(args, reward, data, recipe) | measure.get_fingerprint()
-    check_frontier_settings(folder / "frontier.json", settings)
-    measured = read_finished_runs(folder)
-    missing = [run for run in plan_runs(args) if run.name not in measured]
+    settings = frontier.get_frontier_settings(args, reward, data, recipe) | measure.get_fingerprint()
+    check_settings(folder / "frontier.json", settings)
+    measured = frontier.read_finished_runs(folder)
+    missing = [run for run in frontier.plan_runs(args) if run.name not in measured]
     print(f"{len(missing)} runs to make and {len(measured)} made before, in {folder}.", flush=True)
-    reference = measure.measure_reference(args.best_of)
-    write_shuffled_data(data, folder / "shuffled-data")
+    baselines = measure.measure_reference(args.best_of)
+    frontier.write_shuffled_data(data, folder / "shuffled-data")
 
     failed: list[dict[str, str]] = []
-    results = {"settings": settings, "reward": reward.name(), **reference}
-    results |= {"points": order_points(measured), "failed": failed}
+    results = {"settings": settings, "reward": reward.name(), **baselines}
+    results |= {"points": frontier.order_points(measured), "failed": failed}
     write_json(folder / "frontier.json", results)
     start = time.monotonic()
     for number, run in enumerate(missing, 1):
         try:
-            run_recipe = write_run_recipe(run, args, data, recipe, folder)
+            run_recipe = frontier.write_run_recipe(run, args, data, recipe, folder)
             with open(folder / f"{run.name}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
                 dpo.main(["--config", str(run_recipe)])
-            points = measure_run(run, folder / run.name, measure)
+            points = frontier.measure_run(run, folder / run.name, measure)
             measured[run.name] = points
             outcome = f"KL {points[-1]['kl']:.2f} nats, reward {points[-1]['reward']:.2f}"
         except (Exception, SystemExit) as error:  # whatever is wrong with one run, the others go on
             outcome = str(error) or repr(error)
             failed.append({"name": run.name, "error": outcome})
         gc.collect()  # a trainer's model and optimizer refer to each other
-        results["points"] = order_points(measured)
+        results["points"] = frontier.order_points(measured)
         write_json(folder / "frontier.json", results)
         minutes_left = (time.monotonic() - start) / number * (len(missing) - number) / 60
         print(f"[{number}/{len(missing)}] {run.name}: {outcome}; about {minutes_left:.0f} min left", flush=True)
 
     if measured:
         draw_frontier(results).savefig(folder / "frontier.png", dpi=150)
-        print(format_frontier(results["points"], reference["sft"]))
+        print(frontier.format_frontier(results["points"], baselines["sft"]))
         print(f"Figure: {folder / 'frontier.png'}; report: {write_report(folder.parent)}")
     if failed:
         raise UserError(f"{len(failed)} of {len(missing)} runs failed, {failed[0]['name']}: {failed[0]['error']}")

@@ -56,16 +56,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def find_first_model(args: RoundArguments) -> dict[str, str]:
     """The model that the first round starts from, as flags; it is the reference of all rounds."""
-    recipes = {stage: read_yaml(f"{args.recipe}/{stage}.yaml") for stage in ("dpo-on-policy", "pairs", "evaluate")}
     for stage in ("pairs", "evaluate"):  # by default they would take the data of the policy, which are its own pairs
-        if not (args.dataset_name or "dataset_name" in recipes[stage]):
+        recipe = read_yaml(f"{args.recipe}/{stage}.yaml")
+        if not (args.dataset_name or "dataset_name" in recipe):
             raise UserError(f"{args.recipe}/{stage}.yaml names no dataset; pass --dataset_name")
     if args.model_name_or_path:
         return {"model_name_or_path": args.model_name_or_path}
-    named = {key: recipes["dpo-on-policy"].get(key) for key in ("model_name_or_path", "model_revision")}
-    if not named["model_name_or_path"]:
+    recipe = read_yaml(f"{args.recipe}/dpo-on-policy.yaml")
+    if not recipe.get("model_name_or_path"):
         raise UserError(f"{args.recipe}/dpo-on-policy.yaml names no model to start from; pass --model_name_or_path")
-    return {key: value for key, value in named.items() if value}
+    return {key: recipe[key] for key in ("model_name_or_path", "model_revision") if recipe.get(key)}
 
 
 def as_reference(model: dict[str, str]) -> dict[str, str]:

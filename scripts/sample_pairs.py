@@ -5,18 +5,15 @@
 `--dataset_name` reads what it writes (docs/on-policy.md). After an interruption, run the same command again.
 """
 
-import io
-import json
-
 from stages import get_config_path, train_missing_model
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
 from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
-from tinydpo.errors import UserError, report_errors
+from tinydpo.errors import report_errors
 from tinydpo.evaluation import on_policy
-from tinydpo.evaluation.results import make_output_folder
+from tinydpo.evaluation.results import check_settings, make_output_folder, write_jsonl
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
 from tinydpo.evaluation.sampling import prepare_prompts
 from tinydpo.files import write_atomic, write_json
@@ -31,13 +28,12 @@ def main(argv: list[str] | None = None) -> None:
         args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     folder = make_output_folder(args.output_dir)
     settings = on_policy.get_pairs_settings(args, reward, data)
-    if on_policy.has_finished_pairs(folder, settings):
+    check_settings(folder / on_policy.PAIRS_RESULTS, settings)
+    if (folder / on_policy.PAIRS_RESULTS).exists():
         print(f"{folder} holds these pairs already; delete the folder to make them again.")
         return
     device, dtype = pick_device_and_dtype(args.dtype)
-    functions = load_rewards(reward, device, args.batch_size, dtype)
-    if not functions:
-        raise UserError("pairs need a reward: pass --reward_funcs or --reward_model_name_or_path")
+    functions = load_rewards(reward, device, args.batch_size, dtype, required=True)
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
     train_texts = load_split(data, tokenizer, args.max_length, "train").texts
@@ -49,17 +45,14 @@ def main(argv: list[str] | None = None) -> None:
     counts = on_policy.count_answers(answers, rows, args.pair_by)
 
     for split, pairs in rows.items():
-        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
-        write_atomic(folder / f"{split}.jsonl", "".join(lines))
+        write_jsonl(folder / f"{split}.jsonl", pairs)
     pairs = [*rows["train"], *rows["test"]]
-    png = io.BytesIO()
     draw_reward_histogram(
         [answer.reward for scored in answers for answer in scored],
         [pair["reward_chosen"] for pair in pairs],
         [pair["reward_rejected"] for pair in pairs],
         reward.name(),
-    ).savefig(png, format="png", dpi=150)
-    write_atomic(folder / "rewards.png", png.getvalue())
+    ).savefig(folder / "rewards.png", dpi=150)
     write_atomic(folder / "README.md", on_policy.render_pairs_card(folder, settings, reward, counts))
     write_json(folder / on_policy.PAIRS_RESULTS, {"settings": settings, "counts": counts})
     for name, value in counts.items():

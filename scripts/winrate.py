@@ -9,7 +9,6 @@ Several temperatures, as in the DPO paper's Figure 3: add `--temperatures 0.25 0
 
 import gc
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from tinydpo.data.pairs import load_split
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import report_errors
 from tinydpo.evaluation.judge import Judge, JudgeArguments, calibrate_judge
-from tinydpo.evaluation.results import add_win_rates_to_card, make_output_folder
+from tinydpo.evaluation.results import add_to_card, make_output_folder
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
-from tinydpo.evaluation.winrate import WinrateArguments, cut_answers, format_winrates, summarize_verdicts
+from tinydpo.evaluation.winrate import WinrateArguments, cut_answers, format_winrates, summarize_verdicts, winrate_rows
 from tinydpo.files import write_json
 from tinydpo.models.loading import load_model
 from tinydpo.report.page import write_report
@@ -47,9 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     for temperature in args.temperatures:
         policy = answers["policy", temperature]
         for opponent, others in (("chosen", chosen), ("ref", answers["ref", temperature])):
-            verdicts = judge.compare(
-                readable["prompt"], policy, others, f"judge: against {opponent} at {temperature:g}"
-            )
+            desc = f"judge: against {opponent} at {temperature:g}"
+            verdicts = judge.compare(readable["prompt"], policy, others, desc)
             figures = summarize_verdicts(verdicts, policy, others)
             comparisons.append({"opponent": opponent, "temperature": temperature, **figures})
 
@@ -63,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     print(format_winrates(results))
     write_json(output_dir / "winrate.json", results)
-    add_win_rates_to_card(Path(args.model_name_or_path), results)
+    add_to_card(results, "Win rates by a judge", winrate_rows(results))
     print(f"Report: {write_report(output_dir.parent)}")
 
 
@@ -78,18 +76,8 @@ def sample_all_answers(
     for index, (role, (name, revision)) in enumerate(args.models.items()):  # one model in memory at a time
         model = load_model(name, revision, dtype=dtype, device=device)
         for temperature in args.temperatures:
-            sampled = sample_cached(
-                model,
-                tokenizer,
-                prompts,
-                args.max_length // 2,
-                f"{role}: answers",
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                batch_size=args.batch_size,
-                seed=args.seed + index,
-            )
+            settings = {"temperature": temperature, "batch_size": args.batch_size, "seed": args.seed + index}
+            sampled = sample_cached(model, tokenizer, prompts, args.max_length // 2, f"{role}: answers", **settings)
             answers[role, temperature] = sampled.texts(tokenizer)
         del model
         gc.collect()

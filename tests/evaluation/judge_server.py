@@ -49,11 +49,9 @@ class Handler(BaseHTTPRequestHandler):
             server.keys.add(self.headers.get("Authorization"))
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
-        try:
-            answer = server.script(question, before)
-        finally:
-            with server.lock:
-                server.at_once -= 1
+        answer = server.script(question, before)
+        with server.lock:
+            server.at_once -= 1
         status = 200
         if isinstance(answer, str):
             answer = make_reply(answer)

@@ -1,25 +1,25 @@
 """Evaluation: log-probs that agree with a direct computation, samples of the model's own distribution, the script."""
 
-import importlib
 import json
 import math
 import sys
 from pathlib import Path
 
 import datasets
+import evaluate
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from toys import write_rows
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation.metrics import kl_metrics, length_metrics, pair_metrics
-from tinydpo.evaluation.sampling import choose_prompts, cut_answer, cut_prompt, sample_answers, sample_cached
+from tinydpo.evaluation.sampling import choose_prompts, cut_prompt, sample_answers, sample_cached
 from tinydpo.evaluation.table import format_samples, format_table
+from tinydpo.files import read_jsonl
 from tinydpo.training.logps import pair_logps, token_logps
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -100,25 +100,6 @@ def test_logps_do_not_depend_on_batches_and_keep_the_order():
     assert together.rejected_tokens.tolist() == [len(ids) for ids in pairs["rejected_ids"]]
 
 
-@pytest.mark.parametrize("empty", ["prompt", "completion"])
-def test_empty_sequences_are_refused(empty: str):
-    prompts, completions = ([[]], [[1]]) if empty == "prompt" else ([[1]], [[]])
-    with pytest.raises(ValueError, match=f"row 0 has an empty {empty}"):
-        token_logps(tiny_gpt2(0), prompts, completions)
-
-
-def test_kl_comes_from_the_tokens_of_the_sampled_answers():
-    model, prompts = tiny_gpt2(0), [[1, 2, 3], [4], [5, 6]] * 20
-    answers = sample_answers(model, byte_tokenizer(), prompts, 8, batch_size=16)
-    own = token_logps(model, prompts, answers.ids)
-    again = kl_metrics(own, token_logps(model, prompts, answers.ids, batch_size=7))
-    assert abs(again["kl_per_sequence"]) < 1e-4, "other batches alone make a divergence"
-    other = kl_metrics(own, token_logps(tiny_gpt2(1), prompts, answers.ids))
-    assert other["kl_per_sequence"] > 5 * other["kl_per_sequence_se"], "two different models show no divergence"
-    tokens = sum(map(len, answers.ids))
-    assert other["kl_per_token"] * tokens == pytest.approx(other["kl_per_sequence"] * len(prompts))
-
-
 def test_sampled_kl_agrees_with_exact_kl():
     # Both models are the same at every position, so one-token answers have a KL that can be computed exactly.
     policy, ref = steer_end(tiny_gpt2(0), 6.0), steer_end(tiny_gpt2(0), 3.0)
@@ -129,6 +110,7 @@ def test_sampled_kl_agrees_with_exact_kl():
     answers = sample_answers(policy, byte_tokenizer(), prompts, 1, batch_size=500)
     kl = kl_metrics(token_logps(policy, prompts, answers.ids, 500), token_logps(ref, prompts, answers.ids, 500))
     assert exact > 0.1 and abs(kl["kl_per_sequence"] - exact) < 4 * kl["kl_per_sequence_se"] + 1e-3
+    assert kl["kl_per_token"] == pytest.approx(kl["kl_per_sequence"])
 
 
 @pytest.mark.parametrize(("logit", "length", "ended"), [(100.0, 1, True), (-100.0, 7, False)])
@@ -182,13 +164,6 @@ def test_answers_are_cached_by_weights_prompts_and_settings(monkeypatch: pytest.
     assert sample_cached(model, tokenizer, prompts, 10, seed=5) == first, "a damaged cache ends the evaluation"
 
 
-@given(st.lists(st.integers(0, 9), max_size=20))
-def test_answers_are_cut_after_the_first_stop_token(ids: list[int]):
-    answer, ended = cut_answer(ids, [9])
-    assert ids[: len(answer)] == answer and ended == (9 in ids)
-    assert 9 not in answer[:-1] and (not ended or answer[-1] == 9)
-
-
 def test_cut_prompts_keep_their_end_and_the_begin_token():
     assert cut_prompt([1, 2, 3, 4], 4, None) == [1, 2, 3, 4]
     assert cut_prompt([1, 2, 3, 4], 2, None) == [3, 4]
@@ -203,10 +178,6 @@ def test_prompts_are_chosen_by_seed_and_without_duplicates():
     assert chosen == choose_prompts(texts, 10, 0)["prompt"][:] != choose_prompts(texts, 10, 1)["prompt"][:]
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_evaluate_writes_figures_samples_pairs_report_and_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -214,17 +185,8 @@ def test_evaluate_writes_figures_samples_pairs_report_and_card(
     for seed, role in enumerate(("policy", "ref")):
         tiny_gpt2(seed).save_pretrained(role)
         byte_tokenizer().save_pretrained(role)
-    for split in ("train", "test"):
-        rows = [
-            {
-                "prompt": f"\n\nHuman: {split} {i}?\n\nAssistant:",
-                "chosen": f" Yes {i}.",
-                "rejected": f" No, never {i}!",
-            }
-            for i in range(12)
-        ]
-        Path("data").mkdir(exist_ok=True)
-        Path(f"data/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [f"\n\nHuman: Is it {i}?\n\nAssistant:" for i in range(12)]
+    write_rows(Path("data"), [{"prompt": p, "chosen": " Yes.", "rejected": " No, never!"} for p in prompts])
     Path("rewards_for_test.py").write_text(
         "def length(prompts, completions, **kwargs):\n    return [float(len(text)) for text in completions]\n"
     )
@@ -233,13 +195,12 @@ def test_evaluate_writes_figures_samples_pairs_report_and_card(
     Path("policy/train_results.json").write_text("{}")
     argv = ["--model_name_or_path", "policy", "--ref_model_name_or_path", "ref", "--dataset_name", "data",
             "--output_dir", "out", "--num_prompts", "8", "--reward_funcs", "rewards_for_test.length"]  # fmt: skip
-    evaluate = importlib.import_module("evaluate")
     evaluate.main(argv)
 
     assert sorted(path.name for path in Path("out").iterdir()) == ["eval_results.json", "pairs.jsonl", "samples.jsonl"]
     assert Path("report.html").is_file()
     results = json.loads(Path("out/eval_results.json").read_text())
-    samples, pairs = read_jsonl(Path("out/samples.jsonl")), read_jsonl(Path("out/pairs.jsonl"))
+    samples, pairs = (read_jsonl(Path(f"out/{name}.jsonl")) for name in ("samples", "pairs"))
     assert results["pairs"] == len(pairs) == 12 and len(samples) == 8
     assert np.mean([pair["margin"] > 0 for pair in pairs]) == results["reward_accuracy"]
     assert np.mean([len(sample["policy"]) for sample in samples]) == results["reward_policy"]

@@ -38,20 +38,15 @@ from tinydpo.training.trainers import FittedDPOTrainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.4])
-def test_conservative_dpo_is_its_formula(smoothing: float, task: Path, tiny_tokenizer: Any, tmp_path: Path):
+def test_conservative_dpo_is_its_formula(task: Path, tiny_tokenizer: Any, tmp_path: Path):
     from trl import DPOConfig
 
-    pairs = Dataset.from_dict(
-        {
-            "prompt_ids": [[5, 6, 7]] * 4,
-            "chosen_ids": [[8, 9], [3], [4, 4, 4], [9]],
-            "rejected_ids": [[2], [7, 8], [6], [1, 1]],
-        }
-    )
+    columns = {"prompt_ids": [[5, 6, 7]] * 2, "chosen_ids": [[8, 9], [3]], "rejected_ids": [[2], [7, 8]]}
+    pairs = Dataset.from_dict(columns)
     beta = 0.7
+    smoothing = 0.4
     config = DPOConfig(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2, beta=beta,
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, learning_rate=1e-2, beta=beta,
         use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
         activation_checkpointing=False, gradient_checkpointing=False, **get_loss_flags("conservative", smoothing),
     )  # fmt: skip
@@ -130,11 +125,7 @@ def test_curves_of_two_rates_have_two_labels():
     assert [label for label in labels if label.startswith("DPO") and "1e-05" in label], labels
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"losses": ["kto"]}, {"checkpoints": 0}, {"dpo_config": None}],
-    ids=str,
-)
+@pytest.mark.parametrize("wrong", [{"losses": ["kto"]}, {"dpo_config": None}], ids=str)
 def test_wrong_arguments_are_named(wrong: dict):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         FrontierArguments(**{"dpo_config": "a", "model_name_or_path": "b", "output_dir": "c", **wrong})
@@ -142,17 +133,16 @@ def test_wrong_arguments_are_named(wrong: dict):
 
 @pytest.fixture
 def argv(task: Path, tiny_model: Path, tmp_path: Path) -> list[str]:
-    """A frontier of seconds: four steps of sixteen pairs a run."""
+    """A frontier of seconds: two steps of sixteen pairs a run."""
     shutil.copytree(tiny_model, tmp_path / "sft")
     (tmp_path / "sft/run_config.yaml").write_text(yaml.safe_dump({"dataset_name": str(task / "data")}))
     (tmp_path / "sft/train_results.json").write_text("{}")
-    recipe = (ROOT / "recipes/quickstart/dpo.yaml").read_text().replace("num_train_epochs: 1", "max_steps: 4")
+    recipe = (ROOT / "recipes/quickstart/dpo.yaml").read_text().replace("num_train_epochs: 1", "max_steps: 2")
     (tmp_path / "dpo.yaml").write_text(recipe)
     return [
         "--dpo_config", str(tmp_path / "dpo.yaml"), "--model_name_or_path", str(tmp_path / "sft"),
         "--output_dir", str(tmp_path / "frontier"), "--reward_funcs", "tinydpo.toy_task.gold_reward",
-        "--losses", "sigmoid", "conservative", "--betas", "0.1", "--best_of", "2", "--checkpoints", "2",
-        "--num_prompts", "4",
+        "--losses", "sigmoid", "--betas", "0.1", "--best_of", "2", "--checkpoints", "2", "--num_prompts", "4",
     ]  # fmt: skip
 
 
@@ -163,20 +153,20 @@ def test_a_frontier_from_end_to_end(
     broken = folder / "sigmoid-beta0.1-seed0"
     broken.mkdir(parents=True)
     (broken / "run_config.yaml").write_text("beta: 7\n")  # another recipe's run has taken the first one's folder
-    with pytest.raises(UserError, match=r"1 of 3 runs failed, sigmoid-beta0\.1-seed0"):
+    with pytest.raises(UserError, match=r"1 of 2 runs failed, sigmoid-beta0\.1-seed0"):
         frontier.main(argv)
     result = json.loads((folder / "frontier.json").read_text())
-    assert {point["curve"] for point in result["points"]} == {"conservative DPO", "shuffled labels"}
+    assert {point["curve"] for point in result["points"]} == {"shuffled labels"}
     assert "beta" in result["failed"][0]["error"], "nobody is told why it failed"
     capsys.readouterr()
 
     shutil.rmtree(broken)
     frontier.main(argv)
     out = capsys.readouterr().out
-    assert "1 runs to make and 2 made before" in out and "[1/1]" in out and "about 0 min left" in out
+    assert "1 runs to make and 1 made before" in out and "[1/1]" in out and "about 0 min left" in out
     result = json.loads((folder / "frontier.json").read_text())
     assert [(point["curve"], point["step"]) for point in result["points"]] == [
-        (curve, step) for curve in ("DPO", "conservative DPO", "shuffled labels") for step in (2, 4)
+        (curve, step) for curve in ("DPO", "shuffled labels") for step in (1, 2)
     ]
     assert all(math.isfinite(point["reward"]) and point["kl_se"] >= 0 for point in result["points"])
     assert result["settings"]["dataset_name"] == str(task / "data"), "not the data of the reference's run"
@@ -186,8 +176,8 @@ def test_a_frontier_from_end_to_end(
     assert not list(folder.glob("*/checkpoint-*")), "measured checkpoints are left on the disk"
 
     monkeypatch.setattr(dpo, "main", lambda argv: pytest.fail("a finished run is trained again"))
-    frontier.main([*argv, "--losses", "sigmoid"])
-    assert "0 runs to make and 3 made before" in capsys.readouterr().out
+    frontier.main(argv)
+    assert "0 runs to make and 2 made before" in capsys.readouterr().out
     assert json.loads((folder / "frontier.json").read_text())["points"] == result["points"], "other runs are lost"
 
     weights = tmp_path / "sft/model.safetensors"  # the reference, trained again in the same place

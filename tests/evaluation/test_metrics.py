@@ -93,8 +93,6 @@ def test_difference_of_accuracies_has_the_interval_of_a_paired_bootstrap():
 @pytest.mark.parametrize(
     ("one", "other", "expected"),
     [
-        ([1, 2, 3, 4], [10, 20, 30, 400], 1.0),
-        ([1, 2, 3, 4], [4, 3, 2, 1], -1.0),
         ([1, 2, 3, 4], [5, 5, 5, 5], 0.0),
         ([86, 97, 99, 100, 101, 103, 106, 110, 112, 113], [2, 20, 28, 27, 50, 29, 7, 17, 6, 12], -29 / 165),
         ([1, 2, 2, 3], [1, 3, 2, 3], 0.8333333),  # ties: ranks 1, 2.5, 2.5, 4 and 1, 3.5, 2, 3.5
@@ -105,8 +103,7 @@ def test_rank_correlation_is_spearmans(one: list[float], other: list[float], exp
 
 
 def test_interval_that_includes_chance_is_called_inconclusive():
-    within_noise = Row("win rate", "", Estimate(0.52, 0.48, 0.56), chance=0.5)
-    assert format_interval(within_noise) == "95 % interval 0.480 to 0.560, includes 0.5: inconclusive"
-    assert (
-        format_interval(Row("win rate", "", Estimate(0.55, 0.51, 0.6), chance=0.5)) == "95 % interval 0.510 to 0.600"
-    )
+    noise = Row("win rate", "", Estimate(0.52, 0.48, 0.56), chance=0.5)
+    clear = Row("win rate", "", Estimate(0.55, 0.51, 0.6), chance=0.5)
+    assert format_interval(noise) == "95 % interval 0.480 to 0.560, includes 0.5: inconclusive"
+    assert format_interval(clear) == "95 % interval 0.510 to 0.600"

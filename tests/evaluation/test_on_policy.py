@@ -17,6 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from running import ROOT, run
+from toys import say, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinydpo.config.arguments import DataArguments
@@ -25,6 +26,7 @@ from tinydpo.data.splits import SHARED_PROMPT_NOTE
 from tinydpo.errors import UserError
 from tinydpo.evaluation import on_policy, sampling
 from tinydpo.evaluation.on_policy import ScoredAnswer, make_pairs
+from tinydpo.files import read_jsonl
 from tinydpo.toy_task import gold_reward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,11 +64,7 @@ def sample(policy: Path, data: Path | None, folder: Path, *flags: str) -> dict[s
     if "--reward_funcs" not in flags:
         argv += ["--reward_funcs", "tinydpo.toy_task.gold_reward"]
     sample_pairs.main([*argv, *flags])
-    return {split: read_rows(folder / f"{split}.jsonl") for split in ("train", "test")}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return {split: read_jsonl(folder / f"{split}.jsonl") for split in ("train", "test")}
 
 
 @given(ANSWERS)
@@ -87,7 +85,7 @@ def test_pairs_are_right_and_train(policy: Path, task: Path, tmp_path: Path, cap
     folder = tmp_path / "pairs"
     rows = sample(policy, task / "data", folder)
     assert len(rows["train"]) > 8 and len(rows["test"]) > 2, "too few pairs to show anything"
-    asked = [row["chosen"] for row in read_rows(task / "data/train.jsonl")]
+    asked = [row["chosen"] for row in read_jsonl(task / "data/train.jsonl")]
     for row in (*rows["train"], *rows["test"]):
         scores = gold_reward([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
         assert scores == pytest.approx([row["reward_chosen"], row["reward_rejected"]]), "not the answers' own rewards"
@@ -113,7 +111,7 @@ def test_pairs_are_right_and_train(policy: Path, task: Path, tmp_path: Path, cap
     capsys.readouterr()
     sample(policy, task / "data", folder)
     assert "holds these pairs already" in capsys.readouterr().out, "finished pairs were made again"
-    with pytest.raises(UserError, match=r"seed: 0.*seed: 1.*--output_dir"):
+    with pytest.raises(UserError, match=r"another seed \(0, not 1\).*--output_dir"):
         sample(policy, task / "data", folder, "--seed", "1")
 
 
@@ -159,13 +157,10 @@ def test_messages_stay_messages(template: str | None, policy: Path, tmp_path: Pa
         "def words(prompts, completions, **kwargs):\n    return [float(len(c[0]['content'])) for c in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    asked = [
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Is {i} odd?"}] for i in range(24)
-    ]
-    yes, no = ([{"role": "assistant", "content": word}] for word in ("Yes.", "No."))
-    lines = [json.dumps({"prompt": prompt, "chosen": yes, "rejected": no}) for prompt in asked]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    (policy / "run_config.yaml").write_text(yaml.safe_dump({"dataset_name": str(tmp_path / "data.jsonl")}))
+    asked = [[say("system", "Be brief."), say("user", f"Is {i} odd?")] for i in range(24)]
+    answers = {"chosen": [say("assistant", "Yes.")], "rejected": [say("assistant", "No.")]}
+    data = write_rows(tmp_path / "data", [{"prompt": prompt, **answers} for prompt in asked])
+    (policy / "run_config.yaml").write_text(yaml.safe_dump({"dataset_name": str(data)}))
     rows = sample(policy, None, tmp_path / "pairs", "--reward_funcs", "my_rewards.words")  # the policy's own data
     for row in (*rows["train"], *rows["test"]):
         assert row["prompt"] in asked, "a conversation became a text"
@@ -176,15 +171,13 @@ def test_messages_stay_messages(template: str | None, policy: Path, tmp_path: Pa
     assert again.summary["pairs_kept"] == len(rows["train"]) and bool(again.summary["templated"]) == bool(template)
 
 
-def test_settings_that_give_no_pairs_are_one_sentence(
+def test_rewards_that_do_not_differ_give_no_pairs(
     policy: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "my_flat.py").write_text("def flat(prompts, **kwargs):\n    return [1.0] * len(prompts)\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"24 prompts gave 0 pairs to train on"):
         sample(policy, task / "data", tmp_path / "pairs", "--reward_funcs", "my_flat.flat")
-    with pytest.raises(UserError, match=r"samples_per_prompt must be at least 2"):
-        sample(policy, task / "data", tmp_path / "pairs", "--samples_per_prompt", "1")
     assert not list((tmp_path / "pairs").glob("*")), "something half-made was left behind"
 
 
@@ -211,6 +204,7 @@ def test_rounds_continue_and_keep_their_first_reference(
     runs = tmp_path / "runs"
     argv = ["--recipe", recipe, "--output_dir", runs, "--seed", "3", "--model_name_or_path", policy]
     argv = [*map(str, argv), "--dataset_name", str(task / "data")]
+    monkeypatch.setattr(evaluate, "write_report", lambda folder: None)  # its figures take most of the time
     round_script.main([*argv, "--rounds", "1"])
     first_files = [runs / "round-1" / name for name in ("pairs/train.jsonl", "dpo/model.safetensors")]
     written = [path.stat().st_mtime_ns for path in first_files]

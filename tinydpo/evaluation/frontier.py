@@ -5,21 +5,22 @@ shuffled labels, which must not rise, and best-of-N samples of the reference.
 """
 
 import gc
+import itertools
 import json
 import math
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import yaml
 from datasets import concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel
+from transformers.hf_argparser import HfArg
 from trl.trainer.utils import hash_module
 
 from tinydpo.config.arguments import DataArguments, resolve_row_length
@@ -28,10 +29,11 @@ from tinydpo.data.rows import ParsedRow
 from tinydpo.data.splits import load_rows
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import UserError
+from tinydpo.evaluation.arguments import check_given
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
-from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, score_answers
+from tinydpo.evaluation.rewards import RewardArguments, score_answers
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
-from tinydpo.files import find_difference, read_json, read_yaml, write_atomic, write_json
+from tinydpo.files import read_json, read_yaml, write_atomic, write_json
 from tinydpo.models.loading import load_model, load_tokenizer
 from tinydpo.models.precision import get_compute_dtype
 from tinydpo.training.logps import token_logps
@@ -44,44 +46,26 @@ SHUFFLED = "shuffled labels"
 class FrontierArguments:
     """Which runs make the frontier, and how their checkpoints are measured."""
 
-    dpo_config: str | None = field(
-        default=None,
-        metadata={"help": "The DPO recipe of every run; its data and its model are replaced by those given here."},
-    )
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The SFT reference: folder or Hub id."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for the runs, frontier.json and the PNG."})
-    losses: list[str] = field(
-        default_factory=lambda: list(CURVES),
-        metadata={"help": "A curve each: sigmoid, ipo, hinge, conservative (DPO with label smoothing)."},
-    )
-    betas: list[float] = field(
-        default_factory=lambda: [0.05, 0.1, 1.0, 5.0], metadata={"help": "A run each, for every loss (the paper's)."}
-    )
-    learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "A run each, for every loss and β; by default the recipe's one rate."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each adds a run of every loss and β."})
-    label_smoothing: float = field(default=0.1, metadata={"help": "ε of conservative DPO: the share of wrong labels."})
-    checkpoints: int = field(default=3, metadata={"help": "Points along each run."})
-    best_of: int = field(default=32, metadata={"help": "Reference samples a prompt, for best of 1, 2, 4 … so many."})
-    num_prompts: int = field(default=256, metadata={"help": "Held-out prompts that every checkpoint answers."})
-    batch_size: int = field(
-        default=64,
-        metadata={"help": "Sequences in one forward pass: memory against speed; another draws other samples."},
-    )
-    sample_seed: int = field(default=0, metadata={"help": "Picks the prompts and the samples."})
+    dpo_config: str | None = HfArg(default=None, help="The DPO recipe of every run, except for its data and model.")
+    model_name_or_path: str | None = HfArg(default=None, help="The SFT reference: folder or Hub id.")
+    output_dir: str | None = HfArg(default=None, help="Folder for the runs, frontier.json and the PNG.")
+    losses: list[str] = HfArg(default_factory=lambda: list(CURVES), help=f"A curve each, of {', '.join(CURVES)}.")
+    betas: list[float] = HfArg(default_factory=lambda: [0.05, 0.1, 1.0, 5.0], help="A run each, for every loss.")
+    learning_rates: list[float] | None = HfArg(default=None, help="A run each, for every loss and β.")
+    seeds: list[int] = HfArg(default_factory=lambda: [0], help="Each adds a run of every loss and β.")
+    label_smoothing: float = HfArg(default=0.1, help="ε of conservative DPO: the share of wrong labels.")
+    checkpoints: int = HfArg(default=3, help="Points along each run.")
+    best_of: int = HfArg(default=32, help="Reference samples a prompt, for best of 1, 2, 4 … so many.")
+    num_prompts: int = HfArg(default=256, help="Held-out prompts that every checkpoint answers.")
+    batch_size: int = HfArg(default=64, help="Sequences in one forward pass; another draws other samples.")
+    sample_seed: int = HfArg(default=0, help="Picks the prompts and the samples.")
 
     def __post_init__(self):
-        """Check what is needed and the numbers (ValueError)."""
-        for name in ("dpo_config", "model_name_or_path", "output_dir", "losses", "betas", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing; recipes/quickstart/frontier.yaml shows what a frontier needs")
+        needed = ("dpo_config", "model_name_or_path", "output_dir")
+        check_given(self, *needed, hint="recipes/quickstart/frontier.yaml shows what a frontier needs")
         unknown = set(self.losses) - set(CURVES)
         if unknown:
             raise ValueError(f"--losses {', '.join(sorted(unknown))}: not one of {', '.join(CURVES)}")
-        for name in ("checkpoints", "best_of", "num_prompts", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class FrontierRun(NamedTuple):
@@ -99,13 +83,11 @@ def plan_runs(args: FrontierArguments) -> list[FrontierRun]:
     """Every loss, β, learning rate and seed, and beside them DPO at the lowest β on shuffled labels."""
     lowest = min(args.betas)
     runs = []
-    for seed in args.seeds:
-        for rate in args.learning_rates or [None]:
-            end = f"seed{seed}" if rate is None else f"lr{rate:g}-seed{seed}"
-            for loss in args.losses:
-                for beta in args.betas:
-                    runs.append(FrontierRun(f"{loss}-beta{beta:g}-{end}", CURVES[loss], loss, beta, seed, rate))
-            runs.append(FrontierRun(f"shuffled-beta{lowest:g}-{end}", SHUFFLED, "sigmoid", lowest, seed, rate))
+    for seed, rate in itertools.product(args.seeds, args.learning_rates or [None]):
+        end = f"seed{seed}" if rate is None else f"lr{rate:g}-seed{seed}"
+        for loss, beta in itertools.product(args.losses, args.betas):
+            runs.append(FrontierRun(f"{loss}-beta{beta:g}-{end}", CURVES[loss], loss, beta, seed, rate))
+        runs.append(FrontierRun(f"shuffled-beta{lowest:g}-{end}", SHUFFLED, "sigmoid", lowest, seed, rate))
     return list(dict.fromkeys(runs))  # a value given twice is one run
 
 
@@ -155,10 +137,9 @@ def write_run_recipe(
         kept = ("max_question_length", "on_bad_row", "max_train_pairs", "max_test_pairs")
         data_keys = {key: value for key, value in data_keys.items() if key in kept}
         data_keys["dataset_name"] = str(folder / "shuffled-data")
-    keys = {
-        **recipe,
-        **data_keys,
-        **get_loss_flags(run.loss, args.label_smoothing),
+    keys = recipe | data_keys | get_loss_flags(run.loss, args.label_smoothing)
+    keys.pop("model_revision", None)  # of the recipe's own model
+    keys |= {
         "model_name_or_path": args.model_name_or_path,
         "output_dir": str(folder / run.name),
         "beta": run.beta,
@@ -169,7 +150,6 @@ def write_run_recipe(
         "save_total_limit": args.checkpoints + 1,
         "disable_tqdm": True,
     }
-    keys.pop("model_revision", None)  # of the recipe's own model
     if run.learning_rate:
         keys["learning_rate"] = run.learning_rate
     path = folder / f"{run.name}.yaml"
@@ -181,25 +161,18 @@ class FrontierMeasure:
     """Measures policies: KL from the reference, and reward of sampled answers to the same held-out prompts."""
 
     def __init__(
-        self,
-        args: FrontierArguments,
-        data: DataArguments,
-        recipe: dict[str, Any],
-        functions: list[RewardFunction],
-        device: str,
-        dtype: torch.dtype,
+        self, args: FrontierArguments, data: DataArguments, recipe: dict, functions: list, ref: PreTrainedModel
     ):
-        """Load the reference and the prompts (UserError: one of them cannot be loaded)."""
-        max_length = recipe["max_length"]
+        self.args = args
         self.functions = functions
-        self.batch_size = args.batch_size
-        self.seed = args.sample_seed
-        self.max_new_tokens = max_length // 2
-        self.row_length = resolve_row_length(max_length, None) if recipe.get("shared_prefix", True) else None
+        self.ref = ref
+        self.max_length = recipe["max_length"]
+        self.row_length = resolve_row_length(self.max_length, None) if recipe.get("shared_prefix", True) else None
         self.tokenizer = load_tokenizer(args.model_name_or_path)
-        held_out = load_split(data, self.tokenizer, max_length, "test").texts
-        self.texts, self.prompts = prepare_prompts(held_out, self.tokenizer, max_length, args.num_prompts, self.seed)
-        self.ref = load_model(args.model_name_or_path, dtype=dtype, device=device)
+        held_out = load_split(data, self.tokenizer, self.max_length, "test").texts
+        self.texts, self.prompts = prepare_prompts(
+            held_out, self.tokenizer, self.max_length, args.num_prompts, args.sample_seed
+        )
 
     def get_fingerprint(self) -> dict[str, str]:
         """What may change behind the names in a recipe: weights, prompts and rewards."""
@@ -209,7 +182,7 @@ class FrontierMeasure:
             "reference's weights": hash_module(self.ref),
             "dtype or device": (get_compute_dtype(self.ref), self.ref.device.type),
             "set of prompts": self.prompts,
-            "reward": score_answers(self.functions, self.texts, chosen, ids).tolist(),
+            "reward": score_answers(self.functions, self.texts, chosen, ids).sum(0).tolist(),
         }
         return {name: Hasher.hash(value) for name, value in parts.items()}
 
@@ -217,9 +190,11 @@ class FrontierMeasure:
         """KL from the reference (nats an answer) and reward of a checkpoint, each with its standard error."""
         policy = load_model(name, dtype=get_compute_dtype(self.ref), device=self.ref.device)
         ids, rewards = self._sample(policy, 1)
-        policy_logps = token_logps(policy, self.prompts, ids, self.batch_size, "KL", self.row_length)
-        ref_logps = token_logps(self.ref, self.prompts, ids, self.batch_size, "KL", self.row_length)
-        kl = kl_metrics(policy_logps, ref_logps)
+        logps = [
+            token_logps(model, self.prompts, ids, self.args.batch_size, "KL", self.row_length)
+            for model in (policy, self.ref)
+        ]
+        kl = kl_metrics(*logps)
         del policy
         gc.collect()
         return {
@@ -237,28 +212,19 @@ class FrontierMeasure:
 
     def _sample(self, model: PreTrainedModel, samples: int) -> tuple[list[list[int]], np.ndarray]:
         """Token ids of sampled answers, and their rewards, (prompts, samples)."""
-        answers = sample_cached(
-            model,
-            self.tokenizer,
-            self.prompts * samples,
-            self.max_new_tokens,
-            "answers",
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
+        settings = {"batch_size": self.args.batch_size, "seed": self.args.sample_seed}
+        prompts = self.prompts * samples
+        answers = sample_cached(model, self.tokenizer, prompts, self.max_length // 2, "answers", **settings)
         texts = concatenate_datasets([self.texts] * samples)
-        rewards = score_answers(self.functions, texts, answers.texts(self.tokenizer), answers.ids)
+        rewards = score_answers(self.functions, texts, answers.texts(self.tokenizer), answers.ids).sum(0)
         return answers.ids, rewards.reshape(samples, -1).T
 
 
 def best_of_n(rewards: np.ndarray) -> list[dict[str, float]]:
-    """Best of N = 1, 2, 4 … of n reference samples to each of m prompts.
+    """Best of N = 1, 2, 4 … reference samples, from the rewards of all samples (prompts, samples).
 
     The mean of the best of N is taken over every subset of the n samples (an unbiased estimate; WebGPT, arXiv
     2112.09332, appendix I). The KL in nats is log N − (N − 1)/N, an upper bound of the true one (arXiv 2401.01879).
-
-    Args:
-        rewards: (m, n).
     """
     count = rewards.shape[1]
     ordered = np.sort(rewards, axis=1)
@@ -266,8 +232,7 @@ def best_of_n(rewards: np.ndarray) -> list[dict[str, float]]:
     for power in range(count.bit_length()):
         n = 2**power
         # The i-th lowest sample is the best of C(i, n - 1) of the C(count, n) subsets.
-        weights = [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
-        best = ordered @ np.array(weights)
+        best = ordered @ [math.comb(i, n - 1) / math.comb(count, n) for i in range(count)]
         kl = math.log(n) - (n - 1) / n
         points.append({"n": n, "kl": kl, "reward": float(best.mean()), "reward_se": standard_error(best)})
     return points
@@ -292,8 +257,7 @@ def measure_run(run: FrontierRun, folder: Path, measure: FrontierMeasure) -> lis
 
 def read_finished_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The points of the runs in `folder` that are measured, by the run's name."""
-    runs = {path.parent.name: read_json(path, "points", "done") for path in sorted(folder.glob("*/points.json"))}
-    return {name: run["points"] for name, run in runs.items() if run["done"]}
+    return {path.parent.name: read_json(path, "points")["points"] for path in sorted(folder.glob("*/points.json"))}
 
 
 def get_frontier_settings(
@@ -305,16 +269,8 @@ def get_frontier_settings(
     return settings | asdict(reward) | asdict(data) | {"recipe": recipe}
 
 
-def check_frontier_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse to add to a `frontier.json` whose points were measured under other settings (UserError)."""
-    before = read_json(path, "settings").get("settings", settings)
-    key = find_difference(before, settings)
-    if key:
-        raise UserError(f"{path} was measured with another {key}; pass another --output_dir, or delete its folder")
-
-
 def get_run_key(point: dict[str, Any]) -> tuple[str, float, float, int]:
-    """What tells a point's run from the others: curve, learning rate (0 for the recipe's), β and seed."""
+    """Curve, learning rate (0 for the recipe's), β and seed of a point's run."""
     return point["curve"], point.get("learning_rate") or 0.0, point["beta"], point["seed"]
 
 

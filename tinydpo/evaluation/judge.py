@@ -11,18 +11,20 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import UserError
+from tinydpo.evaluation.arguments import check_given
 from tinydpo.evaluation.metrics import wilson_interval
 from tinydpo.evaluation.sampling import choose_prompts
+from tinydpo.files import write_atomic
 
 QUESTION = """\
 Below are a conversation and two replies to its last turn. Which reply helps the person more? Weigh what is said, not \
@@ -58,32 +60,15 @@ RETRIES = 5  # the client's own: of 429, 5xx, time-outs and lost connections, wi
 class JudgeArguments:
     """Which judge to ask. Its key comes from the environment only: JUDGE_API_KEY, else OPENAI_API_KEY."""
 
-    judge_base_url: str | None = field(
-        default=None, metadata={"help": "An endpoint of OpenAI's protocol, such as http://127.0.0.1:8000/v1."}
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "The judge's name at that endpoint."})
-    judge_concurrency: int = field(
-        default=8,
-        metadata={
-            "help": "Questions sent at once. Pass 1 for a local server that answers one at a time: the others would "
-            "wait there until they time out."
-        },
-    )
-    judge_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for one reply."})
+    judge_base_url: str | None = HfArg(default=None, help="An endpoint of OpenAI's protocol, such as https://host/v1.")
+    judge_model: str | None = HfArg(default=None, help="The judge's name at that endpoint.")
+    judge_concurrency: int = HfArg(default=8, help="Questions sent at once: 1 for a server that answers one by one.")
+    judge_timeout: float = HfArg(default=120.0, help="Seconds to wait for one reply.")
 
     def __post_init__(self):
-        """Check the endpoint; an address with a secret in it is refused, because addresses are stored (ValueError)."""
-        for name in ("judge_base_url", "judge_model"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing; a win rate needs a judge, and `transformers serve` can be one")
-        url = urlsplit(self.judge_base_url)
-        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query or url.fragment:
-            raise ValueError(
-                "judge_base_url must look like https://host/v1, without a user, password or query; "
-                "set the key in the environment as JUDGE_API_KEY"
-            )
-        if self.judge_concurrency < 1:
-            raise ValueError(f"judge_concurrency must be at least 1, got {self.judge_concurrency}")
+        check_given(self, "judge_base_url", "judge_model", hint="a win rate needs a judge (docs/evaluation.md)")
+        if {"@", "?", "#"} & set(self.judge_base_url):  # addresses are stored, and these may hold a secret
+            raise ValueError("judge_base_url must hold no user, password or query; set the key as JUDGE_API_KEY")
 
 
 def read_verdict(reply: str) -> str:
@@ -95,35 +80,26 @@ def read_verdict(reply: str) -> str:
 
 
 def get_outcome(as_a: str, as_b: str) -> float | None:
-    """What the verdicts on a pair say about an answer that was shown as A, then as B.
-
-    Returns:
-        1 (wins in both orders), 0 (loses in both), 0.5 (a tie, or a judge that goes by the order), or None if either
-        verdict is invalid.
-    """
+    """1 if an answer, shown as A and then as B, wins in both orders, 0 if it loses in both; None if one is invalid."""
     if "invalid" in (as_a, as_b):
         return None
-    return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((as_a, as_b), 0.5)
+    if (as_a, as_b) == ("A", "B"):
+        return 1.0
+    return 0.0 if (as_a, as_b) == ("B", "A") else 0.5  # a tie, or a judge that goes by the order
 
 
 class Judge:
-    """A judge, and the verdicts it has given so far, saved as JSON lines in `cache_file`.
-
-    A verdict is asked for again only if model, address or question differ.
-    """
+    """A judge, and the verdicts it has given so far on a question, saved as JSON lines in `cache_file`."""
 
     def __init__(self, args: JudgeArguments, cache_file: Path):
-        """Read the saved verdicts (UserError: the client is not installed, or the key cannot be one)."""
         try:
             import openai  # noqa: F401 - only whether it is there
         except ImportError:
-            raise UserError(
-                "the judge's client is not installed; `make winrate` installs it, or pip install '.[judge]'"
-            ) from None
+            raise UserError("the judge's client is missing; run `make winrate`, or pip install '.[judge]'") from None
         self.args = args
         self.cache_file = cache_file
         self._key = (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not (self._key.isascii() and self._key.isprintable()):
+        if not (self._key.isascii() and self._key.isprintable()):  # the client's error would print it
             raise UserError("the judge's key in the environment holds characters that no key has; set it again")
         self._rows = self._read_cache()
         self._used: set[str] = set()  # keys of the verdicts given out
@@ -132,11 +108,7 @@ class Judge:
     def compare(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], desc: str
     ) -> list[tuple[str, str]]:
-        """The verdicts on n pairs of answers, with the first one as A, then as B; equal answers tie without asking.
-
-        Raises:
-            UserError: the judge cannot be asked (its verdicts so far are saved), or none of its verdicts can be read.
-        """
+        """The verdicts on n pairs of answers, with the first one as A, then as B; equal answers tie without asking."""
         pairs = [(a.strip(), b.strip()) for a, b in zip(first, second, strict=True)]
         questions = []
         for prompt, (a, b) in zip(prompts, pairs, strict=True):
@@ -146,10 +118,8 @@ class Judge:
         answers = iter(self._ask(questions, desc))
         verdicts = [("tie", "tie") if a == b else (next(answers), next(answers)) for a, b in pairs]
         if all(get_outcome(*pair) is None for pair in verdicts):
-            raise UserError(
-                f"none of {self.args.judge_model}'s verdicts ({desc}) can be read; its replies are in "
-                f"{self.cache_file}, try another --judge_model"
-            )
+            what = f"none of {self.args.judge_model}'s verdicts ({desc}) can be read"
+            raise UserError(f"{what}; its replies are in {self.cache_file}, try another --judge_model")
         return verdicts
 
     def count_tokens(self) -> dict[str, int]:
@@ -182,29 +152,20 @@ class Judge:
     async def _ask_all(self, questions: dict[str, str], desc: str) -> None:
         from openai import AsyncOpenAI
 
-        limit = asyncio.Semaphore(self.args.judge_concurrency)
         client = AsyncOpenAI(
             base_url=self.args.judge_base_url,
             api_key=self._key or "none",  # a local server needs none, but the client insists on one
             timeout=self.args.judge_timeout,
             max_retries=RETRIES,
         )
+        limit = asyncio.Semaphore(self.args.judge_concurrency)
+        asked = [self._ask_one(client, limit, key, question) for key, question in questions.items()]
+        async with client:
+            await tqdm.gather(*asked, desc=desc, leave=False, disable=None)  # after a failure nothing more is asked
 
-        async def ask(key: str, question: str) -> None:
-            async with limit:
-                await self._ask_one(client, key, question)
-            bar.update()
-
-        with tqdm(desc=desc, total=len(questions), leave=False, disable=None) as bar:
-            try:
-                async with client, asyncio.TaskGroup() as group:
-                    for key, question in questions.items():
-                        group.create_task(ask(key, question))
-            except ExceptionGroup as failures:  # after the first failure nothing more is asked
-                raise failures.exceptions[0] from None
-
-    async def _ask_one(self, client: Any, key: str, question: str) -> None:
-        reply, verdict, usage = await self._get_reply(client, question)
+    async def _ask_one(self, client: Any, limit: asyncio.Semaphore, key: str, question: str) -> None:
+        async with limit:
+            reply, verdict, usage = await self._get_reply(client, question)
         row = {
             "key": key,
             "verdict": verdict,
@@ -232,9 +193,8 @@ class Judge:
             )
             choice = completion.choices[0]
             reply = str(choice.message.content or choice.message.refusal or "")
-            if choice.finish_reason == "length":  # cut short: whatever comes last is not the verdict
-                return reply, "invalid", completion.usage
-            return reply, read_verdict(reply), completion.usage
+            is_cut = choice.finish_reason == "length"  # then whatever comes last is not the verdict
+            return reply, "invalid" if is_cut else read_verdict(reply), completion.usage
         except openai.BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):  # the endpoint refuses, not the model
                 return "", "invalid", None
@@ -250,15 +210,10 @@ class Judge:
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 return f"refuses the key ({error.status_code}); set JUDGE_API_KEY or OPENAI_API_KEY to one it accepts"
             case openai.NotFoundError():
-                return (
-                    f"does not know the address or the model {self.args.judge_model!r} (404); check --judge_base_url, "
-                    "which usually ends in /v1, and --judge_model"
-                )
+                return "answers 404; check --judge_model, and --judge_base_url, which usually ends in /v1"
             case openai.APITimeoutError():
-                return (
-                    f"sent no reply within {self.args.judge_timeout:g} s, {RETRIES + 1} times; raise --judge_timeout, "
-                    "or pass --judge_concurrency 1 if it is a local server"
-                )
+                tries = f"within {self.args.judge_timeout:g} s, {RETRIES + 1} times"
+                return f"sent no reply {tries}; raise --judge_timeout, or pass --judge_concurrency 1 to a local server"
             case openai.APIStatusError():
                 return f"answers {error.status_code}: {error.message}"
             case openai.APIConnectionError():
@@ -272,29 +227,17 @@ class Judge:
     def _read_cache(self) -> dict[str, dict[str, Any]]:
         if not self.cache_file.exists():
             return {}
-        rows = {}
-        text = self.cache_file.read_text(encoding="utf-8", errors="replace")
-        for line in text.split("\n"):
-            try:
-                row = json.loads(line)
-            except ValueError:  # the empty end, or a line that a killed run left half written
-                continue
-            rows[row["key"]] = row
-        if text and not text.endswith("\n"):
-            with self.cache_file.open("a") as file:
-                file.write("\n")
-        return rows
+        *lines, rest = self.cache_file.read_text().split("\n")
+        if rest:  # a killed run has left its last line half written
+            write_atomic(self.cache_file, "".join(line + "\n" for line in lines))
+        return {row["key"]: row for row in map(json.loads, lines)}
 
     def _hide_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
 
 
 def calibrate_judge(judge: Judge, texts: Dataset, tokenizer: Any, pairs: int, seed: int) -> dict[str, Any] | None:
-    """Ask the judge about at most so many held-out pairs, chosen against rejected, whole as they were labelled.
-
-    Returns:
-        The figures of `measure_agreement`; None if `pairs` is 0.
-    """
+    """`measure_agreement` on so many held-out pairs, chosen against rejected, whole as they were labelled; 0: None."""
     if not pairs:
         return None
     rows = get_readable_columns(choose_prompts(texts, pairs, seed), tokenizer, "chosen", "rejected")
@@ -305,9 +248,8 @@ def calibrate_judge(judge: Judge, texts: Dataset, tokenizer: Any, pairs: int, se
 def measure_agreement(verdicts: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """How far n pairs of verdicts, with the chosen answer as A and as B, agree with the labels.
 
-    Returns:
-        Counts; `agreement`, the share of valid pairs whose chosen answer the judge prefers (ties half, as in a win
-        rate) with its 95 % interval; and `turned_share`, the share on which the verdict changes with the order.
+    `agreement` is the share of valid pairs whose chosen answer the judge prefers (ties half, as in a win rate), and
+    `turned_share` the share of those on which the verdict changes with the order.
     """
     valid = [pair for pair in verdicts if get_outcome(*pair) is not None]
     outcomes = [get_outcome(*pair) for pair in valid]

@@ -10,6 +10,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from tinydpo.evaluation.sampling import Answers
 from tinydpo.training.logps import PairLogps
@@ -125,13 +126,10 @@ def compare_with_reward_model(
 
 
 def paired_accuracies(implicit: np.ndarray, explicit: np.ndarray) -> dict[str, Any]:
-    """A reward model's accuracy, and the implicit reward's minus it with the interval of a paired bootstrap.
-
-    `implicit` and `explicit` are flags (n,): which of the same pairs each of them orders right.
-    """
+    """A reward model's accuracy, and the implicit reward's minus it; flags (n,) say which pairs are ordered right."""
     n = len(explicit)
     differences = implicit.astype(int) - explicit.astype(int)
-    # A difference is -1, 0 or 1: resampling n pairs draws how many there are of each.
+    # A paired bootstrap. A difference is -1, 0 or 1: resampling n pairs draws how many there are of each.
     shares = [float((differences == value).mean()) for value in (-1, 0, 1)]
     counts = np.random.default_rng(0).multinomial(n, shares, size=BOOTSTRAP_PAIRS)
     resampled = (counts[:, 2] - counts[:, 0]) / n
@@ -198,10 +196,7 @@ def compare_rewards(names: Sequence[str], policy: np.ndarray, ref: np.ndarray) -
 
 
 def rank_agreement(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
-    """`rank_correlation` of the last reward, a model, with the sum of the others over both models' answers.
-
-    Scores are (rewards, n) of answers to the same n prompts, which are resampled for the interval.
-    """
+    """`rank_correlation` of the last reward with the sum of the others; scores are (rewards, n) of both's answers."""
     model = np.stack([policy[-1], ref[-1]])
     functions = np.stack([policy[:-1].sum(0), ref[:-1].sum(0)])
     n = model.shape[1]
@@ -215,11 +210,5 @@ def rank_agreement(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's, ties by their mean rank; 0 if all values of one are equal."""
-    ranks = np.stack([_rank(one.ravel()), _rank(other.ravel())])
+    ranks = np.stack([pd.Series(values.ravel()).rank() for values in (one, other)])
     return float(np.corrcoef(ranks)[0, 1]) if ranks.std(1).all() else 0.0
-
-
-def _rank(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, the mean rank for equal values."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[places]

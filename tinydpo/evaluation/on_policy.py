@@ -8,25 +8,25 @@ it would teach the policy to stop in the middle of a sentence.
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from datasets import Dataset
+from transformers.hf_argparser import HfArg
 from trl.trainer.utils import hash_module
 
 from tinydpo.config.arguments import DataArguments, list_sources
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
-from tinydpo.data.rows import REWARD_COLUMNS
 from tinydpo.data.splits import HOLD_OUT_SEED
 from tinydpo.data.text import get_prompts
 from tinydpo.errors import UserError
-from tinydpo.evaluation.arguments import SamplingArguments
+from tinydpo.evaluation.arguments import SamplingArguments, check_given
 from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, as_completion, score_answers
 from tinydpo.evaluation.sampling import Answers, sample_cached
-from tinydpo.files import find_difference, public_name, read_json
+from tinydpo.files import public_name, read_json
 from tinydpo.models.loading import hash_weights
 
 PROMPTS_AT_ONCE = 256  # sampled answers are cached this often: a run that is cut short repeats no more than this
@@ -37,26 +37,16 @@ PAIRS_RESULTS = "pairs_results.json"  # written last: where it exists, the pairs
 class PairsArguments(SamplingArguments):
     """How often the policy answers each prompt, and what becomes a pair."""
 
-    num_prompts: int = field(default=2000, metadata={"help": "Prompts of the train split to answer."})
-    samples_per_prompt: int = field(default=8, metadata={"help": "Answers to each; more lie further apart."})
-    pair_by: Literal["best_worst", "all"] = field(
-        default="best_worst",
-        metadata={
-            "help": "best_worst: a prompt's best answer against its worst; all: every two that score differently."
-        },
-    )
-
-    def __post_init__(self):
-        """Refuse numbers that give no pairs or no held-out ones, too (ValueError)."""
-        super().__post_init__()
-        self.at_least(num_prompts=2, samples_per_prompt=2)
+    num_prompts: int = HfArg(default=2000, help="Prompts of the train split to answer.")
+    samples_per_prompt: int = HfArg(default=8, help="Answers to each; more lie further apart.")
+    pair_by: Literal["best_worst", "all"] = HfArg(default="best_worst", help="all: every two that score differently.")
 
 
 class ScoredAnswer(NamedTuple):
-    """An answer as text, whether the policy ended it itself, and its reward."""
+    """An answer and its reward."""
 
     text: str
-    ended: bool
+    ended: bool  # by the policy itself
     reward: float
 
 
@@ -70,20 +60,6 @@ def get_pairs_settings(args: PairsArguments, reward: RewardArguments, data: Data
     return settings
 
 
-def has_finished_pairs(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds exactly these pairs (UserError: it holds pairs made with other settings)."""
-    before = read_json(folder / PAIRS_RESULTS, "settings").get("settings")
-    if before is None:
-        return False
-    key = find_difference(before, settings)
-    if key:
-        raise UserError(
-            f"{folder} holds pairs made with {key}: {before.get(key)}, these have {key}: {settings.get(key)}; "
-            "pass another --output_dir, or delete the folder"
-        )
-    return True
-
-
 def sample_several(model: Any, tokenizer: Any, prompts: list[list[int]], args: PairsArguments) -> Answers:
     """`samples_per_prompt` answers to each of n prompts, the answers to one prompt side by side."""
     ids: list[list[int]] = []
@@ -91,16 +67,10 @@ def sample_several(model: Any, tokenizer: Any, prompts: list[list[int]], args: P
     weights = hash_module(model)
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         batch = prompts[start : start + PROMPTS_AT_ONCE]
-        answers = sample_cached(
-            model,
-            tokenizer,
-            [prompt for prompt in batch for _ in range(args.samples_per_prompt)],
-            args.max_length // 2,
-            f"answers to prompts {start + 1} to {start + len(batch)} of {len(prompts)}",
-            seed=args.seed + start,
-            weights=weights,
-            **args.sampling,
-        )
+        repeated = [prompt for prompt in batch for _ in range(args.samples_per_prompt)]
+        desc = f"answers to prompts {start + 1} to {start + len(batch)} of {len(prompts)}"
+        settings = {"seed": args.seed + start, "weights": weights, **args.sampling}
+        answers = sample_cached(model, tokenizer, repeated, args.max_length // 2, desc, **settings)
         ids += answers.ids
         ended += answers.ended
     return Answers(ids, ended)
@@ -113,7 +83,7 @@ def score_samples(
     samples = len(answers.ids) // len(texts)
     repeated = texts.select(np.repeat(range(len(texts)), samples))
     written = answers.texts(tokenizer)
-    rewards = score_answers(functions, repeated, written, answers.ids).tolist()
+    rewards = score_answers(functions, repeated, written, answers.ids).sum(0).tolist()
     scored = [ScoredAnswer(*answer) for answer in zip(written, answers.ended, rewards, strict=True)]
     return [scored[start : start + samples] for start in range(0, len(scored), samples)]
 
@@ -153,17 +123,15 @@ def make_rows(
                 "prompt": prompt,
                 "chosen": as_completion(prompt, better.text, templated),
                 "rejected": as_completion(prompt, worse.text, templated),
-                REWARD_COLUMNS[0]: better.reward,
-                REWARD_COLUMNS[1]: worse.reward,
+                "reward_chosen": better.reward,
+                "reward_rejected": worse.reward,
             }
             if subset:
                 row["subset"] = subset
             rows["test" if index in held_out else "train"].append(row)
     if not (rows["train"] and rows["test"]):
-        raise UserError(
-            f"{count} prompts gave {len(rows['train'])} pairs to train on and {len(rows['test'])} held out; raise "
-            "--num_prompts or --samples_per_prompt, or --test_split_size"
-        )
+        found = f"{count} prompts gave {len(rows['train'])} pairs to train on and {len(rows['test'])} held out"
+        raise UserError(f"{found}; raise --num_prompts, --samples_per_prompt or --test_split_size")
     return rows
 
 
@@ -194,14 +162,12 @@ def render_pairs_card(folder: Path, settings: dict[str, Any], reward: RewardArgu
     from huggingface_hub import DatasetCard, DatasetCardData
 
     files = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "test")]
-    metadata = DatasetCardData(
-        configs=[{"config_name": "default", "data_files": files}], tags=["tinydpo", "preference", "on-policy"]
-    )
+    configs = [{"config_name": "default", "data_files": files}]
     policy = f"`{public_name(settings['model_name_or_path'], settings['model_revision'])}`"
     if "weights" in settings:
         policy += f" (local, weights {settings['weights'][:12]}…)"
     card = DatasetCard.from_template(
-        metadata,
+        DatasetCardData(configs=configs, tags=["tinydpo", "preference", "on-policy"]),
         template_path=Path(__file__).with_name("templates") / "pairs.md",
         title=f"{folder.absolute().parent.name}/{folder.name}",
         policy=policy,
@@ -218,29 +184,15 @@ def render_pairs_card(folder: Path, settings: dict[str, Any], reward: RewardArgu
 class RoundArguments:
     """Which recipes make a round, and how many rounds."""
 
-    recipe: str | None = field(
-        default=None,
-        metadata={"help": "Folder with pairs.yaml, dpo-on-policy.yaml and evaluate.yaml, the stages of a round."},
-    )
-    rounds: int = field(default=2, metadata={"help": "Rounds in all; those made before are not made again."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for round-1, round-2 …; by default runs/<recipe folder>."}
-    )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Where the first round starts, the reference of all; by default dpo-on-policy.yaml's."},
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Prompts to answer, and held-out pairs; by default the recipes' own."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of sampling, training and evaluation."})
+    recipe: str | None = HfArg(default=None, help="Folder with pairs.yaml, dpo-on-policy.yaml and evaluate.yaml.")
+    rounds: int = HfArg(default=2, help="Rounds in all; those made before are not made again.")
+    output_dir: str | None = HfArg(default=None, help="Folder of the rounds; by default runs/<recipe folder>.")
+    model_name_or_path: str | None = HfArg(default=None, help="Where the first round starts, the reference of all.")
+    dataset_name: str | None = HfArg(default=None, help="Prompts and held-out pairs; by default the recipes' own.")
+    seed: int = HfArg(default=0, help="Of sampling, training and evaluation.")
 
     def __post_init__(self):
-        """Check what is needed, and name the output folder after the recipe's (ValueError)."""
-        if not self.recipe:
-            raise ValueError("--recipe is missing; recipes/quickstart shows what a round needs")
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        check_given(self, "recipe", hint="recipes/quickstart shows what a round needs")
         self.output_dir = self.output_dir or f"runs/{Path(self.recipe).resolve().name}"
 
 
@@ -253,18 +205,11 @@ def collect_rounds(folders: Sequence[Path]) -> dict[str, Any]:
         if not rounds:
             settings = figures["settings"]
             rounds.append({"name": "SFT", "kl": 0.0, "kl_se": 0.0, **_collect_role(figures, "ref")})
-        rounds.append(
-            {
-                "name": folder.name,
-                "kl": figures["kl_per_sequence"],
-                "kl_se": figures["kl_per_sequence_se"],
-                **_collect_role(figures, "policy"),
-                "over_sft": figures.get("win_rate_vs_ref"),
-                "over_sft_ci95": figures.get("win_rate_ci95"),
-                "over_before": before.get("win_rate_vs_ref"),
-                "over_before_ci95": before.get("win_rate_ci95"),
-            }
-        )
+        one = {"name": folder.name, "kl": figures["kl_per_sequence"], "kl_se": figures["kl_per_sequence_se"]}
+        one |= _collect_role(figures, "policy")
+        for name, compared in (("over_sft", figures), ("over_before", before)):
+            one |= {name: compared.get("win_rate_vs_ref"), f"{name}_ci95": compared.get("win_rate_ci95")}
+        rounds.append(one)
     reward = RewardArguments(settings.get("reward_funcs"), settings.get("reward_model_name_or_path"))
     return {"reward": reward.name(), "rounds": rounds}
 
@@ -286,10 +231,7 @@ def _collect_role(figures: dict[str, Any], role: str) -> dict[str, Any]:
 
 
 def add_rounds_to_frontier(frontier: dict[str, Any], rounds: dict[str, Any]) -> dict[str, Any]:
-    """`frontier.json` with the rounds of `rounds.json` as a curve of their own; either may be {}.
-
-    Rounds measured by another reward, or by none, are left out.
-    """
+    """`frontier.json` with the rounds of `rounds.json`, if measured by the same reward; either may be {}."""
     if not rounds.get("reward") or rounds["reward"] != frontier.get("reward", rounds["reward"]):
         return frontier
     return {"points": [], "reward": rounds["reward"], **frontier, "rounds": rounds["rounds"]}

@@ -1,4 +1,4 @@
-"""Where an evaluation's results go: JSON into its folder, the headline figures into the policy's model card."""
+"""Where results go: JSON into their folder, the headline figures into the policy's model card."""
 
 import json
 from collections.abc import Sequence
@@ -8,20 +8,25 @@ from typing import Any
 import numpy as np
 
 from tinydpo.errors import UserError
-from tinydpo.evaluation import winrate
 from tinydpo.evaluation.table import Row, headline_rows
-from tinydpo.files import write_atomic, write_json
+from tinydpo.files import find_difference, read_json, write_atomic, write_json
 from tinydpo.run_folder import RunFolder
 
 
 def make_output_folder(output_dir: str) -> Path:
-    """Make the folder for results, if it is missing (UserError: that is not possible)."""
+    """Make the folder for results, if it is missing."""
     folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: {error.strerror}; choose another folder") from None
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to add to results that were made with other settings."""
+    before = read_json(path, "settings").get("settings", settings)
+    key = find_difference(before, settings)
+    if key:
+        change = f"another {key} ({before.get(key)}, not {settings.get(key)})"
+        raise UserError(f"{path} was made with {change}; pass another --output_dir, or delete its folder")
 
 
 def columns_to_rows(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -31,37 +36,33 @@ def columns_to_rows(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def save_evaluation(output_dir: Path, results: dict[str, Any], **tables: Sequence[dict[str, Any]]) -> None:
-    """Write each table as `<name>.jsonl`, then `eval_results.json`, then the headline figures into the policy's card.
-
-    An evaluation with `eval_results.json` is complete. Files of an earlier evaluation are replaced.
-    """
+    """Write tables as `<name>.jsonl`, then `eval_results.json`, then the headline figures into the policy's card."""
     for name, rows in tables.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomic(output_dir / f"{name}.jsonl", "".join(lines))
+        write_jsonl(output_dir / f"{name}.jsonl", rows)
     write_json(output_dir / "eval_results.json", results)
-    add_evaluation_to_card(Path(results["settings"]["model_name_or_path"]), results)
+    add_to_card(results, "Evaluation", headline_rows(results))
 
 
-def add_evaluation_to_card(model: Path, results: dict[str, Any]) -> None:
-    """Write the headline figures of `eval_results.json` into a policy's model card."""
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as JSON lines, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def add_to_card(results: dict[str, Any], heading: str, rows: Sequence[Row]) -> None:
+    """Replace a section of the policy's model card, or add it at the end; without a finished run there is no card."""
     settings = results["settings"]
-    prompts = f"{settings['num_prompts']} held-out prompts, β {results['beta']:g}, seed {settings['seed']}"
-    _replace_section(model, "Evaluation", f"{results['pairs']} held-out pairs, {prompts}", headline_rows(results))
-
-
-def add_win_rates_to_card(model: Path, results: dict[str, Any]) -> None:
-    """Write the win rates of `winrate.json`, and how well the judge does, into a policy's model card."""
-    settings = results["settings"]
-    prompts = f"{settings['num_prompts']} held-out prompts, seed {settings['seed']}"
-    _replace_section(model, "Win rates by a judge", prompts, winrate.winrate_rows(results))
-
-
-def _replace_section(model: Path, heading: str, data: str, rows: Sequence[Row]) -> None:
-    """Replace a section of the model's card, or add it at the end. A model without a finished run has no such card."""
-    run = RunFolder(model)
+    run = RunFolder(settings["model_name_or_path"])
     if not (run.card_file.is_file() and run.is_finished):
         return
-    lines = [f"{data}; in brackets 95 % intervals.", "", "| | policy | reference | |", "| --- | --- | --- | --- |"]
+    facts = [f"{settings['num_prompts']} held-out prompts", f"seed {settings['seed']}"]
+    if "beta" in results:
+        facts += [f"{results['pairs']} held-out pairs", f"β {results['beta']:g}"]
+    lines = [
+        f"{', '.join(facts)}; in brackets 95 % intervals.",
+        "",
+        "| | policy | reference | |",
+        "| --- | --- | --- | --- |",
+    ]
     for row in rows:
         meaning = row.meaning.replace("\n", " ").replace("|", "/")
         if row.says_nothing():

@@ -35,34 +35,27 @@ RewardFunction = Callable[..., list[float]]
 class RewardArguments:
     """Which rewards are summed."""
 
-    reward_funcs: list[str] | None = HfArg(
-        default=None, help="Rewards as module.function, in TRL's form f(prompts, completions, **kwargs); summed."
-    )
-    reward_model_name_or_path: str | None = HfArg(
-        default=None,
-        help="A sequence-classification model of one output that scores prompt + answer, a conversation in its own "
-        "chat template: folder or Hub id.",
-    )
+    reward_funcs: list[str] | None = HfArg(default=None, help="Rewards as module.function, in TRL's form; summed.")
+    reward_model_name_or_path: str | None = HfArg(default=None, help="A sequence-classification model of one output.")
     reward_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reward model on the Hub.")
 
     def names(self) -> list[str]:
         """Short names: of a function without its module, of a model the last part of its path."""
         names = [name.rsplit(".", 1)[-1] for name in self.reward_funcs or []]
-        if self.reward_model_name_or_path:
-            names.append(Path(self.reward_model_name_or_path).name)
-        return names
+        model = self.reward_model_name_or_path
+        return [*names, Path(model).name] if model else names
 
     def name(self) -> str:
         """The name of the sum, as the label of an axis."""
         return " + ".join(self.names())
 
 
-def load_rewards(args: RewardArguments, device: str, batch_size: int, dtype: Any = None) -> list[RewardFunction]:
-    """All rewards as functions, a reward model last; the other arguments are the model's.
-
-    Raises:
-        UserError: one of them cannot be loaded.
-    """
+def load_rewards(
+    args: RewardArguments, device: str, batch_size: int, dtype: Any = None, required: bool = False
+) -> list[RewardFunction]:
+    """All rewards as functions, a reward model last; `device`, `batch_size` and `dtype` are the model's."""
+    if required and not args.names():
+        raise UserError("a reward is needed: pass --reward_funcs or --reward_model_name_or_path")
     functions = [load_reward(name) for name in args.reward_funcs or []]
     if args.reward_model_name_or_path:
         name = args.reward_model_name_or_path
@@ -71,41 +64,27 @@ def load_rewards(args: RewardArguments, device: str, batch_size: int, dtype: Any
 
 
 def load_reward(name: str) -> RewardFunction:
-    """The function named `module.function`; the module may be in the working directory.
-
-    Raises:
-        UserError: no such module or function, or the module fails to import.
-    """
+    """The function named `module.function`; the module may be in the working directory."""
     module, _, function = name.rpartition(".")
-    if not module:
-        raise UserError(f"--reward_funcs {name!r} is not of the form module.function")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        reward = getattr(importlib.import_module(module), function, None)
-    except Exception as error:
-        raise UserError(f"--reward_funcs {name!r}: cannot import {module!r}: {error!r}") from None
-    if not callable(reward):
-        raise UserError(f"--reward_funcs {name!r}: module {module!r} has no function {function!r}")
-    return reward
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the module does when it is imported
+        raise UserError(f"--reward_funcs {name!r} (module.function) cannot be imported: {error!r}") from None
 
 
 class RewardModel:
     """A sequence-classification model, called like a reward function."""
 
     def __init__(self, name: str, revision: str | None, device: str, batch_size: int, dtype: Any = None):
-        """Load it; its blocks compute in `dtype` if its head is one linear layer, else in float32.
-
-        Raises:
-            UserError: it cannot be loaded, has more than one output, or no trained head.
-        """
+        """Load it; its blocks compute in `dtype` if its head is one linear layer, else in float32."""
         tokenizer = load_tokenizer(name, revision)
         model, loading = load_pretrained(AutoModelForSequenceClassification, name, revision, device=device)
         if loading["missing_keys"]:
             raise UserError(f"--reward_model_name_or_path {name} has no trained head; pass a trained reward model")
-        outputs = model.config.num_labels
-        if outputs != 1:
-            raise UserError(f"--reward_model_name_or_path {name} has {outputs} outputs; pass a model that gives one")
+        if model.config.num_labels != 1:
+            raise UserError(f"--reward_model_name_or_path {name} has {model.config.num_labels} outputs; it needs one")
         if dtype and isinstance(getattr(model, "score", None), torch.nn.Linear):
             set_compute_dtype(model, dtype)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -147,28 +126,14 @@ class RewardModel:
 
 
 def score_pairs(model: RewardFunction, held_out: FittedSplit, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A reward model's scores (n,) of the chosen and of the rejected answers of fitted pairs.
-
-    Texts are cut as fitting cut them. A conversation is passed whole, for the model's own template.
-    """
-    texts = held_out.texts
-    pairs = held_out.pairs
-    cut = {
-        part: tokenizer.batch_decode(pairs[f"{part}_ids"][:], skip_special_tokens=True)
-        for part in ("prompt", "chosen", "rejected")
-    }
-    prompts = [
-        text if isinstance(whole, str) else whole
-        for whole, text in zip(get_prompts(texts), cut["prompt"], strict=True)
-    ]
-    chosen = score_answers([model], texts, cut["chosen"], pairs["chosen_ids"][:], prompts)
-    rejected = score_answers([model], texts, cut["rejected"], pairs["rejected_ids"][:], prompts)
+    """A reward model's scores (n,) of fitted pairs' chosen and rejected answers, cut as fitting cut them."""
+    ids = {part: held_out.pairs[f"{part}_ids"][:] for part in ("prompt", "chosen", "rejected")}
+    cut = {part: tokenizer.batch_decode(ids[part], skip_special_tokens=True) for part in ids}
+    whole = get_prompts(held_out.texts)  # conversations stay whole, for the model's own template
+    prompts = [text if isinstance(one, str) else one for one, text in zip(whole, cut["prompt"], strict=True)]
+    (chosen,) = score_answers([model], held_out.texts, cut["chosen"], ids["chosen"], prompts)
+    (rejected,) = score_answers([model], held_out.texts, cut["rejected"], ids["rejected"], prompts)
     return chosen, rejected
-
-
-def score_by_function(functions: Sequence[RewardFunction], *answers: Any) -> np.ndarray:
-    """`score_answers` by each function alone, (functions, n)."""
-    return np.stack([score_answers([function], *answers) for function in functions])
 
 
 def score_answers(
@@ -178,16 +143,14 @@ def score_answers(
     ids: Sequence[Sequence[int]],
     prompts: list[Prompt] | None = None,
 ) -> np.ndarray:
-    """Sum of the functions' rewards (n,) of an answer to each row of `texts` (`FittedSplit.texts`).
+    """The rewards (functions, n) of an answer to each row of `texts` (`FittedSplit.texts`).
 
-    `ids` are the answers' tokens; `prompts` are by default the rows' own, whole.
-
-    Raises:
-        UserError: a function fails, or does not return one finite number for each answer.
+    `ids` are the answers' tokens; `prompts` are by default the rows' own, whole. A function that fails, or does not
+    return one finite number for each answer, is a UserError.
     """
     prompts = prompts or get_prompts(texts)
     completions = [*map(as_completion, prompts, answers, texts["templated"][:])]
-    total = np.zeros(len(completions))
+    scores = []
     for function in functions:
         name = f"{function.__module__}.{getattr(function, '__name__', type(function).__name__)}"
         try:
@@ -195,19 +158,16 @@ def score_answers(
             values = np.asarray(rewards, dtype=np.float64)
         except Exception as error:
             raise UserError(f"reward function {name} failed: {error!r}") from None
-        if values.shape != total.shape or not np.isfinite(values).all():
-            raise UserError(f"reward function {name} must return {len(total)} finite numbers, one for each completion")
-        total += values
-    return total
+        count = len(completions)
+        if values.shape != (count,) or not np.isfinite(values).all():
+            raise UserError(f"reward function {name} must return {count} finite numbers, one for each completion")
+        scores.append(values)
+    return np.stack(scores)
 
 
 def as_completion(prompt: Prompt, answer: str, templated: bool) -> Prompt:
-    """An answer in the form of its prompt: a message after messages, else the text.
-
-    HH's form, which a policy without a chat template (`templated`) writes, has a space before the answer; the message
-    has none.
-    """
+    """An answer in the form of its prompt: a message after messages, else the text."""
     if isinstance(prompt, str):
         return answer
-    content = answer if templated else answer.removeprefix(" ")
+    content = answer if templated else answer.removeprefix(" ")  # without a chat template, HH's form has the space
     return [{"role": "assistant", "content": content}]

@@ -28,14 +28,10 @@ from tinydpo.models.stop_tokens import get_stop_token_ids
 
 
 class Answers(NamedTuple):
-    """One sampled answer to each of n prompts.
+    """One sampled answer to each of n prompts."""
 
-    ids: n token lists, each up to its first stop token, which stays.
-    ended: n flags, whether the model wrote a stop token before it ran out of room.
-    """
-
-    ids: list[list[int]]
-    ended: list[bool]
+    ids: list[list[int]]  # each up to its first stop token, which stays
+    ended: list[bool]  # whether the model wrote a stop token before it ran out of room
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The answers as text, without the stop token (special or not) and other special tokens."""
@@ -46,11 +42,7 @@ class Answers(NamedTuple):
 def prepare_prompts(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, num_prompts: int, seed: int
 ) -> tuple[Dataset, list[list[int]]]:
-    """Choose prompts, and cut each to its last `max_length - max_length // 2` tokens: the rest is room for an answer.
-
-    Returns:
-        The chosen rows of `texts` (`FittedSplit.texts`), and the token ids of each one's prompt.
-    """
+    """Choose rows of `texts` (`FittedSplit.texts`), and cut their prompts' ids to leave room for `max_length // 2`."""
     rows = choose_prompts(texts, num_prompts, seed)
     bos_token_id = next(iter(get_bos_ids(tokenizer)), None)  # only if fitting keeps it
     prompts = tokenize_prompts(rows, tokenizer)[0]
@@ -94,12 +86,10 @@ def sample_cached(
     weights: str | None = None,
     **settings: Any,
 ) -> Answers:
-    """`sample_answers`, cached by weights, dtype, device, prompts and settings in the cache folder of `datasets`.
-
-    `weights` is the model's `hash_module`: pass it for several calls with one model, because it reads all weights.
-    """
+    """`sample_answers`, cached by weights (their `hash_module`), dtype, device, prompts and settings."""
     stops = sorted(get_stop_token_ids(model, tokenizer))
     kind = (weights or hash_module(model), str(get_compute_dtype(model)), model.device.type, stops)
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
     key = Hasher.hash((kind, prompts, max_new_tokens, sorted(settings.items())))
     path = Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers" / f"{key}.json"
     try:
@@ -133,14 +123,9 @@ def sample_answers(
     stops = get_stop_token_ids(model, tokenizer)
     pad_token_id = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=pad_token_id,
-    )
+        do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens,
+        eos_token_id=stops, pad_token_id=pad_token_id,
+    )  # fmt: skip
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, tuple[list[int], bool]] = {}
     torch.manual_seed(seed)

@@ -1,10 +1,11 @@
 """Win rates by a judge: raw, and length-controlled (what the rate would be between answers of equal length)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers.hf_argparser import HfArg
 
 from tinydpo.evaluation.arguments import ComparisonArguments
 from tinydpo.evaluation.judge import get_outcome
@@ -21,21 +22,12 @@ RIDGE = 0.01  # a prior of standard deviation 10 on the logits: matters only whe
 class WinrateArguments(ComparisonArguments):
     """Which answers the judge compares: four questions for each prompt, at each temperature."""
 
-    temperatures: list[float] = field(
-        default_factory=lambda: [1.0], metadata={"help": "Both models sample at each; the judge is asked for each."}
-    )
-    calibration_pairs: int = field(
-        default=64,
-        metadata={"help": "Labelled pairs that the judge is asked about first, two questions for each; 0: none."},
-    )
+    temperatures: list[float] = HfArg(default_factory=lambda: [1.0], help="Both models sample at each of them.")
+    calibration_pairs: int = HfArg(default=64, help="Labelled pairs that the judge is asked about first; 0: none.")
 
     def __post_init__(self):
-        """Check the numbers too (ValueError)."""
         super().__post_init__()
-        if not self.temperatures or min(self.temperatures) <= 0:
-            raise ValueError(f"temperatures must be above 0, got {self.temperatures}")
         self.temperatures = sorted(set(self.temperatures))
-        self.at_least(calibration_pairs=0)
 
 
 def cut_answers(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> list[str]:
@@ -49,10 +41,7 @@ def summarize_verdicts(
 ) -> dict[str, Any]:
     """The figures of n judged pairs of answers: counts, both win rates (ties half), and mean lengths in words.
 
-    Args:
-        verdicts: with the policy's answer as A, then as B. Invalid pairs, not all of them, are left out of the rates.
-        policy: the policy's answers.
-        opponent: the other answers.
+    Verdicts are with the policy's answer as A, then as B. Invalid pairs are left out of the rates.
     """
     outcomes = [get_outcome(*pair) for pair in verdicts]
     valid = np.array([outcome is not None for outcome in outcomes])
@@ -78,15 +67,10 @@ def summarize_verdicts(
 def length_controlled_rate(outcomes: np.ndarray, differences: np.ndarray) -> tuple[float, float, float]:
     """The win rate between answers of equal length, with its 95 % interval.
 
-    A logistic regression of the outcome on the length difference, read at difference 0: the idea of length-controlled
-    AlpacaEval (arXiv 2404.04475), whose terms for model and instruction are left out here. The interval is that of
-    the intercept, by the curvature of the likelihood. Like Wilson's for the raw rate it takes a tie for as noisy as a
-    win or loss, so it is too wide rather than too narrow. If one side is always longer, equal length lies outside the
-    data, and the interval is wide.
-
-    Args:
-        outcomes: n ≥ 1 values of 1, 0.5 or 0, (n,).
-        differences: length of the policy's answer minus the other's, (n,), in any unit.
+    A logistic regression of the outcomes (1, 0.5 or 0) on the differences in length (policy's minus the other's), read
+    at difference 0: the idea of length-controlled AlpacaEval (arXiv 2404.04475), without its terms for model and
+    instruction. The interval is that of the intercept, by the curvature of the likelihood. It takes a tie for as noisy
+    as a win or loss, so it is too wide rather than too narrow. If one side is always longer, it is wide.
     """
     unit = np.sqrt(np.mean(np.square(differences))) or 1.0
     x = np.stack([np.ones(len(outcomes)), differences / unit], axis=1)
@@ -114,17 +98,17 @@ def _sigmoid(z: np.ndarray) -> np.ndarray:
 
 def format_caveats(results: dict[str, Any], comparison: dict[str, Any]) -> str:
     """What a reader of a comparison's win rates has to know beside them, each part after a semicolon."""
-    caveats = []
+    caveats = ""
     invalid_share = comparison["invalid"] / comparison["prompts"]
     if invalid_share > MOST_INVALID:
-        caveats.append(f"{invalid_share:.0%} of the pairs are invalid")
+        caveats += f"; {invalid_share:.0%} of the pairs are invalid"
     if results.get("calibration"):
         low, high = results["calibration"]["agreement_ci95"]
         if high < 0.5:
-            caveats.append("the judge sides against the labels")
+            caveats += "; the judge sides against the labels"
         elif low <= 0.5:
-            caveats.append("the judge's agreement with the labels includes 0.5: inconclusive")
-    return "".join(f"; {caveat}" for caveat in caveats)
+            caveats += "; the judge's agreement with the labels includes 0.5: inconclusive"
+    return caveats
 
 
 def describe_judge(calibration: dict[str, Any]) -> str:
@@ -143,19 +127,15 @@ def winrate_rows(results: dict[str, Any]) -> list[Row]:
     rows = []
     calibration = results.get("calibration")
     if calibration:
-        meaning = (
-            f"how often {judge} sides with the data's labels on {calibration['pairs']} held-out pairs, ties half; "
-            f"{calibration['turned_share']:.0%} of its verdicts change with the order"
-        )
         agreement = Estimate(calibration["agreement"], *calibration["agreement_ci95"])
-        rows.append(Row("the judge's agreement", meaning, agreement, chance=0.5))
+        rows.append(Row("the judge's agreement", f"{judge} {describe_judge(calibration)}", agreement, chance=0.5))
     for comparison in results["comparisons"]:
         controlled = Estimate(comparison["length_controlled_win_rate"], *comparison["length_controlled_ci95"])
         meaning = (
             f"how often {judge} prefers the policy's answer at temperature {comparison['temperature']:g}, ties half; "
             f"judges like length: length-controlled it is {controlled}{format_caveats(results, comparison)}"
         )
-        label = f"win rate against {OPPONENTS.get(comparison['opponent'], comparison['opponent'])}"
+        label = f"win rate against {OPPONENTS[comparison['opponent']]}"
         rows.append(Row(label, meaning, Estimate(comparison["win_rate"], *comparison["win_rate_ci95"]), chance=0.5))
     return rows
 
@@ -167,11 +147,11 @@ def format_winrates(results: dict[str, Any]) -> str:
     lines = [
         f"policy     {settings['model_name_or_path']}",
         f"reference  {settings['ref_model_name_or_path']}",
+        f"answers    at most {settings['max_length'] // 2} tokens, the dataset's chosen ones cut there too",
         f"judge      {results['judge']}, asked in both orders; ties, and verdicts that go by the order, count half",
     ]
     if results.get("calibration"):
         lines.append(f"           It {describe_judge(results['calibration'])}.")
-    lines.append(f"answers    at most {settings['max_length'] // 2} tokens, the dataset's chosen ones cut there too")
     for comparison in results["comparisons"]:
         caveats = format_caveats(results, comparison)
         raw = _format_rate(comparison["win_rate"], comparison["win_rate_ci95"])
