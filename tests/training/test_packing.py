@@ -3,14 +3,12 @@
 from itertools import count
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinydpo.training.packing import Tree, build_additive_mask, pack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -5,16 +5,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from engines import build, tiny_gpt2
+from engines import build
 
 from tinydpo.training.trainers import FittedDPOTrainer, SharedPrefixDPOTrainer
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def gpt2(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_gpt2(tiny_tokenizer, tmp_path_factory.mktemp("gpt2"))
 
 
 def train_and_record(trainer: Any) -> list[list[int]]:

@@ -68,13 +68,9 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
 
 
 def _refuse_for_rows(settings: Settings) -> dict[str, str]:
-    if not settings["shared_prefix"]:
-        return {}
-    refused = dict(REFUSED_FOR_PACKED_ROWS)
+    refused = dict(REFUSED_FOR_PACKED_ROWS) if settings["shared_prefix"] else {}
     if settings["train_sampling_strategy"] in ("group_by_length", "batch_rebalance"):
-        refused["train_sampling_strategy"] = (
-            "but it saves padding, which packed rows do not have; leave it out, or pass --shared_prefix false"
-        )
+        refused["train_sampling_strategy"] = "but steps would hold fewer pairs at an epoch's end; leave it out"
     return refused
 
 
