@@ -25,13 +25,10 @@ DIVERGENCE_FACTOR = 100.0
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and stops after the step in which any process got SIGTERM (preemption) or lost its launcher.
-
-    `reason` says in words what stopped the run; it is empty until then.
-    """
+    """Saves and stops after the step in which any process got SIGTERM (preemption) or lost its launcher."""
 
     def __init__(self):
-        self.reason = ""
+        self.reason = ""  # what stopped the run, in words
         self._has_launcher = not LAUNCHER_VARIABLES.isdisjoint(os.environ)
         self._group = None
         self._previous_handler = signal.getsignal(signal.SIGTERM)

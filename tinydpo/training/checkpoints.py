@@ -95,17 +95,15 @@ def find_resume_checkpoint(trainer: Any) -> str | None:
 
 
 def find_last_complete(run: Path) -> str | None:
-    """The last complete checkpoint of a run, or None.
-
-    Later ones are set aside until the next start: they would count as the newest when old checkpoints are deleted.
-    """
+    """The last complete checkpoint of a run, or None; broken ones after it are set aside until the next start."""
     for earlier in run.glob("_broken-*"):
         shutil.rmtree(earlier)
     for path in reversed(sort_checkpoints(str(run))):
         fault = find_fault(Path(path))
         if not fault:
             return path
-        aside = run / f"_broken-{Path(path).name}"  # the Hub's clients skip what begins with an underscore
+        # Left there, it would count as the newest when old ones are deleted. The Hub's clients skip an underscore.
+        aside = run / f"_broken-{Path(path).name}"
         Path(path).rename(aside)
         print(f"warning: {path} cannot be resumed from ({fault}); set aside as {aside.name}", file=sys.stderr)
     return None

@@ -60,15 +60,12 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
 
 
 def describe_rewards(log_history: Sequence[dict[str, Any]], beta: float) -> str:
-    """A sentence on a run's last implicit rewards, held-out ones where there are some; "" where none were logged.
-
-    A reward is β·log π/π_ref, so that reward / β is in nats.
-    """
+    """A sentence on a run's last implicit rewards, held-out ones where there are some; "" where none were logged."""
     chosen = _get_last(log_history, "rewards/chosen")
     rejected = _get_last(log_history, "rewards/rejected")
     if chosen is None or rejected is None:
         return ""
-    sentence = (
+    sentence = (  # a reward is β·log π/π_ref, so that reward / β is in nats
         f"The policy makes chosen answers {_format_nats(chosen / beta)} and rejected ones "
         f"{_format_nats(rejected / beta)} than its reference does"
     )

@@ -1,9 +1,8 @@
 """Log-probs of completions under a model: what every figure of the evaluation is made of.
 
 Prompts are computed once and rows packed (`packing`), or, for models that cannot take such rows, sequences padded. The
-LM head runs only where a completion token is predicted: at 128 tokens it is a seventh of GPT-2 Medium's work and
-nearly all of its memory. Those positions go through the model's own `logits_to_keep`, so that whatever a family does
-after the LM head (Gemma's softcapping, Cohere's and Granite's scale) happens here too.
+LM head runs only where a completion token is predicted, through the model's own `logits_to_keep`, so that whatever a
+family does after the LM head (Gemma's softcapping, Cohere's and Granite's scale) happens here too.
 """
 
 from typing import NamedTuple
@@ -126,11 +125,7 @@ def _get_batch_logps(
     keep.flatten()[packed["predicts"]] = True
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.flatten(0, -2)
     row_of_logits = (keep.flatten().cumsum(0) - 1)[packed["predicts"]]
-    logps = [
-        -cross_entropy(logits[index].float(), targets, reduction="none")
-        for index, targets in zip(
-            row_of_logits.split(SOFTMAX_ROWS), packed["targets"].split(SOFTMAX_ROWS), strict=True
-        )
-    ]
+    chunks = zip(row_of_logits.split(SOFTMAX_ROWS), packed["targets"].split(SOFTMAX_ROWS), strict=True)
+    logps = [-cross_entropy(logits[index].float(), targets, reduction="none") for index, targets in chunks]
     lengths = [len(completions[i]) for i in range(completions_per_tree) for _, completions in trees]
     return list(torch.cat(logps).cpu().split(lengths))

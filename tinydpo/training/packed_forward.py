@@ -154,8 +154,7 @@ def check_same_results(
 ) -> None:
     """Refuse a model whose packed rows differ from its plain forward by more than rounding, or fail.
 
-    Both ways compute log-probs or scores with `model`: in float32, outside autocast, if they can (`in_float32`), since
-    rounding cannot hide a difference there.
+    Both compute log-probs or scores; in float32, where rounding hides nothing, if they can (`in_float32`).
     """
     name = type(model).__name__
     with torch.no_grad(), float32_mode(model) if in_float32 else nullcontext():
@@ -176,10 +175,7 @@ def check_same_results(
 
 
 def compile_blocks(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Compile a model's transformer blocks with `torch.compile`'s options. One graph serves all blocks.
-
-    PyTorch treats a size of 1 as fixed, so a batch of a single row makes a second graph.
-    """
+    """Compile a model's transformer blocks: one graph serves all, a second one batches of a single row."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True, **options)

@@ -35,7 +35,6 @@ NOT_COMPARED = {
     "per_device_eval_batch_size", "precompute_ref_batch_size", "project", "push_to_hub", "report_to",
     "resume_from_checkpoint", "run_name", "save_total_limit", "trackio_space_id",
 }  # fmt: skip
-FOLLOWS_FROM_PAIRS_PER_STEP = {"gradient_accumulation_steps", "per_device_train_batch_size"}
 
 
 class PreparedRun(NamedTuple):
@@ -54,8 +53,7 @@ def prepare_training(
 ) -> PreparedRun | None:
     """Check everything and load the data; None where the folder already holds this very run, finished.
 
-    `stage` is "sft", "dpo" or "reward", `training` transformers' `TrainingArguments`, `model` TRL's `ModelConfig`, and
-    `settings` every setting of the run with its value.
+    `stage` is "sft", "dpo" or "reward", `model` TRL's `ModelConfig`, `settings` every setting with its value.
     """
     check_flags(stage, settings, training, model)
     check_reporters(training)
@@ -97,8 +95,10 @@ def is_finished(run: RunFolder, settings: dict[str, Any]) -> bool:
 def _check_same_settings(run: RunFolder, settings: dict[str, Any]) -> None:
     before = run.read_config()
     now = to_yaml_values(settings)
-    follows = FOLLOWS_FROM_PAIRS_PER_STEP if now.get("pairs_per_step") else set()
-    key = find_difference(before, now, NOT_COMPARED | follows)
+    ignored = set(NOT_COMPARED)
+    if now.get("pairs_per_step"):  # from which these follow
+        ignored |= {"gradient_accumulation_steps", "per_device_train_batch_size"}
+    key = find_difference(before, now, ignored)
     if key:
         raise UserError(
             f"{run.path} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
@@ -119,9 +119,8 @@ def lock_folder(run: RunFolder) -> AbstractContextManager:
     try:
         return FileLock(run.lock_file, timeout=0).acquire()
     except Timeout:
-        raise UserError(
-            f"another run is training into {run.path}; wait until it is done, end it, or pass another --output_dir"
-        ) from None
+        message = f"another run is training into {run.path}; wait until it ends, or pass another --output_dir"
+        raise UserError(message) from None
 
 
 def load_and_check_models(training: Any, model: Any, settings: dict[str, Any]) -> Any:

@@ -20,9 +20,6 @@ class Counts(NamedTuple):
     scored: int | torch.Tensor = 0  # tokens that carry a loss
     positions: int = 0  # with padding; 0 without packed rows, where TRL computes prompts twice
 
-    def plus(self, other: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
-
 
 def forward_flop(model: Any, tokens: float, scored: float) -> float:
     """FLOP of a forward pass: two a weight and token in the blocks, and in the LM head for the tokens it scores.
@@ -42,13 +39,10 @@ def forward_flop(model: Any, tokens: float, scored: float) -> float:
 
 
 class Throughput(TrainerCallback):
-    """Adds the rates since the previous log to each entry of a trainer's log; `total` are those of the whole run.
-
-    The trainer counts its own batches in `counted`; the counts of all processes are added up.
-    """
+    """Adds the rates since the previous log, of all processes together, to each entry of a trainer's log."""
 
     def __init__(self, trainer: Any):
-        self.total: dict[str, float] = {}
+        self.total: dict[str, float] = {}  # the rates of the whole run
         self._trainer = trainer
         self._step_start: float | None = None  # None while the clock is stopped
         self._seconds = 0.0

@@ -32,10 +32,7 @@ PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate",
 
 
 def train(trainer: Any, prepared: PreparedRun) -> None:
-    """Train, or resume from the last complete checkpoint, and write everything that a run's folder holds.
-
-    Raises `Stopped` after SIGTERM, when a checkpoint holds what was trained.
-    """
+    """Train, or resume from the last complete checkpoint, and write everything that a run's folder holds."""
     run = RunFolder(trainer.args.output_dir)
     stop = StopOnSignal()
     speed = Throughput(trainer)

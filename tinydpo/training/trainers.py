@@ -82,8 +82,8 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
             add_fused_lm_head(unwrap_peft(model), cast_lm_head_to_fp32=True, outputs=outputs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's, and counts what it computes."""
-        self.counted = self.counted.plus(self.count_batch(inputs))
+        batch = self.count_batch(inputs)
+        self.counted = Counts(*(total + new for total, new in zip(self.counted, batch, strict=True)))
         return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
