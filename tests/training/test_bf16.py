@@ -53,7 +53,8 @@ def test_training_runs_in_bf16_and_learns(sft: Path, dpo: Path):
 
 def test_evaluation_in_bf16_measures_what_float32_measures(sft: Path, dpo: Path, task: Path):
     """Only the blocks' rounding is left, far below what six steps of DPO move."""
-    results, margins = {}, {}
+    results = {}
+    margins = {}
     for dtype in ("auto", "float32"):
         out = dpo.parent / f"evaluation-{dtype}"
         argv = ["--model_name_or_path", dpo, "--ref_model_name_or_path", sft, "--dataset_name", task / "data",
@@ -66,7 +67,6 @@ def test_evaluation_in_bf16_measures_what_float32_measures(sft: Path, dpo: Path,
     assert short["settings"]["dtype"] == "bfloat16", "evaluation does not compute as training does"
     error = (margins["auto"] - margins["float32"]).square().mean().sqrt().item()
     assert error <= 0.03, f"margins are off by {error:.3f}, of {exact['reward_margin']:.3f}"
-    assert abs(short["reward_accuracy"] - exact["reward_accuracy"]) <= 1 / 32, "rounding turns more than one pair"
     assert short["nll_chosen_policy"] == pytest.approx(exact["nll_chosen_policy"], rel=5e-3)
 
 
@@ -78,12 +78,6 @@ def test_adapters_train_in_bf16(recipe: str, tiny_model: Path, task: Path, tmp_p
     losses = log(tmp_path / "run", "loss")
     assert losses[0] == pytest.approx(0.6931, abs=1e-3), f"policy and reference differ at first: {losses}"
     assert min(log(tmp_path / "run", "grad_norm")) > 1e-3, "no gradient reaches the adapter"
-
-
-def test_policy_and_reference_beside_it_round_alike(sft: Path, task: Path, tmp_path: Path):
-    flags = ["--precompute_ref_log_probs", "false", "--max_steps", "1", "--eval_strategy", "no"]
-    first = log(train("dpo", sft, task, tmp_path / "run", *flags), "loss")[0]
-    assert first == pytest.approx(0.6931, abs=1e-3), "policy and reference compute in two precisions"
 
 
 @pytest.mark.slow

@@ -163,10 +163,7 @@ def test_a_step_of_every_family_is_that_of_trl(family: str, trainer: Callable, t
     with torch.no_grad():
         right = torch.cat(packed.compute_ref_log_probs(packed.model, batch))
         one_segment = torch.zeros_like(batch["packed"]["segment_ids"])
-        for wrong in (
-            {"segment_ids": one_segment, "prefix_ids": one_segment},
-            {"position_ids": one_segment},
-        ):
+        for wrong in ({"segment_ids": one_segment, "prefix_ids": one_segment}, {"position_ids": one_segment}):
             moved = torch.cat(packed.compute_ref_log_probs(packed.model, batch | {"packed": batch["packed"] | wrong}))
             assert (moved - right).abs().median() > 1e-2, f"this model does not show whether {[*wrong]} matter"
     assert_same_step(packed, stock)

@@ -70,21 +70,17 @@ def test_dpo_metrics_are_those_of_evaluate(engine: type, settings: dict, trainer
     logps, ref_logps = pair_logps(policy, pairs), pair_logps(reference, pairs)
     expected = pair_metrics(logps, ref_logps, made.beta)
     assert (logps.chosen - ref_logps.chosen).std() > 0.1, "policy and reference are the same here"
+    expected = {
+        "eval_loss": expected["dpo_loss"],
+        "eval_rewards/accuracies": expected["reward_accuracy"],
+        "eval_rewards/margins": expected["reward_margin"],
+        "eval_rewards/chosen": made.beta * (logps.chosen - ref_logps.chosen).mean(),
+        "eval_rewards/rejected": made.beta * (logps.rejected - ref_logps.rejected).mean(),
+        "eval_logps/chosen": logps.chosen.mean(),
+        "eval_logps/rejected": logps.rejected.mean(),
+    }
     for batch in BATCHES:
-        metrics = evaluate(made, batch)
-        assert metrics == pytest.approx(
-            {
-                "eval_loss": expected["dpo_loss"],
-                "eval_rewards/accuracies": expected["reward_accuracy"],
-                "eval_rewards/margins": expected["reward_margin"],
-                "eval_rewards/chosen": made.beta * (logps.chosen - ref_logps.chosen).mean(),
-                "eval_rewards/rejected": made.beta * (logps.rejected - ref_logps.rejected).mean(),
-                "eval_logps/chosen": logps.chosen.mean(),
-                "eval_logps/rejected": logps.rejected.mean(),
-            },
-            rel=1e-4,
-            abs=1e-5,
-        ), f"with --per_device_eval_batch_size {batch}"
+        assert evaluate(made, batch) == pytest.approx(expected, rel=1e-4, abs=1e-5), f"in batches of {batch}"
 
 
 @pytest.mark.parametrize("settings", [{}, {"ld_alpha": 0.5}], ids=["plain", "ld_alpha"])

@@ -169,8 +169,8 @@ def slow_group() -> None:
 
 def test_sigterm_saves_once_and_exits_with_143(flags: list[Any], go_on: Callable, tmp_path: Path):
     """To the whole group, as Slurm sends it: the data loader's workers must not take their process along."""
-    more = ["--dataloader_num_workers", "2", "--save_strategy", "epoch"]
-    child = start("dpo", flags, tmp_path, slow_group, *more)
+    save = ["--save_strategy", "epoch"]
+    child = start("dpo", flags, tmp_path, slow_group, *save, "--dataloader_num_workers", "1")
     wait_for(tmp_path / "log", "'loss'")
     os.killpg(child.pid, signal.SIGTERM)
     child.join(60)
@@ -181,7 +181,7 @@ def test_sigterm_saves_once_and_exits_with_143(flags: list[Any], go_on: Callable
     assert log.count("saving now") == 1, "its last checkpoint is unsealed to be saved again"
     for name in (WEIGHTS, "train_results.json", "README.md"):
         assert not (tmp_path / "run" / name).exists(), f"a stopped run leaves {name} as if it had finished"
-    assert f"Going on from {tmp_path}/run/checkpoint-" in go_on("dpo", *more)
+    assert f"Going on from {tmp_path}/run/checkpoint-" in go_on("dpo", *save)
 
 
 def launched() -> None:

@@ -15,7 +15,7 @@ from tinydpo.errors import UserError
 from tinydpo.models.precision import get_compute_dtype, set_compute_dtype, use_float32_head
 from tinydpo.training.logps import pair_logps
 from tinydpo.training.reward_trainer import PackedRewardTrainer
-from tinydpo.training.trainers import FittedDPOTrainer, SharedPrefixDPOTrainer
+from tinydpo.training.trainers import FittedDPOTrainer, PackedSFTTrainer, SharedPrefixDPOTrainer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}  # fmt: skip
@@ -74,6 +74,8 @@ def sabotage(model: PreTrainedModel, kind: str, *, modes: tuple[bool, ...] = (Fa
     def other(input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
         if model.training not in modes:
             return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        if kind == "ignores both":
+            return forward(input_ids, **kwargs)
         if kind == "ignores positions":
             return forward(input_ids, attention_mask=attention_mask, **kwargs)
         if kind == "ignores the mask":
@@ -106,6 +108,15 @@ def test_a_model_that_ignores_inputs_is_caught_before_the_first_step(
     sabotage(model, kind, modes=(training,))
     with pytest.raises(UserError, match=r"^GPT2LMHeadModel gives other results in packed .* --shared_prefix false"):
         build(SharedPrefixDPOTrainer, model, tiny_tokenizer, pairs, tmp_path, precompute_ref_log_probs=True)
+
+
+def test_a_leak_between_sft_examples_is_caught(tiny_tokenizer: Any, tmp_path: Path):
+    """The first batches may hold one example a row; the check fills a row."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2(tiny_tokenizer, tmp_path))
+    sabotage(model, "ignores both", modes=(True,))
+    rows = Dataset.from_dict({"input_ids": [list(range(40))] * 8, "labels": [[-100] * 20 + list(range(20, 40))] * 8})
+    with pytest.raises(UserError, match="gives other results in packed rows"):
+        build(PackedSFTTrainer, model, tiny_tokenizer, rows, tmp_path)
 
 
 def test_a_reward_model_that_ignores_positions_is_caught(tiny_tokenizer: Any, pairs: Dataset, tmp_path: Path):

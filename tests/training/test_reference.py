@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import nudge
 from running import log, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -22,10 +23,8 @@ ONE_STEP = ["--max_steps", "1", "--pairs_per_step", "96", "--per_device_train_ba
 @pytest.fixture(scope="module")
 def policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, moved some nats away from itself."""
-    model, generator = AutoModelForCausalLM.from_pretrained(tiny_model), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    nudge(model, 0.05)
     folder = tmp_path_factory.mktemp("reference") / "policy"
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)

@@ -38,7 +38,8 @@ def sft(tiny_model: Path, task: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_an_end_token_is_trained_on_and_saved(sft: Callable, tiny_tokenizer: Any, tmp_path: Path):
     with pytest.raises(UserError, match=r"^eos_token is '<nope>', which is no token of "):
         sft("--eos_token", "<nope>")
-    rows = sft("--eos_token", "!").train_dataset
+    rows = sft("--eos_token", "!", "--completion_only_loss", "false").train_dataset
+    assert rows[0]["labels"] == rows[0]["input_ids"], "the prompt carries no loss, although a flag asks for it"
     end = tiny_tokenizer.convert_tokens_to_ids("!")
     assert {row["labels"][-1] for row in rows} == {end}, "answers end otherwise than the saved tokenizer says"
     assert AutoTokenizer.from_pretrained(tmp_path / "run").eos_token == "!", "the saved tokenizer ends otherwise"
@@ -47,24 +48,15 @@ def test_an_end_token_is_trained_on_and_saved(sft: Callable, tiny_tokenizer: Any
 
 
 def test_a_chat_template_is_trained_on_and_saved(sft: Callable, tmp_path: Path):
-    row = {
-        "prompt": [say("user", "Which?")],
-        "chosen": [say("assistant", "yes")],
-        "rejected": [say("assistant", "no")],
-    }
-    data = write_rows(tmp_path / "conversations", [row] * 20)
+    answers = {"chosen": [say("assistant", "yes")], "rejected": [say("assistant", "no")]}
+    data = write_rows(tmp_path / "conversations", [{"prompt": [say("user", "Which?")], **answers}] * 20)
     with pytest.raises(UserError, match=r"^chat_template_path .*no\.jinja; give a \.jinja or \.j2 file"):
         sft("--dataset_name", data, "--chat_template_path", "no.jinja")
     file = tmp_path / "template.jinja"
     file.write_text(TEMPLATE)
     trainer = sft("--dataset_name", data, "--chat_template_path", file)
-    text = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+    row = trainer.train_dataset[0]
+    assert row["labels"][0] == -100 and row["labels"][-1] == row["input_ids"][-1]
+    text = trainer.processing_class.decode(row["input_ids"])
     assert text.startswith("[user] Which?") and "[assistant] yes" in text, f"trained on another template: {text!r}"
     assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == TEMPLATE, "saved with another template"
-
-
-@pytest.mark.parametrize("flags", [[], ["--completion_only_loss", "false"]])
-def test_prompts_carry_loss_on_request_only(flags: list[str], sft: Callable):
-    row = sft(*flags).train_dataset[0]
-    assert row["labels"][-1] == row["input_ids"][-1]
-    assert (row["labels"][0] == row["input_ids"][0]) == bool(flags)
