@@ -44,7 +44,6 @@ dpo  --sync_ref_model true --ref_model_name_or_path no/other
 """.strip().splitlines()
 PASSED_ON = """
 sft  --shared_prefix false --packing true
-sft  --shared_prefix false --train_sampling_strategy group_by_length
 sft  --eval_packing false
 dpo  --lora_r 4 --use_peft true
 dpo  --loss_type exo_pair --label_smoothing 1e-3

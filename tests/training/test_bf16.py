@@ -1,6 +1,5 @@
 """bf16, what a GPU computes in by default, on a CPU: every stage runs in it, learns, and measures as float32 does."""
 
-import importlib
 import importlib.util
 import json
 import shutil
@@ -8,17 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import evaluate
 import pytest
 import torch
 import yaml
 from running import log, run
 from safetensors.torch import load_file
-
-from tinydpo.errors import UserError
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,10 +29,6 @@ def train(script: str, model: Path, task: Path, folder: Path, *flags: str) -> Pa
     run(script, "--model_name_or_path", model, "--dataset_name", task / "data", "--output_dir", folder,
         "--learning_rate", "3e-3", "--max_steps", "6", *flags)  # fmt: skip
     return folder
-
-
-def script(name: str, *argv: Any) -> None:
-    importlib.import_module(name).main([str(part) for part in argv])
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +51,15 @@ def test_training_runs_in_bf16_and_learns(sft: Path, dpo: Path):
     assert dtypes == {torch.float32}, "steps too small for bf16's precision are lost in the weights"
 
 
-def test_precision_of_a_run_is_part_of_its_recipe(sft: Path, task: Path, tiny_model: Path, capsys: Any):
-    train("sft", tiny_model, task, sft)
-    assert "finished" in capsys.readouterr().out, "the same command does not know its own run"
-    with pytest.raises(UserError, match="bf16: True, this one has bf16: False"):
-        train("sft", tiny_model, task, sft, "--bf16", "false")
-
-
 def test_evaluation_in_bf16_measures_what_float32_measures(sft: Path, dpo: Path, task: Path):
     """Only the blocks' rounding is left, far below what six steps of DPO move."""
-    results, margins = {}, {}
+    results = {}
+    margins = {}
     for dtype in ("auto", "float32"):
         out = dpo.parent / f"evaluation-{dtype}"
-        script("evaluate", "--model_name_or_path", dpo, "--ref_model_name_or_path", sft, "--dataset_name",
-               task / "data", "--output_dir", out, "--num_prompts", "2", "--dtype", dtype)  # fmt: skip
+        argv = ["--model_name_or_path", dpo, "--ref_model_name_or_path", sft, "--dataset_name", task / "data",
+                "--output_dir", out, "--num_prompts", "2", "--dtype", dtype]  # fmt: skip
+        evaluate.main([str(part) for part in argv])
         results[dtype] = json.loads((out / "eval_results.json").read_text())
         pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
         margins[dtype] = torch.tensor([pair["margin"] for pair in pairs])
@@ -81,7 +67,6 @@ def test_evaluation_in_bf16_measures_what_float32_measures(sft: Path, dpo: Path,
     assert short["settings"]["dtype"] == "bfloat16", "evaluation does not compute as training does"
     error = (margins["auto"] - margins["float32"]).square().mean().sqrt().item()
     assert error <= 0.03, f"margins are off by {error:.3f}, of {exact['reward_margin']:.3f}"
-    assert abs(short["reward_accuracy"] - exact["reward_accuracy"]) <= 1 / 32, "rounding turns more than one pair"
     assert short["nll_chosen_policy"] == pytest.approx(exact["nll_chosen_policy"], rel=5e-3)
 
 
@@ -93,12 +78,6 @@ def test_adapters_train_in_bf16(recipe: str, tiny_model: Path, task: Path, tmp_p
     losses = log(tmp_path / "run", "loss")
     assert losses[0] == pytest.approx(0.6931, abs=1e-3), f"policy and reference differ at first: {losses}"
     assert min(log(tmp_path / "run", "grad_norm")) > 1e-3, "no gradient reaches the adapter"
-
-
-def test_policy_and_reference_beside_it_round_alike(sft: Path, task: Path, tmp_path: Path):
-    flags = ["--precompute_ref_log_probs", "false", "--max_steps", "1", "--eval_strategy", "no"]
-    first = log(train("dpo", sft, task, tmp_path / "run", *flags), "loss")[0]
-    assert first == pytest.approx(0.6931, abs=1e-3), "policy and reference compute in two precisions"
 
 
 @pytest.mark.slow

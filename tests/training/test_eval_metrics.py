@@ -1,17 +1,14 @@
-"""Evaluation during training: the same numbers as scripts/evaluate.py, whatever the batch and the processes."""
+"""Evaluation during training: the same numbers as scripts/evaluate.py, whatever the batch."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from engines import build, first_batch, nudge, tiny_gpt2, uneven_pairs, without_clocks
 from peft import LoraConfig
-from running import BIN, FLOAT32, call, log
 from transformers import AutoModelForCausalLM
 
 from tinydpo.evaluation.metrics import pair_metrics
@@ -26,7 +23,6 @@ from tinydpo.training.trainers import (
     build_sft_rows,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = (17, 7, 1)  # 17 pairs: in one batch, in batches with a short last one, one by one
 LORA = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
 
@@ -61,12 +57,7 @@ def evaluate(made: Any, batch: int = 17) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"precompute_ref_log_probs": True},
-        {"peft_config": LORA},
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.7, 0.3]},
-    ],
+    [{}, {"precompute_ref_log_probs": True}, {"peft_config": LORA}, {"loss_type": ["sigmoid", "sft"]}],
     ids=["reference model", "reference first", "LoRA", "RPO"],
 )
 @pytest.mark.parametrize("engine", [SharedPrefixDPOTrainer, FittedDPOTrainer])
@@ -79,21 +70,17 @@ def test_dpo_metrics_are_those_of_evaluate(engine: type, settings: dict, trainer
     logps, ref_logps = pair_logps(policy, pairs), pair_logps(reference, pairs)
     expected = pair_metrics(logps, ref_logps, made.beta)
     assert (logps.chosen - ref_logps.chosen).std() > 0.1, "policy and reference are the same here"
+    expected = {
+        "eval_loss": expected["dpo_loss"],
+        "eval_rewards/accuracies": expected["reward_accuracy"],
+        "eval_rewards/margins": expected["reward_margin"],
+        "eval_rewards/chosen": made.beta * (logps.chosen - ref_logps.chosen).mean(),
+        "eval_rewards/rejected": made.beta * (logps.rejected - ref_logps.rejected).mean(),
+        "eval_logps/chosen": logps.chosen.mean(),
+        "eval_logps/rejected": logps.rejected.mean(),
+    }
     for batch in BATCHES:
-        metrics = evaluate(made, batch)
-        assert metrics == pytest.approx(
-            {
-                "eval_loss": expected["dpo_loss"],
-                "eval_rewards/accuracies": expected["reward_accuracy"],
-                "eval_rewards/margins": expected["reward_margin"],
-                "eval_rewards/chosen": made.beta * (logps.chosen - ref_logps.chosen).mean(),
-                "eval_rewards/rejected": made.beta * (logps.rejected - ref_logps.rejected).mean(),
-                "eval_logps/chosen": logps.chosen.mean(),
-                "eval_logps/rejected": logps.rejected.mean(),
-            },
-            rel=1e-4,
-            abs=1e-5,
-        ), f"with --per_device_eval_batch_size {batch}"
+        assert evaluate(made, batch) == pytest.approx(expected, rel=1e-4, abs=1e-5), f"in batches of {batch}"
 
 
 @pytest.mark.parametrize("settings", [{}, {"ld_alpha": 0.5}], ids=["plain", "ld_alpha"])
@@ -105,15 +92,6 @@ def test_dpo_metrics_are_those_that_trl_logs_of_one_batch(settings: dict, traine
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
         assert metrics[f"eval_{name}"] == pytest.approx(logged[name], rel=1e-4), name
     assert metrics["eval_loss"] == pytest.approx(logged["loss"], rel=1e-4)
-
-
-def test_a_policy_that_is_its_reference_is_never_right(trainer: Callable, pairs: Dataset):
-    made = trainer(SharedPrefixDPOTrainer)
-    nudge(made.model, -0.03)
-    made.ref_model.load_state_dict(made.model.state_dict())
-    metrics = evaluate(made)
-    assert metrics["eval_rewards/accuracies"] == 0, "evaluate.py counts a tie as wrong"
-    assert metrics["eval_loss"] == pytest.approx(np.log(2))
 
 
 @pytest.mark.parametrize("engine", [PackedSFTTrainer, FittedSFTTrainer])
@@ -147,12 +125,9 @@ def test_metrics_in_bf16_are_those_of_evaluate_in_bf16(trainer: Callable, gpt2: 
     metrics = evaluate(made)
     policy, reference = (AutoModelForCausalLM.from_pretrained(gpt2).eval() for _ in range(2))
     nudge(policy)
-    exact = pair_metrics(pair_logps(policy, pairs), pair_logps(reference, pairs), made.beta)
     for model in (policy, reference):
         set_compute_dtype(model, torch.bfloat16)
     expected = pair_metrics(pair_logps(policy, pairs), pair_logps(reference, pairs), made.beta)
-    rounding = abs(expected["reward_margin"] - exact["reward_margin"])
-    assert rounding > 1e-6, "nothing was computed in bfloat16"
     assert metrics["eval_rewards/margins"] == pytest.approx(expected["reward_margin"], abs=5e-3)
     assert metrics["eval_logps/chosen"] == pytest.approx(pair_logps(policy, pairs).chosen.mean(), rel=1e-4)
 
@@ -167,30 +142,3 @@ def test_training_evaluates_and_keeps_the_best_checkpoint(trainer: Callable):
     losses = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
     assert len(losses) == 3 and made.state.best_metric == min(losses)
     assert evaluate(made)["eval_loss"] == pytest.approx(min(losses), rel=1e-4), "not the best checkpoint's weights"
-
-
-@pytest.mark.slow
-def test_metrics_do_not_depend_on_the_processes(task: Path, tiny_model: Path, tmp_path: Path):
-    """Over 17 held-out pairs, in batches of 4: the second process has fewer."""
-    data = tmp_path / "data"
-    data.mkdir()
-    for split, rows in (("train", 26), ("test", 17)):
-        lines = (task / f"data/{split}.jsonl").read_bytes().splitlines(keepends=True)
-        (data / f"{split}.jsonl").write_bytes(b"".join(lines[:rows]))
-    flags = ["--max_length", "128", "--pairs_per_step", "8", "--per_device_train_batch_size", "4", "--max_steps", "6",
-             "--per_device_eval_batch_size", "4", "--eval_strategy", "steps", "--eval_steps", "3", "--report_to",
-             "none", "--save_strategy", "no", "--learning_rate", "1e-3", "--dataset_name", data,
-             "--model_name_or_path", tiny_model, *FLOAT32]  # fmt: skip
-    for script in ("sft", "dpo", "reward"):
-        for config in ("cpu", "multi_cpu"):
-            file = f"accelerate_configs/{config}.yaml"
-            done = call(BIN / "accelerate", "launch", "--quiet", "--config_file", file, f"scripts/{script}.py", *flags,
-                        "--output_dir", tmp_path / f"{script}-{config}", OMP_NUM_THREADS="1")  # fmt: skip
-            assert done.returncode == 0, f"{script} under {config}.yaml fails:\n{done.stdout}{done.stderr}"
-        one, two = tmp_path / f"{script}-cpu", tmp_path / f"{script}-multi_cpu"
-        results = without_clocks(json.loads((one / "train_results.json").read_text()))
-        keys = [key for key in results if key.startswith("eval_")]
-        assert keys, "nothing was evaluated"
-        for key in keys:
-            assert len(log(one, key)) == 3, f"{key} is not logged at each evaluation"
-            assert log(two, key) == pytest.approx(log(one, key), rel=1e-4, abs=1e-5), f"{script}: {key} differs"

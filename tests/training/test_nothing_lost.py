@@ -1,8 +1,6 @@
 """Runs that are killed, stopped, starved or damaged: the same command goes on and ends with the same weights."""
 
-import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -23,7 +21,6 @@ from tinydpo.run_folder import RunFolder
 from tinydpo.training.checkpoints import find_last_complete
 from tinydpo.training.setup import lock_folder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = "model.safetensors"
 STAGES = ("sft", "dpo", "reward")
 
@@ -129,13 +126,6 @@ def test_a_checkpoint_without_one_of_its_files_is_not_resumed(name: str, cut_sho
     assert find_last_complete(cut_short) == str(cut_short / "checkpoint-8")
 
 
-def test_without_a_complete_checkpoint_it_starts_again(cut_short: Path):
-    for checkpoint in cut_short.glob("checkpoint-*"):
-        (checkpoint / "complete.json").unlink()
-    assert find_last_complete(cut_short) is None
-    assert not list(cut_short.glob("checkpoint-*")), "transformers could resume from them"
-
-
 def refused(flags: list[Any], match: str, folder: Path, *more: Any) -> None:
     with pytest.raises(UserError, match=match):
         run("dpo", *flags, *flags_of("dpo"), "--output_dir", folder, *more)
@@ -156,7 +146,7 @@ def wait_for(log: Path, text: str) -> None:
 
 
 def slow_group() -> None:
-    """A process group of its own, half a second a step, and a word at each save."""
+    """A process group of its own, a fifth of a second a step, and a word at each save."""
     from transformers import Trainer
 
     from tinydpo.training.checkpoints import SealedCheckpointsMixin
@@ -166,7 +156,7 @@ def slow_group() -> None:
     save = SealedCheckpointsMixin._save_checkpoint
 
     def slow_step(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.25)
+        time.sleep(0.1)
         return step(*args, **kwargs)
 
     def save_aloud(*args: Any) -> None:
@@ -179,8 +169,8 @@ def slow_group() -> None:
 
 def test_sigterm_saves_once_and_exits_with_143(flags: list[Any], go_on: Callable, tmp_path: Path):
     """To the whole group, as Slurm sends it: the data loader's workers must not take their process along."""
-    more = ["--dataloader_num_workers", "2", "--save_strategy", "epoch"]
-    child = start("dpo", flags, tmp_path, slow_group, *more)
+    save = ["--save_strategy", "epoch"]
+    child = start("dpo", flags, tmp_path, slow_group, *save, "--dataloader_num_workers", "1")
     wait_for(tmp_path / "log", "'loss'")
     os.killpg(child.pid, signal.SIGTERM)
     child.join(60)
@@ -191,7 +181,7 @@ def test_sigterm_saves_once_and_exits_with_143(flags: list[Any], go_on: Callable
     assert log.count("saving now") == 1, "its last checkpoint is unsealed to be saved again"
     for name in (WEIGHTS, "train_results.json", "README.md"):
         assert not (tmp_path / "run" / name).exists(), f"a stopped run leaves {name} as if it had finished"
-    assert f"Going on from {tmp_path}/run/checkpoint-" in go_on("dpo", *more)
+    assert f"Going on from {tmp_path}/run/checkpoint-" in go_on("dpo", *save)
 
 
 def launched() -> None:
@@ -215,11 +205,6 @@ def test_a_script_without_its_launcher_saves_and_stops(flags: list[Any], go_on: 
     launcher.kill()
     wait_for(tmp_path / "log", "stopped by the launcher's end after step")
     assert "Going on from" in go_on("dpo")
-
-
-def test_a_second_run_into_the_same_folder_is_refused(flags: list[Any], tmp_path: Path):
-    with lock_folder(RunFolder(tmp_path)):
-        refused(flags, f"another run is training into {tmp_path}", tmp_path)
 
 
 @pytest.mark.parametrize("logging_steps", ["1", "100"], ids=["by its loss", "by its weights"])
@@ -251,50 +236,26 @@ def test_a_full_disk_costs_no_checkpoint(
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_an_output_that_cannot_be_written_is_refused_first(flags: list[Any], tmp_path: Path):
-    (tmp_path / "run").write_text("a file")
-    refused(
-        flags, f"output_dir {tmp_path}/run: .*choose another", tmp_path / "run", "--model_name_or_path", "no/model"
-    )
-
-
 def test_a_run_does_not_go_on_with_other_inputs(cut_short: Path, flags: list[Any], task: Path, tiny_model: Path):
-    """The data set was edited, or the SFT model trained again."""
-    data, model = cut_short.parent / "data", cut_short.parent / "model"
-    shutil.copytree(task / "data", data)
-    shutil.copytree(tiny_model, model)
+    """The SFT model was trained again, or the data set edited."""
+    data = shutil.copytree(task / "data", cut_short.parent / "data")
+    model = shutil.copytree(tiny_model, cut_short.parent / "model")
     config = cut_short / "run_config.yaml"
     config.write_text(config.read_text().replace(str(task / "data"), str(data)).replace(str(tiny_model), str(model)))
     moved = [*flags, "--dataset_name", data, "--model_name_or_path", model]
-
-    rows = (data / "train.jsonl").read_text()
-    (data / "train.jsonl").write_text(
-        rows.replace("chosen", "-").replace("rejected", "chosen").replace("-", "rejected")
-    )
-    refused(moved, f"{data} has changed since the run", cut_short)
-    (data / "train.jsonl").write_text(rows)
 
     weights = load_file(model / WEIGHTS)
     weights["transformer.ln_f.bias"] += 1
     save_file(weights, model / WEIGHTS, {"format": "pt"})
     refused(moved, f"{model} has changed since the run", cut_short)
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(lines[1:]))
+    refused(moved, f"{data} has changed since the run", cut_short)
 
 
-def test_dpo_does_not_start_from_an_unfinished_run(cut_short: Path, flags: list[Any], tmp_path: Path):
-    refused(
-        flags, f"{cut_short} holds a run that has not finished", tmp_path / "dpo", "--model_name_or_path", cut_short
-    )
-
-
-def test_a_checkpoint_cannot_run_code(cut_short: Path, flags: list[Any], tmp_path: Path):
-    class Malice:
-        def __reduce__(self) -> tuple:
-            return exec, (f"open({str(tmp_path / 'owned')!r}, 'w')",)
-
-    checkpoint = cut_short / "checkpoint-12"
-    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Malice()))
-    sizes = json.loads((checkpoint / "complete.json").read_text())
-    sizes["optimizer.pt"] = (checkpoint / "optimizer.pt").stat().st_size
-    (checkpoint / "complete.json").write_text(json.dumps(sizes))
-    refused(flags, "checkpoint-12 holds more than tensors and numbers", cut_short)
-    assert not (tmp_path / "owned").exists()
+def test_a_run_that_cannot_end_well_is_refused_first(cut_short: Path, flags: list[Any], tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    refused(flags, "file: .*choose another", tmp_path / "file")
+    refused(flags, f"{cut_short} holds a run that has not", tmp_path / "dpo", "--model_name_or_path", cut_short)
+    with lock_folder(RunFolder(tmp_path)):
+        refused(flags, f"another run is training into {tmp_path}", tmp_path)

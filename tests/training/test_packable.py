@@ -9,16 +9,14 @@ import torch
 import transformers
 from datasets import Dataset
 from engines import ROW_LENGTH, build, tiny_gpt2, uneven_pairs
-from running import run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from tinydpo.errors import UserError
-from tinydpo.models.precision import set_compute_dtype, use_float32_head
+from tinydpo.models.precision import get_compute_dtype, set_compute_dtype, use_float32_head
 from tinydpo.training.logps import pair_logps
 from tinydpo.training.reward_trainer import PackedRewardTrainer
-from tinydpo.training.trainers import PackedSFTTrainer, SharedPrefixDPOTrainer
+from tinydpo.training.trainers import FittedDPOTrainer, PackedSFTTrainer, SharedPrefixDPOTrainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}  # fmt: skip
 WINDOW = SMALL | {"sliding_window": ROW_LENGTH - 1}
@@ -30,7 +28,7 @@ REFUSED = {
     "GPTNeo": ({"hidden_size": 32} | GLOBAL_AND_LOCAL, "attends over 32 tokens"),
     "Mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 2}, "takes no position ids"),
     "Falcon": ({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True}, "packed rows"),
-    "RecurrentGemma": (SMALL | {"attention_window_size": 256}, "gives other log-probs in packed rows"),
+    "RecurrentGemma": (SMALL | {"attention_window_size": 256}, "gives other results in packed rows"),
     "Mixtral": (SMALL | {"num_local_experts": 2, "sliding_window": None}, "mixture of experts"),
 }
 
@@ -68,62 +66,16 @@ def test_attention_without_4d_masks_is_refused(tiny_tokenizer: Any, pairs: Datas
         build(SharedPrefixDPOTrainer, model, tiny_tokenizer, pairs, tmp_path, precompute_ref_log_probs=True)
 
 
-def ignore_inputs(model: PreTrainedModel, *ignored: str, training: bool) -> None:
-    """Have a model drop inputs that its signature has, in one of its modes."""
-    forward = model.base_model.forward
-
-    @functools.wraps(forward)
-    def ignorant(*args: Any, **kwargs: Any) -> Any:
-        if model.training == training:
-            kwargs = {name: value for name, value in kwargs.items() if name not in ignored}
-        return forward(*args, **kwargs)
-
-    model.base_model.forward = ignorant
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["in the reference pass", "in training"])
-@pytest.mark.parametrize("ignored", ["position_ids", "attention_mask"])
-def test_a_model_that_ignores_inputs_is_caught_before_the_first_step(
-    ignored: str, training: bool, tiny_tokenizer: Any, pairs: Dataset, tmp_path: Path
-):
-    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2(tiny_tokenizer, tmp_path))
-    ignore_inputs(model, ignored, training=training)
-    with pytest.raises(UserError, match=r"^GPT2LMHeadModel gives other log-probs in packed .* --shared_prefix false"):
-        build(SharedPrefixDPOTrainer, model, tiny_tokenizer, pairs, tmp_path, precompute_ref_log_probs=True)
-
-
-def test_a_leak_between_examples_of_one_length_is_caught(tiny_tokenizer: Any, tmp_path: Path):
-    """The first batches may hold one example a row; the check fills a row."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2(tiny_tokenizer, tmp_path))
-    ignore_inputs(model, "position_ids", "attention_mask", training=True)
-    rows = Dataset.from_dict({"input_ids": [list(range(40))] * 8, "labels": [[-100] * 20 + list(range(20, 40))] * 8})
-    with pytest.raises(UserError, match="gives other log-probs in packed rows"):
-        build(PackedSFTTrainer, model, tiny_tokenizer, rows, tmp_path)
-
-
-def test_a_reward_model_that_ignores_positions_is_caught(tiny_tokenizer: Any, pairs: Dataset, tmp_path: Path):
-    tiny_tokenizer.pad_token = tiny_tokenizer.eos_token
-    folder = tiny_gpt2(tiny_tokenizer, tmp_path)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-    ignore_inputs(model, "position_ids", training=True)
-    with pytest.raises(UserError, match="gives other scores in packed rows"):
-        build(PackedRewardTrainer, model, tiny_tokenizer, pairs, tmp_path)
-
-
-PRECISIONS = {
-    "float32": lambda model: model,
-    "bf16 autocast": lambda model: set_compute_dtype(model, torch.bfloat16),
-    "bf16 weights": lambda model: use_float32_head(model.bfloat16()),
-    "fp16 weights": lambda model: use_float32_head(model.half()),
-}
-
-
-def sabotage(model: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """Have a model go by something else than position ids and mask, in plain and packed rows alike."""
+def sabotage(model: PreTrainedModel, kind: str, *, modes: tuple[bool, ...] = (False, True)) -> PreTrainedModel:
+    """Have a model go by something else than position ids and mask, in plain and packed rows alike, in some modes."""
     forward = model.base_model.forward
 
     @functools.wraps(forward)
     def other(input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
+        if model.training not in modes:
+            return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        if kind == "ignores both":
+            return forward(input_ids, **kwargs)
         if kind == "ignores positions":
             return forward(input_ids, attention_mask=attention_mask, **kwargs)
         if kind == "ignores the mask":
@@ -134,8 +86,7 @@ def sabotage(model: PreTrainedModel, kind: str) -> PreTrainedModel:
             seen = (distance >= 0) & attention_mask[:, None, None].bool()
         else:
             seen = attention_mask == 0
-        device = input_ids.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+        dtype = get_compute_dtype(model)
         lowest = torch.finfo(dtype).min
         if kind == "attends over a window":
             seen = seen & (distance < 16)
@@ -146,6 +97,43 @@ def sabotage(model: PreTrainedModel, kind: str) -> PreTrainedModel:
 
     model.base_model.forward = other
     return model
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["in the reference pass", "in training"])
+@pytest.mark.parametrize("kind", ["ignores positions", "ignores the mask"])
+def test_a_model_that_ignores_inputs_is_caught_before_the_first_step(
+    kind: str, training: bool, tiny_tokenizer: Any, pairs: Dataset, tmp_path: Path
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2(tiny_tokenizer, tmp_path))
+    sabotage(model, kind, modes=(training,))
+    with pytest.raises(UserError, match=r"^GPT2LMHeadModel gives other results in packed .* --shared_prefix false"):
+        build(SharedPrefixDPOTrainer, model, tiny_tokenizer, pairs, tmp_path, precompute_ref_log_probs=True)
+
+
+def test_a_leak_between_sft_examples_is_caught(tiny_tokenizer: Any, tmp_path: Path):
+    """The first batches may hold one example a row; the check fills a row."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2(tiny_tokenizer, tmp_path))
+    sabotage(model, "ignores both", modes=(True,))
+    rows = Dataset.from_dict({"input_ids": [list(range(40))] * 8, "labels": [[-100] * 20 + list(range(20, 40))] * 8})
+    with pytest.raises(UserError, match="gives other results in packed rows"):
+        build(PackedSFTTrainer, model, tiny_tokenizer, rows, tmp_path)
+
+
+def test_a_reward_model_that_ignores_positions_is_caught(tiny_tokenizer: Any, pairs: Dataset, tmp_path: Path):
+    tiny_tokenizer.pad_token = tiny_tokenizer.eos_token
+    folder = tiny_gpt2(tiny_tokenizer, tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    sabotage(model, "ignores positions", modes=(True,))
+    with pytest.raises(UserError, match="gives other results in packed rows"):
+        build(PackedRewardTrainer, model, tiny_tokenizer, pairs, tmp_path)
+
+
+PRECISIONS = {
+    "float32": lambda model: model,
+    "bf16 autocast": lambda model: set_compute_dtype(model, torch.bfloat16),
+    "bf16 weights": lambda model: use_float32_head(model.bfloat16()),
+    "fp16 weights": lambda model: use_float32_head(model.half()),
+}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -163,26 +151,8 @@ def test_rounding_neither_refuses_a_model_nor_hides_a_wrong_one(precision: str, 
             pytest.fail(f"a model that {kind} is not refused")
 
 
-@pytest.fixture
-def dpo(task: Path, tiny_model: Path, tmp_path: Path) -> Any:
-    def main(folder: str, *flags: str) -> Path:
-        run("dpo", "--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--learning_rate", "3e-3",
-            "--max_steps", "3", "--eval_strategy", "no", "--output_dir", tmp_path / folder, *flags)  # fmt: skip
-        return tmp_path / folder
-
-    return main
-
-
-def test_too_short_a_row_is_refused(dpo: Any, tmp_path: Path):
-    with pytest.raises(UserError, match=r"^row_length is 10, .* --row_length 256 or more$"):
-        dpo("short", "--row_length", "10")
-    assert not (tmp_path / "short").exists(), "a run that never began left a folder behind"
-
-
-def test_dropout_is_refused_in_packed_rows_only(dpo: Any, tiny_tokenizer: Any, tmp_path: Path):
-    model = tiny_gpt2(tiny_tokenizer, tmp_path / "model", resid_pdrop=0.1)
-    tiny_tokenizer.save_pretrained(model)
-    flags = ("--model_name_or_path", model, "--disable_dropout", "false")
+def test_dropout_is_refused_in_packed_rows_only(tiny_tokenizer: Any, pairs: Dataset, tmp_path: Path):
+    model = tiny_gpt2(tiny_tokenizer, tmp_path, resid_pdrop=0.1)
     with pytest.raises(UserError, match=r"dropout off; leave --disable_dropout true, or pass --shared_prefix false"):
-        dpo("run", *flags)
-    dpo("run", *flags, "--shared_prefix", "false")
+        build(SharedPrefixDPOTrainer, model, tiny_tokenizer, pairs, tmp_path, disable_dropout=False)
+    build(FittedDPOTrainer, model, tiny_tokenizer, pairs, tmp_path, disable_dropout=False).train()

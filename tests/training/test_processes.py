@@ -10,6 +10,7 @@ import psutil
 import pytest
 import sft
 import yaml
+from engines import without_clocks
 from running import BIN, ROOT, call, log
 
 CONFIG = ROOT / "accelerate_configs/multi_cpu.yaml"
@@ -22,6 +23,7 @@ def recipes(task: Path, tiny_model: Path, tmp_path: Path) -> Path:
         "dataset_name": str(task / "data"), "max_length": 128, "max_steps": 6, "pairs_per_step": 16,
         "per_device_train_batch_size": 8, "activation_checkpointing": False, "bf16": False, "learning_rate": 1e-3,
         "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "no", "report_to": "none",
+        "eval_pairs": 17, "per_device_eval_batch_size": 4,
     }  # fmt: skip
     folder = tmp_path / "recipes/mine"
     folder.mkdir(parents=True)
@@ -46,8 +48,9 @@ def launch(script: str, folder: Path, *flags: str) -> None:
     assert "FutureWarning" not in done.stderr, f"a start prints what a user can do nothing about:\n{done.stderr}"
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(recipes: Path, monkeypatch: pytest.MonkeyPatch):
-    """DPO and its missing SFT, which both processes train first."""
+    """DPO and its missing SFT, which both processes train first; of 17 held-out pairs the second evaluates fewer."""
     launch("dpo", recipes)
     monkeypatch.chdir(recipes)
     sft.main(["--config", "recipes/mine/sft.yaml", "--output_dir", "runs/one/sft"])
@@ -55,9 +58,11 @@ def test_two_processes_train_like_one(recipes: Path, monkeypatch: pytest.MonkeyP
               "runs/one/dpo"])  # fmt: skip
     for stage in ("sft", "dpo"):
         one, two = Path("runs/one", stage), Path("runs/mine", stage)
-        for key in ("loss", "eval_loss", "rewards/margins") if stage == "dpo" else ("loss", "eval_loss"):
-            assert log(two, key) == pytest.approx(log(one, key), rel=1e-3), f"{stage}: other {key} on two processes"
         results = json.loads((two / "train_results.json").read_text())
+        metrics = {key for key in without_clocks(results) if key.startswith("eval_")}
+        for key in {"loss", "grad_norm", "eval_loss"} | metrics:
+            expected = pytest.approx(log(one, key), rel=1e-3, abs=1e-5)
+            assert log(two, key) == expected, f"{stage}: other {key} on two processes"
         # Five of six steps in less than the whole time; one process alone knows half of the pairs.
         assert results["pairs_per_second"] > 0.75 * results["train_samples_per_second"], "not all pairs are counted"
 

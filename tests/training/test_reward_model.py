@@ -1,21 +1,18 @@
 """A reward model through its script: it learns, loads as what it is, and evaluation takes it at once."""
 
 import json
-import shutil
 from pathlib import Path
 
 import evaluate
 import pytest
 import torch
 from running import log, run
-from toys import CHATML, say, with_turns
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel
+from toys import CHATML, say, write_family
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_split
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(tiny_model: Path, task: Path, folder: Path, *flags: str) -> Path:
@@ -39,39 +36,21 @@ def test_it_learns_and_loads_as_a_reward_model(reward: Path):
     assert "reward model" in card and "supervised" not in card and "DPO (" not in card
 
 
-def test_packed_and_padded_rows_train_alike(reward: Path, task: Path, tiny_model: Path, tmp_path: Path):
-    padded = train(tiny_model, task, tmp_path, "--shared_prefix", "false")
-    assert log(padded, "loss") == pytest.approx(log(reward, "loss"), rel=1e-3)
-
-
 def test_evaluation_takes_it_at_once(reward: Path, task: Path, tiny_model: Path, tmp_path: Path):
     evaluate.main([str(part) for part in (
         "--model_name_or_path", tiny_model, "--ref_model_name_or_path", tiny_model, "--dataset_name", task / "data",
         "--num_prompts", "8", "--output_dir", tmp_path / "runs/evaluation", "--reward_model_name_or_path", reward,
-        "--reward_funcs", "tinydpo.toy_task.gold_reward",
     )])  # fmt: skip
     results = json.loads((tmp_path / "runs/evaluation/eval_results.json").read_text())
     trained = json.loads((reward / "train_results.json").read_text())
     assert results["explicit_accuracy"] == pytest.approx(trained["eval_accuracy"]), "training scores pairs otherwise"
-    assert results["implicit_minus_explicit"] == -results["explicit_accuracy"], "policy and reference are the same"
-    assert -1 <= results["rank_correlation_ci95"][0] <= results["rank_correlation"] <= 1
-    alone = {name: figures["reward_policy"] for name, figures in results["rewards"].items()}
-    assert list(alone) == ["gold_reward", "reward"]
-    assert sum(alone.values()) == pytest.approx(results["reward_policy"])
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["texts", "chat template"])
 def test_an_answer_is_scored_where_training_read_it(chat: bool, tiny_model: Path, tmp_path: Path):
     """By its last word: at the very token, in its own template, with no word after it."""
-    start = tmp_path / "start"
-    shutil.copytree(tiny_model, start)
+    start = write_family(tiny_model, tmp_path / "start", CHATML) if chat else tiny_model
     tokenizer = AutoTokenizer.from_pretrained(start)
-    if chat:
-        tokenizer = with_turns(tokenizer, CHATML)
-        model = GPT2LMHeadModel.from_pretrained(start)
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        model.save_pretrained(start)
-        tokenizer.save_pretrained(start)
     prompt = [say("user", "How do I make soup?")]
     answers = {"chosen": [say("assistant", "With carrots.")], "rejected": [say("assistant", "No.")]}
     rows = tmp_path / "rows.jsonl"

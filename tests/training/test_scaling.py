@@ -31,9 +31,8 @@ needs_deepspeed = pytest.mark.skipif(
 def on_cpus(config: str, folder: Path) -> Path:
     """The accelerate file as it is shipped, on CPUs."""
     file = folder / f"{config}.yaml"
-    file.write_text(
-        (ROOT / f"accelerate_configs/{config}.yaml").read_text().replace("use_cpu: false", "use_cpu: true")
-    )
+    shipped = (ROOT / f"accelerate_configs/{config}.yaml").read_text()
+    file.write_text(shipped.replace("use_cpu: false", "use_cpu: true"))
     return file
 
 
@@ -49,30 +48,20 @@ def train(config: Path, script: str, *flags: str | Path, by: tuple = ()) -> subp
     return done
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
 def same_run(one: Path, other: Path, what: str) -> None:
     assert log(other, "loss") == pytest.approx(log(one, "loss"), rel=1e-3), f"{what}: the recipe trains differently"
-    saved = load_file(other / "model.safetensors")
-    assert all(tensor.numel() for tensor in saved.values()), f"{what}: the final model has empty weights"
-    expected, loaded = weights(one), weights(other)
-    assert loaded.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.allclose(loaded[name], tensor, atol=1e-4), f"{what}: {name} of the final model is another"
+    torch.testing.assert_close(
+        load_file(other / "model.safetensors"), load_file(one / "model.safetensors"), rtol=0, atol=1e-4
+    )
 
 
 @pytest.fixture(scope="module")
 def cpu_runs(task: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`sft` and `dpo` as one process trains them, to hold the others against."""
     folder = tmp_path_factory.mktemp("one-process")
-    train(ROOT / "accelerate_configs/cpu.yaml", "sft", *SIX, "--dataset_name", task / "data",
-          "--model_name_or_path", tiny_model, "--output_dir", folder / "sft")  # fmt: skip
-    train(ROOT / "accelerate_configs/cpu.yaml", "dpo", *SIX, "--dataset_name", task / "data",
-          "--model_name_or_path", folder / "sft", "--output_dir", folder / "dpo")  # fmt: skip
+    for script, start in (("sft", tiny_model), ("dpo", folder / "sft")):
+        train(ROOT / "accelerate_configs/cpu.yaml", script, *SIX, "--dataset_name", task / "data",
+              "--model_name_or_path", start, "--output_dir", folder / script)  # fmt: skip
     return folder
 
 
@@ -106,16 +95,7 @@ def test_a_zero3_run_goes_on_from_its_checkpoint(cpu_runs, task, tiny_model, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP2 needs two GPUs; on CPUs it does not shard")
-def test_fsdp2_trains_like_one_process_and_saves_a_plain_model(cpu_runs, task, tiny_model, tmp_path):
-    """In float32, like the run that it is held against."""
-    file = tmp_path / "fsdp.yaml"
-    file.write_text((ROOT / "accelerate_configs/fsdp.yaml").read_text() + "mixed_precision: 'no'\n")
-    all_stages(file, cpu_runs, task, tiny_model, tmp_path)
-
-
-@pytest.mark.slow
-def test_fsdp2_trains_like_one_process_on_cpus_too(cpu_runs, task, tiny_model, tmp_path):
+def test_fsdp2_trains_like_one_process(cpu_runs, task, tiny_model, tmp_path):
     """The shipped file through accelerate's launcher; tests/training/fsdp_on_cpus.py says what stands in the way."""
     by = ("tests/training/fsdp_on_cpus.py",)
     done = all_stages(on_cpus("fsdp", tmp_path), cpu_runs, task, tiny_model, tmp_path, by=by)
@@ -167,118 +147,52 @@ def test_slurm_hands_the_signal_on_and_requeues_what_is_not_finished(code, reque
     assert "scripts/dpo.py --beta 0.3 --accelerate_config accelerate_configs/multi_node.yaml" in launched
     assert "scancel --signal=TERM 7.0" in called, "the scripts on the machines do not get the signal"
     assert ("scontrol requeue 7" in called) == requeued
-    three = subprocess.run(command, cwd=tmp_path, env=env | {"SLURM_NNODES": "3"}, capture_output=True, text=True)
-    assert three.returncode == 1 and "num_machines: 2" in three.stderr, "machines that nobody waits for are launched"
-
-
-class Hosts:
-    """Two network namespaces, each with its own address, cache and working folder, that share a file system."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.names = folder, [f"tinydpo-{os.getpid()}-{rank}" for rank in (0, 1)]
-
-    def start(self, script: str, *flags: str | Path, rank: int) -> subprocess.Popen:
-        """One machine's command, as docs/scaling.md gives it; relative paths are the machine's own."""
-        home = self.folder / f"host{rank}"
-        home.mkdir(exist_ok=True)
-        config = ROOT / "accelerate_configs/multi_cpu.yaml"
-        command = [*LAUNCH, "--config_file", config, "--num_machines", "2", "--machine_rank", rank,
-                   "--main_process_ip", "10.77.0.1", "--main_process_port", "29500",
-                   ROOT / f"scripts/{script}.py", *TRAIN, "--accelerate_config", config, *flags]  # fmt: skip
-        env = os.environ | {
-            "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-            "HF_HOME": str(home / "hf"), "HF_DATASETS_CACHE": str(home / "datasets"),
-        }  # fmt: skip
-        command = ["ip", "netns", "exec", self.names[rank], *map(str, command)]
-        with open(self.log(rank), "w") as log:
-            return subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=log)
-
-    def log(self, rank: int) -> Path:
-        return self.folder / f"host{rank}.log"
-
-    def run(self, script: str, *flags: str | Path) -> None:
-        """Both machines to their end."""
-        processes = [self.start(script, *flags, rank=rank) for rank in (1, 0)]
-        codes = [process.wait(timeout=900) for process in processes]
-        assert codes == [0, 0], f"two hosts fail:\n{self.log(0).read_text()}\n{self.log(1).read_text()}"
-
-    @staticmethod
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-    def pids(self, rank: int) -> list[int]:
-        done = subprocess.run(["ip", "netns", "pids", self.names[rank]], capture_output=True, text=True, check=False)
-        return [int(pid) for pid in done.stdout.split()]
-
-    def kill(self, rank: int) -> None:
-        """Everything that runs on a machine, at once."""
-        for pid in self.pids(rank):
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                pass
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
+def hosts() -> Iterator[list[str]]:
+    """The names of two network namespaces, 10.77.0.1 and 10.77.0.2, that share a file system."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("two hosts are two network namespaces: needs root and the command `ip` (Debian: iproute2)")
-    hosts = Hosts(tmp_path)
-    ip, (one, other) = hosts.ip, hosts.names
+    names = [f"tinydpo-{os.getpid()}-{rank}" for rank in (0, 1)]
+    commands = [f"netns add {name}" for name in names]
+    commands += [f"link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}"]
+    for number, name in enumerate(names, start=1):
+        commands += [f"-n {name} address add 10.77.0.{number}/24 dev eth0"]
+        commands += [f"-n {name} link set {device} up" for device in ("eth0", "lo")]
     try:
-        try:
-            ip("netns", "add", one)
-            ip("netns", "add", other)
-            ip("link", "add", "eth0", "netns", one, "type", "veth", "peer", "name", "eth0", "netns", other)
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"this machine does not allow network namespaces: {error.stderr.strip()}")
-        for number, name in enumerate(hosts.names, start=1):
-            ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield hosts
+        for command in commands:
+            if subprocess.run(["ip", *command.split()], check=False).returncode:
+                pytest.skip("this machine does not allow network namespaces")
+        yield names
     finally:
-        for rank, name in enumerate(hosts.names):
-            hosts.kill(rank)
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def run_on_hosts(hosts: list[str], folder: Path, script: str, *flags: str | Path) -> None:
+    """Each machine's command, as docs/scaling.md gives it; relative paths and caches are the machine's own."""
+    config = ROOT / "accelerate_configs/multi_cpu.yaml"
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    started = []
+    for rank, host in enumerate(hosts):
+        home = folder / f"host{rank}"
+        home.mkdir(exist_ok=True)
+        command = [*LAUNCH, "--config_file", config, "--num_machines", "2", "--machine_rank", rank,
+                   "--main_process_ip", "10.77.0.1", "--main_process_port", "29500",
+                   ROOT / f"scripts/{script}.py", *TRAIN, "--accelerate_config", config, *flags]  # fmt: skip
+        own = {"HF_HOME": str(home / "hf"), "HF_DATASETS_CACHE": str(home / "datasets")}
+        with open(folder / f"host{rank}.log", "w") as file:
+            command = ["ip", "netns", "exec", host, *map(str, command)]
+            started.append(subprocess.Popen(command, cwd=home, env=env | own, stdout=file, stderr=file))
+    codes = [process.wait(timeout=900) for process in started]
+    assert codes == [0, 0], "\n".join((folder / f"host{rank}.log").read_text() for rank in (0, 1))
 
 
 @pytest.mark.slow
-def test_two_hosts_with_nothing_shared_train_like_one_process(hosts, cpu_runs, task, tiny_model):
+def test_two_hosts_with_nothing_shared_train_like_one_process(hosts, cpu_runs, task, tiny_model, tmp_path):
     """Each has its own cache and run folder; the model lies in the first one's."""
     for script, start in (("sft", tiny_model), ("dpo", cpu_runs / "sft")):
-        hosts.run(script, *SIX, "--dataset_name", task / "data", "--model_name_or_path", start,
-                  "--output_dir", f"runs/{script}")  # fmt: skip
-        same_run(cpu_runs / script, hosts.folder / f"host0/runs/{script}", f"{script} on two hosts")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("lost", "how"), [(0, "killed"), (1, "unplugged")])
-def test_a_lost_host_stops_the_other_and_the_same_commands_go_on(lost, how, hosts, task, tiny_model, tmp_path):
-    """An unplugged host closes no connection: the other one notices when `--ddp_timeout` is over."""
-    flags = ["--dataset_name", task / "data", "--model_name_or_path", tiny_model, "--max_steps", "40",
-             "--save_steps", "10"]  # fmt: skip
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    timeout = ["--ddp_timeout", "30"] if how == "unplugged" else []
-    started = [hosts.start("sft", *flags, *timeout, "--output_dir", run, rank=rank) for rank in (0, 1)]
-    deadline = time.monotonic() + 600
-    while not (run / "checkpoint-10/complete.json").exists():
-        assert time.monotonic() < deadline and started[0].poll() is None, hosts.log(0).read_text()
-        time.sleep(0.05)
-    if how == "unplugged":
-        hosts.ip("-n", hosts.names[lost], "link", "set", "eth0", "down")
-    else:
-        hosts.kill(lost)
-    survivor = 1 - lost
-    code = started[survivor].wait(timeout=60)
-    hosts.kill(lost)
-    hosts.ip("-n", hosts.names[lost], "link", "set", "eth0", "up")
-    assert code, hosts.log(survivor).read_text()
-    assert not (run / "train_results.json").exists(), "a run that lost a host counts as finished"
-    for folder in (run, whole):
-        hosts.run("sft", *flags, "--output_dir", folder)
-        if folder == run:
-            assert "Going on from" in hosts.log(0).read_text(), "the same commands start anew"
-    assert log(run, "loss") == log(whole, "loss"), (
-        "a run that lost a host ends with other losses than one that did not"
-    )
+        run_on_hosts(hosts, tmp_path, script, *SIX, "--dataset_name", task / "data", "--model_name_or_path", start,
+                     "--output_dir", f"runs/{script}")  # fmt: skip
+        same_run(cpu_runs / script, tmp_path / f"host0/runs/{script}", f"{script} on two hosts")

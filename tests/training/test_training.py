@@ -15,8 +15,6 @@ from tinydpo.errors import UserError
 from tinydpo.training.packing import pack
 from tinydpo.training.throughput import forward_flop
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def sft(task: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -62,7 +60,6 @@ def test_folder_holds_what_the_docs_promise(sft: Path, dpo: Path):
         assert model.generation_config.top_k == 0, "sampling from the saved model cuts the distribution at 50 tokens"
         environment = json.loads((folder / "environment.json").read_text())
         assert environment["seed"] == 0 and {"torch", "trl"} <= set(environment["packages"])
-        assert json.loads((folder / "data_summary.json").read_text())["train"]["pairs_kept"] > 0
         card = (folder / "README.md").read_text()
         assert "128 tokens" in card and str(folder.parent) not in card, "the card lacks the rule or leaks a path"
         config = yaml.safe_load((folder / "run_config.yaml").read_text())
@@ -84,18 +81,6 @@ def test_reference_cache_knows_ld_alpha(sft: Path, dpo: Path, task: Path, tmp_pa
     assert log(tmp_path, "loss")[0] == pytest.approx(0.6931, abs=1e-3), "log-probs of another ld_alpha were taken"
 
 
-def test_sft_takes_prompts_with_responses(task: Path, tiny_model: Path, tmp_path: Path):
-    rows = [json.loads(line) for line in (task / "data/train.jsonl").read_text().splitlines()]
-    split = [row["chosen"].rpartition("\n\nAssistant:") for row in rows]
-    data = tmp_path / "sft.jsonl"
-    data.write_text("".join(json.dumps({"prompt": p + a, "response": c}) + "\n" for p, a, c in split))
-    flags = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--max_steps", "1"]
-    run("sft", *flags, "--output_dir", tmp_path / "run")
-    assert read_results(tmp_path / "run")
-    with pytest.raises(UserError, match=r"sft\.jsonl row \d+: .*'chosen'"):
-        run("dpo", *flags, "--output_dir", tmp_path / "no")
-
-
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
@@ -113,8 +98,8 @@ def test_a_mistake_leaves_nothing_behind(flags: list[str], error: str, sft: Path
 
 
 def test_a_models_own_code_runs_on_request_only(tiny_model: Path, task: Path, tmp_path: Path):
-    model, owned = tmp_path / "model", tmp_path / "owned"
-    shutil.copytree(tiny_model, model)
+    owned = tmp_path / "owned"
+    model = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     classes = {"AutoConfig": "code.Strange", "AutoModelForCausalLM": "code.Model"}
     (model / "config.json").write_text(json.dumps(config | {"model_type": "strange", "auto_map": classes}))
@@ -133,15 +118,11 @@ def test_a_models_own_code_runs_on_request_only(tiny_model: Path, task: Path, tm
 
 def test_a_run_logs_how_fast_it_is(sft: Path, dpo: Path):
     for folder in (sft, dpo):
-        rates = {name: log(folder, name) for name in ("pairs_per_second", "tokens_per_second", "padding")}
-        for name, values in rates.items():
-            assert len(values) == len(log(folder, "loss")) - 1, (
-                f"{folder.name}: {name} is not in every log but the first"
-            )
-        assert all(0 <= padding < 0.5 for padding in rates["padding"])
         results = read_results(folder)
-        speeds = rates["pairs_per_second"]
-        assert min(speeds) <= results["pairs_per_second"] <= max(speeds)
+        for name in ("pairs_per_second", "tokens_per_second", "padding"):
+            rates = log(folder, name)
+            assert len(rates) == len(log(folder, "loss")) - 1, f"{name} is not in every log but the first"
+            assert 0 <= min(rates) <= results[name] <= max(rates)
         # 12 steps of 16 pairs, the first left out, take no longer than the run's own clock says.
         assert 11 * 16 / results["pairs_per_second"] < results["train_runtime"], "evaluation counts as training"
 

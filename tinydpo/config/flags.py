@@ -55,8 +55,8 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
     refused = REFUSED_ALWAYS | _refuse_for_adapters(stage, settings)
     if settings["shared_prefix"]:
         refused |= REFUSED_FOR_PACKED_ROWS
-        if settings["train_sampling_strategy"] in ("group_by_length", "batch_rebalance"):
-            refused["train_sampling_strategy"] = "but packed rows have no padding to save; leave it out"
+    if settings["train_sampling_strategy"] in ("group_by_length", "batch_rebalance"):
+        refused["train_sampling_strategy"] = "but steps would hold fewer pairs at an epoch's end; leave it out"
     if stage == "dpo":
         refused |= _refuse_for_dpo(settings)
     for flag, reason in refused.items():

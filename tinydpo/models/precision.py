@@ -22,8 +22,12 @@ def has_fast_bf16(device: str) -> bool:
 
 
 def get_compute_dtype(model: Any) -> Any:
-    """The torch dtype that a model's blocks compute in, outside a trainer."""
-    return getattr(model, "compute_dtype", model.dtype)
+    """The torch dtype that a model's blocks compute in, and their attention adds a mask in."""
+    import torch
+
+    if torch.is_autocast_enabled(model.device.type):
+        return torch.get_autocast_dtype(model.device.type)
+    return getattr(model, "compute_dtype", None) or model.dtype
 
 
 def set_compute_dtype(model: Any, dtype: Any) -> Any:
@@ -74,7 +78,7 @@ def float32_mode(model: Any) -> Iterator[None]:
     """Compute in float32, products included, whatever the model computes in otherwise."""
     import torch
 
-    before = get_compute_dtype(model)
+    before = getattr(model, "compute_dtype", None)
     model.compute_dtype = torch.float32
     try:
         with torch.autocast(model.device.type, enabled=False), matmul_precision("highest"):

@@ -25,20 +25,15 @@ DIVERGENCE_FACTOR = 100.0
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and stops after the step in which any process got SIGTERM (preemption) or lost its launcher.
-
-    `reason` says in words what stopped the run; it is empty until then.
-    """
+    """Saves and stops after the step in which any process got SIGTERM (preemption) or lost its launcher."""
 
     def __init__(self):
-        """Until training begins, SIGTERM ends the process as always."""
-        self.reason = ""
+        self.reason = ""  # what stopped the run, in words
         self._has_launcher = not LAUNCHER_VARIABLES.isdisjoint(os.environ)
         self._group = None
         self._previous_handler = signal.getsignal(signal.SIGTERM)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Handle SIGTERM from here on."""
         self._previous_handler = signal.signal(signal.SIGTERM, self._handle_sigterm)
         if args.world_size > 1:
             # Its own group on the CPU, so that no step waits for a GPU. It does not inherit --ddp_timeout by itself.
@@ -48,11 +43,9 @@ class StopOnSignal(TrainerCallback):
         self.reason = "SIGTERM"
 
     def restore_handler(self) -> None:
-        """SIGTERM ends the process again."""
         signal.signal(signal.SIGTERM, self._previous_handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop all processes after the same step."""
         if self._has_launcher and os.getppid() != LAUNCHER_PID:  # orphans get another parent
             self.reason = self.reason or "the launcher's end"
         stop = torch.tensor(bool(self.reason), dtype=torch.int32)
@@ -66,8 +59,7 @@ class StopOnSignal(TrainerCallback):
             args.save_total_limit = None  # at the end of training transformers may delete all but the best checkpoint
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An epoch's end comes after a stop too: then nothing is saved again or evaluated."""
-        if control.should_training_stop and self.reason:
+        if control.should_training_stop and self.reason:  # after the step that saved already
             control.should_save = False
             control.should_evaluate = False
 
@@ -76,11 +68,9 @@ class StopOnDivergence(TrainerCallback):
     """Ends a run whose loss is not finite any more, or a hundred times that of its start."""
 
     def __init__(self):
-        """The first logged loss sets the bound."""
         self._bound: float | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        """Check the logged loss, a mean over processes and steps (UserError: training has diverged)."""
         if "loss" not in logs:
             return
         loss = logs["loss"]
@@ -98,10 +88,6 @@ def ignore_group_sigterm(worker_init: Callable[[int], None] | None, worker: int)
 
     Slurm and accelerate's launcher signal every process of a run. A worker that ended on that would take its process
     down with it, which still wants to save.
-
-    Args:
-        worker_init: the loader's own `worker_init_fn`.
-        worker: the worker's number.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 

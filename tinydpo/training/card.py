@@ -33,6 +33,7 @@ def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], l
         pipeline_tag="text-classification" if prepared.stage == "reward" else None,
         tags=["trl", TAGS[prepared.stage], "tinydpo"],
     )
+    figures = {name: value for name, value in results.items() if "per_second" not in name and name != "total_flos"}
     card = ModelCard.from_template(
         data,
         template_path=TEMPLATE,
@@ -44,16 +45,11 @@ def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], l
         datasets=datasets,
         loss=format_loss(settings) if is_dpo else None,
         train=prepared.summary["train"],
-        results={name: value for name, value in results.items() if _describes_model(name, value)},
+        results=figures,
         trend=describe_rewards(log, settings["beta"]) if is_dpo else "",
         notice=CONTENT_NOTICE if is_hh(settings["dataset_name"]) else None,
     )
     card.save(run.card_file)
-
-
-def _describes_model(name: str, value: Any) -> bool:
-    """Whether a figure says something about the model; `total_flos` is transformers' guess at padded batches."""
-    return isinstance(value, int | float) and "per_second" not in name and name != "total_flos"
 
 
 def format_loss(settings: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ optimizer silently changes the result. Here a checkpoint's last file, its seal, 
 folder that does not match its seal is set aside for the one before it.
 """
 
-import json
 import shutil
 import sys
 from functools import partial
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from tinydpo.errors import UserError
-from tinydpo.files import write_json
+from tinydpo.files import read_json, write_json
 from tinydpo.training.callbacks import ignore_group_sigterm
 
 SEAL = "complete.json"
@@ -28,9 +27,9 @@ class SealedCheckpointsMixin:
     """For a `Trainer`: seals each checkpoint, deletes older ones only then, and saves no NaN or infinite weights."""
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """The workers outlive a signal to the whole run, so that its last checkpoint can be saved."""
         loader = super()._get_dataloader(*args, **kwargs)
         torch_loader = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper has this one start them
+        # The workers outlive a signal to the whole run, so that its last checkpoint can be saved.
         torch_loader.worker_init_fn = partial(ignore_group_sigterm, torch_loader.worker_init_fn)
         return loader
 
@@ -59,33 +58,28 @@ class SealedCheckpointsMixin:
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _check_finite_weights(self, model: torch.nn.Module) -> None:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        is_finite = all(bool(get_local_shard(parameter).isfinite().all()) for parameter in trained)
-        if not all(gather_object([is_finite])):  # each process may hold another part of the model
+        is_finite = True
+        for parameter in model.parameters():
+            # What this process holds of it: all, or a shard (ZeRO-3's `ds_tensor`, FSDP2's DTensor).
+            shard = getattr(parameter, "ds_tensor", parameter)
+            shard = shard.to_local() if hasattr(shard, "to_local") else shard
+            if parameter.requires_grad and not shard.isfinite().all():
+                is_finite = False
+        if not all(gather_object([is_finite])):
             raise UserError(
                 f"at step {self.state.global_step} the weights hold infinities or NaN and are not saved; lower "
                 "--learning_rate and pass another --output_dir"
             )
 
 
-def get_local_shard(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter: all of it, or a shard (ZeRO-3's `ds_tensor`, FSDP2's DTensor)."""
-    shard = getattr(parameter, "ds_tensor", parameter)
-    return shard.to_local() if hasattr(shard, "to_local") else shard
-
-
 def find_resume_checkpoint(trainer: Any) -> str | None:
-    """The checkpoint of --resume_from_checkpoint, else the run's last complete one, the same in all processes.
-
-    Raises:
-        UserError: it is not complete, or not every process sees it.
-    """
+    """The checkpoint of --resume_from_checkpoint, else the run's last complete one, the same in all processes."""
     checkpoint = trainer.args.resume_from_checkpoint
     if checkpoint:
-        faults = [fault for fault in gather_object([find_fault(Path(checkpoint))]) if fault]
-        if faults:
+        fault = find_fault(Path(checkpoint))
+        if fault:
             raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: {faults[0]}; leave it out to go on from the last complete one"
+                f"--resume_from_checkpoint {checkpoint}: {fault}; leave it out to go on from the last complete one"
             )
     elif trainer.is_world_process_zero():
         checkpoint = find_last_complete(Path(trainer.args.output_dir))
@@ -101,18 +95,15 @@ def find_resume_checkpoint(trainer: Any) -> str | None:
 
 
 def find_last_complete(run: Path) -> str | None:
-    """The last complete checkpoint of a run, or None; later ones are set aside, with a warning.
-
-    Left where they are, they would count among the newest when old checkpoints are deleted. They stay for a look until
-    the next start.
-    """
+    """The last complete checkpoint of a run, or None; broken ones after it are set aside until the next start."""
     for earlier in run.glob("_broken-*"):
         shutil.rmtree(earlier)
     for path in reversed(sort_checkpoints(str(run))):
         fault = find_fault(Path(path))
         if not fault:
             return path
-        aside = run / f"_broken-{Path(path).name}"  # the Hub's clients skip what begins with an underscore
+        # Left there, it would count as the newest when old ones are deleted. The Hub's clients skip an underscore.
+        aside = run / f"_broken-{Path(path).name}"
         Path(path).rename(aside)
         print(f"warning: {path} cannot be resumed from ({fault}); set aside as {aside.name}", file=sys.stderr)
     return None
@@ -120,14 +111,9 @@ def find_last_complete(run: Path) -> str | None:
 
 def find_fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or "" if it is complete."""
-    if not checkpoint.is_dir():
-        return "there is no such folder"
-    try:
-        sealed = json.loads((checkpoint / SEAL).read_text())
-    except FileNotFoundError:
+    sealed = read_json(checkpoint / SEAL)
+    if not sealed:
         return "it was not written to its end"
-    except (ValueError, OSError):
-        return f"{SEAL} is damaged"
     sizes = list_files(checkpoint)
     for name, size in sealed.items():
         if sizes.get(name) != size:
@@ -136,6 +122,6 @@ def find_fault(checkpoint: Path) -> str:
 
 
 def list_files(checkpoint: Path) -> dict[str, int]:
-    """Every file of a checkpoint but its seal, with its size in bytes."""
+    """Every file of a checkpoint except its seal, with its size in bytes."""
     files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and SEAL not in path.name)
     return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}

@@ -60,17 +60,12 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
 
 
 def describe_rewards(log_history: Sequence[dict[str, Any]], beta: float) -> str:
-    """A sentence on a run's last implicit rewards, held-out ones where there are some; "" where none were logged.
-
-    Args:
-        log_history: `trainer.state.log_history` of a DPO run.
-        beta: the run's β; a reward is β·log π/π_ref, so that reward / β is in nats.
-    """
+    """A sentence on a run's last implicit rewards, held-out ones where there are some; "" where none were logged."""
     chosen = _get_last(log_history, "rewards/chosen")
     rejected = _get_last(log_history, "rewards/rejected")
     if chosen is None or rejected is None:
         return ""
-    sentence = (
+    sentence = (  # a reward is β·log π/π_ref, so that reward / β is in nats
         f"The policy makes chosen answers {_format_nats(chosen / beta)} and rejected ones "
         f"{_format_nats(rejected / beta)} than its reference does"
     )
@@ -90,9 +85,6 @@ def _format_nats(nats: float) -> str:
 def _get_last(log_history: Sequence[dict[str, Any]], key: str) -> float | None:
     """The last held-out value, else the mean of the last tenth of the training ones."""
     held_out = [entry[f"eval_{key}"] for entry in log_history if f"eval_{key}" in entry]
-    if held_out:
-        return held_out[-1]
-    values = [entry[key] for entry in log_history if key in entry]
-    if not values:
-        return None
-    return float(np.mean(values[-max(1, len(values) // 10) :]))
+    trained = [entry[key] for entry in log_history if key in entry]
+    last = held_out[-1:] or trained[-max(1, len(trained) // 10) :]
+    return float(np.mean(last)) if last else None

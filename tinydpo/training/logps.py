@@ -1,9 +1,8 @@
 """Log-probs of completions under a model: what every figure of the evaluation is made of.
 
 Prompts are computed once and rows packed (`packing`), or, for models that cannot take such rows, sequences padded. The
-LM head runs only where a completion token is predicted: at 128 tokens it is a seventh of GPT-2 Medium's work and
-nearly all of its memory. Those positions go through the model's own `logits_to_keep`, so that whatever a family does
-after the LM head (Gemma's softcapping, Cohere's and Granite's scale) happens here too.
+LM head runs only where a completion token is predicted, through the model's own `logits_to_keep`, so that whatever a
+family does after the LM head (Gemma's softcapping, Cohere's and Granite's scale) happens here too.
 """
 
 from typing import NamedTuple
@@ -25,15 +24,11 @@ SOFTMAX_ROWS = 64
 
 
 class PairLogps(NamedTuple):
-    """Completion log-probs of n pairs under one model, in the dataset's order.
+    """Completion log-probs of n pairs under one model, in the dataset's order; all arrays have the shape (n,)."""
 
-    chosen, rejected: float64 arrays (n,), natural-log probability of the whole completion, its end token included.
-    chosen_tokens, rejected_tokens: int64 arrays (n,), how many tokens each of these sums runs over.
-    """
-
-    chosen: np.ndarray
+    chosen: np.ndarray  # float64, natural-log probability of the whole completion, its end token included
     rejected: np.ndarray
-    chosen_tokens: np.ndarray
+    chosen_tokens: np.ndarray  # int64, how many tokens the sum runs over
     rejected_tokens: np.ndarray
 
 
@@ -47,44 +42,23 @@ def token_logps(
 ) -> list[np.ndarray]:
     """Natural-log probability of every completion token given the prompt and the completion so far.
 
-    Args:
-        model: a causal LM in eval mode.
-        prompts: n token lists, each of at least one token (the first completion token needs something before it).
-        completions: n token lists, each of at least one token.
-        batch_size: completions in one forward pass; changes speed and memory, not the result (beyond rounding).
-        desc: label of the progress bar.
-        row_length: the most tokens in a packed row; None: padded sequences, for models that cannot take packed rows.
+    The model is a causal LM in eval mode. `batch_size` (completions in a forward pass) changes speed and memory only.
+    `row_length` is the most tokens in a packed row; None pads sequences, for models that cannot take packed rows.
 
     Returns:
         n float64 arrays, the i-th of shape (len(completions[i]),), in the order given. Head and softmax are computed
         in float32, whatever the blocks compute in (`models.precision`).
-
-    Raises:
-        ValueError: an empty prompt or completion.
-        UserError: the model cannot take packed rows.
     """
     trees = [(prompt, (completion,)) for prompt, completion in zip(prompts, completions, strict=True)]
     return [logps for (logps,) in _get_tree_logps(model, trees, batch_size, desc, row_length)]
 
 
 def pair_logps(
-    model: PreTrainedModel,
-    pairs: Dataset,
-    batch_size: int = 32,
-    desc: str = "pairs",
-    row_length: int | None = None,
+    model: PreTrainedModel, pairs: Dataset, batch_size: int = 32, desc: str = "pairs", row_length: int | None = None
 ) -> PairLogps:
-    """Log-probs of both completions of every pair.
+    """Log-probs of both completions of every pair: rows with `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
-    Args:
-        model: a causal LM in eval mode.
-        pairs: n rows with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int).
-        batch_size: completions in one forward pass.
-        desc: label of the progress bar.
-        row_length: as in `token_logps`; with it, a pair's prompt is computed once.
-
-    Returns:
-        `PairLogps`, arrays of shape (n,).
+    The other arguments are those of `token_logps`. In packed rows, a pair's prompt is computed once.
     """
     prompts, chosen, rejected = (pairs[name][:] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     trees = list(zip(prompts, zip(chosen, rejected, strict=True), strict=True))
@@ -109,7 +83,7 @@ def _get_tree_logps(
     # Longest first: the batch that needs the most memory comes at once, not after ten minutes.
     order = sorted(range(len(trees)), key=lambda i: -count_tokens(trees[i]))
     if row_length is not None:
-        check_packed_rows(model, [trees[i] for i in order[:64]], row_length)
+        _check_packed_rows(model, [trees[i] for i in order[:64]], row_length)
     result: list[list[np.ndarray]] = [[] for _ in trees]
     trees_per_batch = max(1, batch_size // len(trees[0][1]))
     for start in tqdm(range(0, len(order), trees_per_batch), desc=desc, leave=False, disable=None):
@@ -120,12 +94,8 @@ def _get_tree_logps(
     return result
 
 
-def check_packed_rows(model: PreTrainedModel, trees: list[Tree], row_length: int) -> None:
-    """Refuse a model that computes other log-probs for these trees in a packed row than in its plain forward.
-
-    Raises:
-        UserError: it does.
-    """
+def _check_packed_rows(model: PreTrainedModel, trees: list[Tree], row_length: int) -> None:
+    """Refuse a model that computes other log-probs for these trees in a packed row than in its plain forward."""
     check_packable(model, row_length)
     row = fill_row(trees, row_length)
     check_same_results(
@@ -155,11 +125,7 @@ def _get_batch_logps(
     keep.flatten()[packed["predicts"]] = True
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.flatten(0, -2)
     row_of_logits = (keep.flatten().cumsum(0) - 1)[packed["predicts"]]
-    logps = [
-        -cross_entropy(logits[index].float(), targets, reduction="none")
-        for index, targets in zip(
-            row_of_logits.split(SOFTMAX_ROWS), packed["targets"].split(SOFTMAX_ROWS), strict=True
-        )
-    ]
+    chunks = zip(row_of_logits.split(SOFTMAX_ROWS), packed["targets"].split(SOFTMAX_ROWS), strict=True)
+    logps = [-cross_entropy(logits[index].float(), targets, reduction="none") for index, targets in chunks]
     lengths = [len(completions[i]) for i in range(completions_per_tree) for _, completions in trees]
     return list(torch.cat(logps).cpu().split(lengths))

@@ -1,26 +1,24 @@
 """A model's forward on packed rows, and the check that it gives what the plain forward gives.
 
 Packed rows need a model that takes each token's position from `position_ids` and what it sees from a 4-D mask. Some
-decoders silently ignore one of them (sliding windows, ALiBi, GPT-Neo's local layers). `check_packable` refuses those
-that can be recognized by their configuration; `check_same_results` then computes one full row both ways.
+silently ignore one of them (ALiBi, sliding windows). `check_packable` refuses those that their configuration gives
+away; `check_same_results` then computes one full row both ways.
 """
 
 import functools
 import inspect
-import os
 import types
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import trl.trainer.utils
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tinydpo.errors import UserError
-from tinydpo.models.precision import float32_mode
+from tinydpo.models.precision import float32_mode, get_compute_dtype
 from tinydpo.training.packing import Tree, build_model_inputs, count_tokens
 
 # Vocabulary columns that TRL's LM head projects at once on a CPU. TRL's own 32,768 do not stay in the cache: forward
@@ -39,15 +37,7 @@ LOW_PRECISION_TOLERANCE = 0.25
 
 
 def patch_packed_forward(model: PreTrainedModel, row_length: int) -> None:
-    """Let a model with TRL's fused LM head compute `packed` rows when a batch has them.
-
-    Args:
-        model: a causal LM or a PEFT model around one, after TRL's `add_fused_lm_head`.
-        row_length: the most tokens in a packed row.
-
-    Raises:
-        UserError: the model cannot compute packed rows.
-    """
+    """Let a causal LM with TRL's fused LM head, PEFT or not, compute `packed` rows when a batch has them."""
     model = unwrap_peft(model)
     check_packable(model, row_length)
     use_fused_gelu(model)
@@ -83,7 +73,7 @@ def _packed_forward(
 
     with model.base_model.register_forward_hook(keep_predicting_positions):
         output = fused_forward(
-            **build_model_inputs(packed, get_mask_dtype(model)),
+            **build_model_inputs(packed, get_compute_dtype(model)),
             shift_labels=packed["targets"][None],  # the same as labels[:, 1:][answers], without waiting for the GPU
             fused_lm_head=True,
             **kwargs,
@@ -94,12 +84,6 @@ def _packed_forward(
             setattr(output, name, values.new_zeros(answers.shape).masked_scatter(answers, values))
     output.label_mask = answers
     return output
-
-
-def get_mask_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype in which a model's attention adds a mask."""
-    device = model.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def unwrap_peft(model: torch.nn.Module) -> PreTrainedModel:
@@ -115,22 +99,8 @@ def use_fused_gelu(model: PreTrainedModel) -> None:
                 setattr(module, name, GELUTanh())
 
 
-def use_small_lm_head_tiles() -> None:
-    """Let TRL's LM head project `CPU_TILE` columns of the vocabulary at once, in the whole process."""
-    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE
-
-
 def check_packable(model: PreTrainedModel, row_length: int) -> None:
-    """Refuse models that are known to be wrong in packed rows.
-
-    Args:
-        model: a causal LM or a reward model.
-        row_length: the most tokens in a packed row.
-
-    Raises:
-        UserError: no position ids, an attention window shorter than a row, an attention backend without 4-D masks, or
-            a mixture of experts.
-    """
+    """Refuse a causal LM or reward model that is known to be wrong in packed rows of up to `row_length` tokens."""
     config = model.config.get_text_config()
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
@@ -181,19 +151,10 @@ def check_same_results(
     compute_packed: Callable[[], torch.Tensor],
     compute_plain: Callable[[], torch.Tensor],
     in_float32: bool,
-    results: str = "log-probs",
 ) -> None:
-    """Refuse a model whose packed rows differ from its plain forward by more than rounding.
+    """Refuse a model whose packed rows differ from its plain forward by more than rounding, or fail.
 
-    Args:
-        model: the model that both compute with.
-        compute_packed: computes token log-probs, or other `results`, from a full packed row.
-        compute_plain: computes the same from the plain forward.
-        in_float32: whether both can compute in float32, outside autocast, where rounding cannot hide a difference.
-        results: what they compute, for the message.
-
-    Raises:
-        UserError: they differ, or packed rows cannot be computed at all.
+    Both compute log-probs or scores; in float32, where rounding hides nothing, if they can (`in_float32`).
     """
     name = type(model).__name__
     with torch.no_grad(), float32_mode(model) if in_float32 else nullcontext():
@@ -202,53 +163,19 @@ def check_same_results(
             packed = compute_packed()
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
             raise UserError(f"{name} cannot compute packed rows ({error}); {INSTEAD}") from error
     difference = (packed - plain).float().square().mean().sqrt().item()
     tolerance = FLOAT32_TOLERANCE if in_float32 else LOW_PRECISION_TOLERANCE
     if not difference <= tolerance:  # NaN is refused too
         raise UserError(
-            f"{name} gives other {results} in packed rows than in its plain forward (by {difference:.2g} on average; "
+            f"{name} gives other results in packed rows than in its plain forward (by {difference:.2g} on average; "
             f"rounding makes less than {tolerance:g}), so it ignores position_ids or the 4-D mask; {INSTEAD}"
         )
 
 
-def take_compile_options(args: TrainingArguments) -> dict[str, Any] | None:
-    """The options for `torch.compile` from `--torch_compile` or accelerate's `dynamo_backend`, None without either.
-
-    They are removed from where they stood, so that transformers and accelerate do not compile the model as well.
-    """
-    names = [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]
-    launcher = {name: os.environ.pop(name) for name in names}
-    backend = launcher.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if not args.torch_compile and backend == "no":
-        return None
-    options = {
-        "backend": args.torch_compile_backend or backend,
-        "mode": args.torch_compile_mode or launcher.get("ACCELERATE_DYNAMO_MODE"),
-    }
-    args.torch_compile = False
-    args.torch_compile_backend = None
-    args.torch_compile_mode = None
-    return options
-
-
 def compile_blocks(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Compile the transformer blocks of a causal LM, for calls with packed rows only.
-
-    One graph serves all blocks. PyTorch treats a size of 1 as fixed, so a batch of a single row makes a second graph.
-    """
-    base = model.base_model
-    plain_forward = base.forward
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    compiled_calls = [torch.compile(block._call_impl, dynamic=True, **options) for block in blocks]
-
-    @functools.wraps(plain_forward)
-    def forward(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        packed = attention_mask is not None and attention_mask.dim() == 4
-        # Not reset afterwards: with activation checkpointing the backward pass computes the blocks again.
-        for block, compiled_call in zip(blocks, compiled_calls, strict=True):
-            block._compiled_call_impl = compiled_call if packed else None
-        return plain_forward(*args, attention_mask=attention_mask, **kwargs)
-
-    base.forward = forward
+    """Compile a model's transformer blocks: one graph serves all, a second one batches of a single row."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True, **options)

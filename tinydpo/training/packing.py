@@ -18,14 +18,10 @@ PADDING = {"input_ids": 0, "position_ids": 0, "segment_ids": -1, "prefix_ids": -
 
 
 def assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Choose a row for each tree: of all numbers of rows, the one that costs a model least.
+    """Choose a row for each tree, of all numbers of rows the one that costs a model least.
 
-    Args:
-        lengths: tokens of each tree.
-        row_length: the most tokens a row may hold; a longer tree gets its own length.
-
-    Returns:
-        For each row the indices of its trees.
+    `lengths` are the tokens of each tree. A row holds at most `row_length` tokens, or one longer tree. Returns for
+    each row the indices of its trees.
     """
     room = max(row_length, *lengths)
     fewest_rows = math.ceil(sum(lengths) / room)
@@ -62,12 +58,10 @@ def count_tokens(tree: Tree) -> int:
 def pack(
     trees: Sequence[Tree], row_length: int | None, rows: list[list[int]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Lay trees out in rows.
+    """Lay trees, whose prompts have at least one token, out in rows.
 
-    Args:
-        trees: prompts of at least one token, each with its completions (or with none).
-        row_length: the most tokens a row may hold; None gives each tree a row of its own.
-        rows: for each row the indices of its trees; by default `assign_rows` decides.
+    A row holds at most `row_length` tokens; None gives each tree a row of its own. `rows` holds for each row the
+    indices of its trees; by default `assign_rows` decides.
 
     Returns:
         int64 tensors, four of shape (rows, length) and three flat:
@@ -129,15 +123,10 @@ def _index_completions(
 
 
 def build_additive_mask(segment_ids: torch.Tensor, prefix_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What each token may attend to, to be added to attention scores.
+    """What each token may attend to, to be added to attention scores: (rows, 1, length, length).
 
-    Args:
-        segment_ids: (rows, length), as `pack` returns it.
-        prefix_ids: (rows, length), likewise.
-        dtype: floating point. transformers' eager attention would add a bool mask as 0 and 1, without a warning.
-
-    Returns:
-        (rows, 1, length, length): 0 for a token's own segment and its prompt, up to itself; else the dtype's lowest.
+    It is 0 for a token's own segment and its prompt, up to itself, and else the dtype's lowest. (transformers' eager
+    attention would add a bool mask as 0 and 1, without a warning.)
     """
     length = segment_ids.shape[1]
     keys = segment_ids[:, None, :]

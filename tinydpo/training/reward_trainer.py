@@ -9,7 +9,6 @@ import functools
 import types
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -18,18 +17,11 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from tinydpo.errors import UserError
-from tinydpo.models.precision import use_float32_head
-from tinydpo.training.packed_forward import INSTEAD, check_packable, get_mask_dtype, use_fused_gelu
+from tinydpo.models.precision import get_compute_dtype, use_float32_head
+from tinydpo.training.packed_forward import check_packable, use_fused_gelu
 from tinydpo.training.packing import Tree, build_model_inputs
 from tinydpo.training.throughput import Counts
 from tinydpo.training.trainers import FittedTrainerMixin, PackedCollator, PackedTrainerMixin
-
-# A causal LM has no score, and a reward model no LM head. TRL hides transformers' warning about it, but not GPT-2's.
-EXPECTED_KEY_MISMATCHES = {
-    "_keys_to_ignore_on_load_missing": [r"^score\.weight$"],
-    "_keys_to_ignore_on_load_unexpected": [r"^lm_head\."],
-}
 
 
 @dataclass
@@ -37,11 +29,8 @@ class PreferenceCollator(DataCollatorForPreference):
     """TRL's batch of pairs, each answer behind its prompt."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """See TRL's."""
-        joined = [
-            {name: [*row["prompt_ids"], *row[name]] for name in ("chosen_ids", "rejected_ids")} for row in examples
-        ]
-        return super().torch_call(joined)
+        answers = ("chosen_ids", "rejected_ids")
+        return super().torch_call([{name: row["prompt_ids"] + row[name] for name in answers} for row in examples])
 
 
 @dataclass
@@ -64,13 +53,11 @@ class FittedRewardTrainer(FittedTrainerMixin, RewardTrainer):
     """`RewardTrainer` for rows with `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
     def __init__(self, *, args: RewardConfig, processing_class: Any, data_collator: Any = None, **kwargs: Any):
-        """TRL's own arguments; the tokenizer has a pad token."""
         if data_collator is None:
             data_collator = PreferenceCollator(
                 processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
             )
-        with patch.multiple(PreTrainedModel, **EXPECTED_KEY_MISMATCHES):
-            super().__init__(args=args, processing_class=processing_class, data_collator=data_collator, **kwargs)
+        super().__init__(args=args, processing_class=processing_class, data_collator=data_collator, **kwargs)
         self.model.config.fitted_to = self.args.max_length  # evaluation reads it and cuts what it scores likewise
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -80,7 +67,7 @@ class FittedRewardTrainer(FittedTrainerMixin, RewardTrainer):
         use_float32_head(self.model)
 
     def count_batch(self, inputs: dict[str, Any]) -> Counts:
-        """Prompts are counted twice, as they are computed; no LM head scores anything."""
+        # Prompts are counted twice, as they are computed; no LM head scores anything.
         return Counts(len(inputs["input_ids"]) // 2, inputs["attention_mask"].sum())
 
     def score_rows(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -106,17 +93,10 @@ class PackedRewardTrainer(PackedTrainerMixin, FittedRewardTrainer):
     """`FittedRewardTrainer` that computes each pair's prompt once, without padding."""
 
     collator_type = PackedRewardCollator
-    results = "scores"
 
     def patch_model(self, model: PreTrainedModel) -> None:
-        """Let a reward model compute `packed` rows when a batch has them.
-
-        Raises:
-            UserError: it cannot.
-        """
+        """Let a reward model compute `packed` rows when a batch has them (UserError: it cannot)."""
         check_packable(model, self.data_collator.row_length)
-        if not hasattr(model, "score"):
-            raise UserError(f"{type(model).__name__} has no linear head on its last layer; {INSTEAD}")
         use_fused_gelu(model)
         plain_forward = model.forward
 
@@ -124,12 +104,11 @@ class PackedRewardTrainer(PackedTrainerMixin, FittedRewardTrainer):
         def forward(self: PreTrainedModel, *args: Any, packed: dict | None = None, **kwargs: Any) -> Any:
             if packed is None:
                 return plain_forward(*args, **kwargs)
-            inputs = build_model_inputs(packed, get_mask_dtype(self))
+            inputs = build_model_inputs(packed, get_compute_dtype(self))
             hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
             return SequenceClassifierOutputWithPast(logits=self.score(hidden.flatten(0, 1)[packed["lasts"]]))
 
         model.forward = types.MethodType(forward, model)
 
     def compute_results(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """What the check compares."""
         return self.score_rows(model, inputs)

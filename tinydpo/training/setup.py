@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from filelock import FileLock, Timeout
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tinydpo.config.arguments import DataArguments, RunArguments, find_reference
 from tinydpo.config.flags import check_flags, check_reporters
@@ -34,23 +35,17 @@ NOT_COMPARED = {
     "per_device_eval_batch_size", "precompute_ref_batch_size", "project", "push_to_hub", "report_to",
     "resume_from_checkpoint", "run_name", "save_total_limit", "trackio_space_id",
 }  # fmt: skip
-FOLLOWS_FROM_PAIRS_PER_STEP = {"gradient_accumulation_steps", "per_device_train_batch_size"}
-SECRETS = {"hub_token"}
 
 
 class PreparedRun(NamedTuple):
-    """What a trainer needs besides its model, and what its folder will say about it.
+    """What a trainer needs besides its model, and what its folder will say about it."""
 
-    `stage` is "sft", "dpo" or "reward", `settings` every setting with its value, `train` and `test` are fitted pairs
-    (`test` None without evaluation), and `summary` says what fitting did to each split.
-    """
-
-    stage: str
-    settings: dict[str, Any]
+    stage: str  # "sft", "dpo" or "reward"
+    settings: dict[str, Any]  # every setting with its value
     tokenizer: Any
-    train: Dataset
-    test: Dataset | None
-    summary: dict[str, Any]
+    train: Dataset  # fitted pairs
+    test: Dataset | None  # None without evaluation
+    summary: dict[str, Any]  # what fitting did to each split
 
 
 def prepare_training(
@@ -58,16 +53,7 @@ def prepare_training(
 ) -> PreparedRun | None:
     """Check everything and load the data; None where the folder already holds this very run, finished.
 
-    Args:
-        stage: "sft", "dpo" or "reward".
-        data: which pairs.
-        run: how they run.
-        training: transformers' `TrainingArguments`.
-        model: TRL's `ModelConfig`.
-        settings: every setting of the run with its value.
-
-    Raises:
-        UserError: flags, machine, folder, models or data are not what the run needs.
+    `stage` is "sft", "dpo" or "reward", `model` TRL's `ModelConfig`, `settings` every setting with its value.
     """
     check_flags(stage, settings, training, model)
     check_reporters(training)
@@ -90,11 +76,7 @@ def prepare_training(
 
 
 def is_finished(run: RunFolder, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds this very run, finished (then it says so).
-
-    Raises:
-        UserError: the folder holds a run with other settings, is being trained into, or cannot be written to.
-    """
+    """Whether the folder holds this very run, finished (UserError: it cannot become it)."""
     if run.is_started:
         _check_same_settings(run, settings)
     if broadcast_object_list([run.is_finished])[0]:  # another machine may have another folder
@@ -113,8 +95,10 @@ def is_finished(run: RunFolder, settings: dict[str, Any]) -> bool:
 def _check_same_settings(run: RunFolder, settings: dict[str, Any]) -> None:
     before = run.read_config()
     now = to_yaml_values(settings)
-    follows = FOLLOWS_FROM_PAIRS_PER_STEP if now.get("pairs_per_step") else set()
-    key = find_difference(before, now, NOT_COMPARED | follows)
+    ignored = set(NOT_COMPARED)
+    if now.get("pairs_per_step"):  # from which these follow
+        ignored |= {"gradient_accumulation_steps", "per_device_train_batch_size"}
+    key = find_difference(before, now, ignored)
     if key:
         raise UserError(
             f"{run.path} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
@@ -124,28 +108,23 @@ def _check_same_settings(run: RunFolder, settings: dict[str, Any]) -> None:
 
 def to_yaml_values(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as YAML can hold them, without secrets and without what is unset."""
-    kept = {key: value for key, value in settings.items() if value not in (None, []) and key not in SECRETS}
+    kept = {key: value for key, value in settings.items() if value not in (None, []) and key != "hub_token"}
     return json.loads(json.dumps(kept, default=lambda value: getattr(value, "value", str(value)), sort_keys=True))
 
 
 def lock_folder(run: RunFolder) -> AbstractContextManager:
-    """Hold a run's folder while its main process lives; the system frees it however that process ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold a run's folder while its main process lives; the system frees it however that process ends."""
     if get_rank():
         return nullcontext()
     try:
         return FileLock(run.lock_file, timeout=0).acquire()
     except Timeout:
-        raise UserError(
-            f"another run is training into {run.path}; wait until it is done, end it, or pass another --output_dir"
-        ) from None
+        message = f"another run is training into {run.path}; wait until it ends, or pass another --output_dir"
+        raise UserError(message) from None
 
 
 def load_and_check_models(training: Any, model: Any, settings: dict[str, Any]) -> Any:
-    """The tokenizer, after a look at the configs of the model and its reference (UserError: they do not fit)."""
+    """The tokenizer, after a check that model, reference and tokenizer fit together."""
     trust = training.trust_remote_code
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, trust)
     apply_tokenizer_flags(tokenizer, training)
@@ -158,7 +137,7 @@ def load_and_check_models(training: Any, model: Any, settings: dict[str, Any]) -
 
 
 def apply_tokenizer_flags(tokenizer: Any, training: Any) -> None:
-    """Give a tokenizer the end token and the chat template that SFT's flags name (UserError: they cannot act)."""
+    """Give a tokenizer the end token and the chat template that SFT's flags name."""
     eos_token = getattr(training, "eos_token", None)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
@@ -178,8 +157,6 @@ def check_model(
     name: str, revision: str | None, tokenizer: Any, max_length: int, trust_remote_code: bool = False
 ) -> None:
     """Refuse a model whose run has not finished, that has too few positions, or fewer embeddings than tokens."""
-    from transformers import AutoConfig
-
     run = RunFolder(name)
     if run.is_started and not run.is_finished:
         raise UserError(f"{name} holds a run that has not finished; run the command that began it again, it goes on")
@@ -198,21 +175,18 @@ def check_model(
 
 
 def load_reference(settings: dict[str, Any], training: Any, quantization_config: Any = None) -> Any:
-    """The reference model for `DPOTrainer`, loaded as TRL loads the policy; None where the start model is it.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM
+    """The reference model for `DPOTrainer`, loaded as TRL loads the policy; None where the start model is it."""
     from trl.trainer.utils import create_model_from_path
 
     reference = find_reference(settings)
     if reference is None:
         return None
     refuse_adapter(reference.name, "a reference is a plain checkpoint", "pass that folder")
-    kwargs = dict(training.model_init_kwargs)
-    kwargs.update(device_map=None, trust_remote_code=training.trust_remote_code)
-    kwargs["revision"] = reference.revision or "main"
+    kwargs = training.model_init_kwargs | {
+        "device_map": None,
+        "trust_remote_code": training.trust_remote_code,
+        "revision": reference.revision or "main",
+    }
     if quantization_config:
         kwargs["quantization_config"] = quantization_config
     with explain_load_errors("model", *reference):

@@ -20,10 +20,6 @@ class Counts(NamedTuple):
     scored: int | torch.Tensor = 0  # tokens that carry a loss
     positions: int = 0  # with padding; 0 without packed rows, where TRL computes prompts twice
 
-    def plus(self, other: "Counts") -> "Counts":
-        """The sum."""
-        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
-
 
 def forward_flop(model: Any, tokens: float, scored: float) -> float:
     """FLOP of a forward pass: two a weight and token in the blocks, and in the LM head for the tokens it scores.
@@ -32,26 +28,21 @@ def forward_flop(model: Any, tokens: float, scored: float) -> float:
     """
     head = getattr(model.get_output_embeddings(), "weight", None)  # none in a reward model
     outside = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)} | {id(head)}
-    flop = 2 * tokens * sum(_count_weights(weight) for weight in model.parameters() if id(weight) not in outside)
+
+    def count(weight: torch.Tensor) -> int:
+        return getattr(weight, "ds_numel", weight.numel())  # under ZeRO-3 a weight is empty outside a gather
+
+    flop = 2 * tokens * sum(count(weight) for weight in model.parameters() if id(weight) not in outside)
     if head is not None:
-        flop += 2 * scored * _count_weights(head)
+        flop += 2 * scored * count(head)
     return flop
 
 
-def _count_weights(weight: torch.Tensor) -> int:
-    return getattr(weight, "ds_numel", weight.numel())  # under ZeRO-3 a weight is empty outside a gather
-
-
 class Throughput(TrainerCallback):
-    """Adds the rates since the previous log to each entry of a trainer's log; `total` are those of the whole run.
-
-    Args:
-        trainer: counts its own batches in `counted`; the counts of all processes are added up.
-    """
+    """Adds the rates since the previous log, of all processes together, to each entry of a trainer's log."""
 
     def __init__(self, trainer: Any):
-        """Nothing is counted yet."""
-        self.total: dict[str, float] = {}
+        self.total: dict[str, float] = {}  # the rates of the whole run
         self._trainer = trainer
         self._step_start: float | None = None  # None while the clock is stopped
         self._seconds = 0.0
@@ -60,12 +51,10 @@ class Throughput(TrainerCallback):
         self._logged_seconds = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start the clock, unless it runs on from the step before."""
         if self._step_start is None:
             self._step_start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Add the step's time; the first step of this process only marks the start."""
         now = time.perf_counter()
         if self._first_counts is None:
             self._first_counts = self._logged_counts = self._trainer.counted
@@ -74,13 +63,11 @@ class Throughput(TrainerCallback):
         self._step_start = now
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Stop the clock until the next step."""
-        self._step_start = None
+        self._step_start = None  # stop the clock until the next step
 
     on_save = on_evaluate
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        """Add the rates to what is logged, in every process."""
         if "loss" not in logs:
             return
         rates = self._compute_rates(self._logged_counts, self._seconds - self._logged_seconds)
@@ -90,12 +77,10 @@ class Throughput(TrainerCallback):
         state.log_history[-1].update(rates)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Compute the whole run's rates, with the steps since the last log."""
         if self._first_counts is not None:
             self.total = self._compute_rates(self._first_counts, self._seconds)
 
     def _compute_rates(self, before: Counts, seconds: float) -> dict[str, float]:
-        """The rates of what was computed since the counts were `before`, in these seconds, by all processes."""
         computed = [int(now) - int(then) for now, then in zip(self._trainer.counted, before, strict=True)]
         pairs, tokens, scored, positions = (sum(column) for column in zip(*gather_object([computed]), strict=True))
         if not pairs or not seconds:

@@ -9,7 +9,6 @@ import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,12 +32,7 @@ PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate",
 
 
 def train(trainer: Any, prepared: PreparedRun) -> None:
-    """Train, or resume from the last complete checkpoint, and write everything that a run's folder holds.
-
-    Raises:
-        UserError: the run cannot go on; its last complete checkpoint stays.
-        Stopped: the process got SIGTERM, and a checkpoint holds what was trained.
-    """
+    """Train, or resume from the last complete checkpoint, and write everything that a run's folder holds."""
     run = RunFolder(trainer.args.output_dir)
     stop = StopOnSignal()
     speed = Throughput(trainer)
@@ -52,11 +46,6 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
         checkpoint = find_resume_checkpoint(trainer)
         try:
             results = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        except UnpicklingError:
-            raise UserError(
-                f"{checkpoint} holds more than tensors and numbers, which could run code and is not loaded; delete it "
-                "and run the same command again"
-            ) from None
         finally:
             stop.restore_handler()  # from here on SIGTERM ends the process at once
         if checkpoint:  # transformers counts only what this process trained
@@ -79,7 +68,10 @@ def write_run_inputs(trainer: Any, run: RunFolder, prepared: PreparedRun) -> Non
     """Write what is known before training; refuse to go on with a run whose data or first weights have changed."""
     changed = None
     if trainer.is_world_process_zero():
-        digests = hash_start_models(prepared.settings)
+        digests = record_base_weights(prepared.settings)
+        reference = find_reference(prepared.settings)
+        if reference and Path(reference.name).is_dir():
+            digests["ref_sha256"] = hash_weights(Path(reference.name))
         if any(run.path.glob("checkpoint-*")):
             changed = find_changed_input(run, prepared, digests)
         if changed is None:
@@ -91,15 +83,6 @@ def write_run_inputs(trainer: Any, run: RunFolder, prepared: PreparedRun) -> Non
         raise UserError(
             f"{changed} has changed since the run in {run.path} began; delete that, or pass another --output_dir"
         )
-
-
-def hash_start_models(settings: dict[str, Any]) -> dict[str, str]:
-    """Digests of the local weights that a run starts from, `base_sha256` and `ref_sha256`; the Hub has revisions."""
-    digests = record_base_weights(settings)
-    reference = find_reference(settings)
-    if reference and Path(reference.name).is_dir():
-        digests["ref_sha256"] = hash_weights(Path(reference.name))
-    return digests
 
 
 def find_changed_input(run: RunFolder, prepared: PreparedRun, digests: dict[str, str]) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
@@ -19,20 +20,17 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from tinydpo.data.pairs import MANY_ROWS
-from tinydpo.data.splits import hide_progress_bars
 from tinydpo.errors import UserError
 from tinydpo.training.checkpoints import SealedCheckpointsMixin
 from tinydpo.training.packed_forward import (
+    CPU_TILE,
     INSTEAD,
     check_same_results,
     compile_blocks,
     fill_row,
     has_float32_weights,
     patch_packed_forward,
-    take_compile_options,
     unwrap_peft,
-    use_small_lm_head_tiles,
 )
 from tinydpo.training.packing import Tree, count_tokens, pack
 from tinydpo.training.throughput import Counts
@@ -50,11 +48,6 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
     _models_are_prepared = False
 
     def __init__(self, *, args: TrainingArguments, train_dataset: Dataset, **kwargs: Any):
-        """TRL's own arguments.
-
-        Raises:
-            UserError: fewer rows than processes.
-        """
         shrink_step(args, len(train_dataset))
         super().__init__(args=args, train_dataset=train_dataset, **kwargs)
         self.compute_metrics = self.get_eval_metrics
@@ -63,17 +56,14 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # TRL would tokenize text, and cut it after the first `max_length` tokens
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         """TRL's, less the last, incomplete step of an epoch, in which each pair would count for more."""
-        sampler = super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         rows = len(dataset) // per_step * per_step
-        if isinstance(sampler, RandomSampler):
-            return RandomSampler(dataset, num_samples=rows)  # every epoch leaves out other rows
-        if isinstance(sampler, SequentialSampler):
+        if self.args.train_sampling_strategy == "sequential":
             return SequentialSampler(range(rows))
-        return sampler
+        return RandomSampler(dataset, num_samples=rows)  # every epoch leaves out other rows
 
     def get_models(self) -> list[PreTrainedModel]:
         """The policy and, if it is in memory, the reference, without what accelerate wraps around them."""
@@ -87,23 +77,19 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
             self._prepare_models()
 
     def _prepare_models(self) -> None:
-        """Have TRL's LM head compute in float32, outside autocast; `models.precision` says why.
-
-        Added once more, it takes the place of the one that TRL's constructor added.
-        """
+        # TRL's own LM head again, but in float32, outside autocast; `models.precision` says why.
         for model, outputs in zip(self.get_models(), (self.head_outputs, ("log_probs",)), strict=False):
             add_fused_lm_head(unwrap_peft(model), cast_lm_head_to_fp32=True, outputs=outputs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's, and counts what it computes."""
-        self.counted = self.counted.plus(self.count_batch(inputs))
+        batch = self.count_batch(inputs)
+        self.counted = Counts(*(total + new for total, new in zip(self.counted, batch, strict=True)))
         return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """Score each row of an evaluation batch.
+        """Score each row of a batch. transformers gathers all rows, each once, for `get_eval_metrics`.
 
-        transformers gathers the scores of all batches and processes, each row once, for `get_eval_metrics`. TRL would
-        average the means of batches, which are not equally large.
+        TRL would average the means of batches, which are not equally large.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -112,20 +98,13 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
 
 
 def shrink_step(args: TrainingArguments, rows: int) -> None:
-    """Make an optimizer step as small as the training data, if that is smaller than one step.
-
-    Raises:
-        UserError: fewer rows than processes.
-    """
+    """Make an optimizer step as small as the training data, if that is smaller than one step."""
     processes = args.world_size
     pairs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     if rows >= pairs_per_step:
         return
     share = rows // processes
-    if share == 0:
-        raise UserError(f"there are {rows} rows to train on, fewer than the {processes} processes; start fewer")
-    most = min(share, args.per_device_train_batch_size)
-    batch = max(size for size in range(1, most + 1) if share % size == 0)
+    batch = max(size for size in range(1, args.per_device_train_batch_size + 1) if share % size == 0)
     args.per_device_train_batch_size = batch
     args.gradient_accumulation_steps = share // batch
     if args.process_index == 0:
@@ -135,10 +114,8 @@ def shrink_step(args: TrainingArguments, rows: int) -> None:
 def get_completion_logps(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of a batch's completion tokens (0 elsewhere) and where they are, both (sequences, length - 1).
 
-    Args:
-        model: with TRL's fused LM head.
-        inputs: a batch from TRL's collator for DPO (both answers of n pairs) or SFT; computed in packed rows if it
-            has them.
+    `model` has TRL's fused LM head. `inputs` is a batch from TRL's collator for DPO (both answers of n pairs) or SFT;
+    it is computed in packed rows if it has them.
     """
     if "completion_mask" in inputs:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
@@ -170,9 +147,9 @@ class FittedDPOTrainer(FittedTrainerMixin, DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def count_batch(self, inputs: dict[str, Any]) -> Counts:
-        """Prompts are counted once, though padded batches hold them twice."""
         pairs = len(inputs["input_ids"]) // 2
         scored = inputs["completion_mask"].sum()
+        # Prompts count once, though padded batches hold them twice.
         prompts = (inputs["attention_mask"] - inputs["completion_mask"])[:pairs].sum()
         return Counts(pairs, prompts + scored, scored)
 
@@ -211,23 +188,19 @@ class FittedDPOTrainer(FittedTrainerMixin, DPOTrainer):
 
 
 class FittedSFTTrainer(FittedTrainerMixin, SFTTrainer):
-    """`SFTTrainer` for rows with `input_ids` and `labels`, without dropout.
-
-    `SFTConfig`, unlike `DPOConfig`, has no option for that. With dropout, 1 and 2 processes would not agree: they draw
-    other masks.
-    """
+    """`SFTTrainer` for rows with `input_ids` and `labels`."""
 
     head_outputs = ("log_probs", "entropy", "is_top1")
 
     def _prepare_models(self) -> None:
-        disable_dropout_in_model(self.model)
+        disable_dropout_in_model(self.model)  # as DPO does; one and two processes would draw different masks
         super()._prepare_models()
 
     def count_batch(self, inputs: dict[str, Any]) -> Counts:
-        """Without an attention mask (`--packing`), examples stand in one row and positions begin with each."""
         scored = (inputs["labels"][:, 1:] != -100).sum()
         if "attention_mask" in inputs:
             return Counts(len(inputs["input_ids"]), inputs["attention_mask"].sum(), scored)
+        # With --packing, examples stand in one row and positions begin with each.
         return Counts((inputs["position_ids"] == 0).sum(), inputs["input_ids"].numel(), scored)
 
     def score_rows(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -242,14 +215,9 @@ class FittedSFTTrainer(FittedTrainerMixin, SFTTrainer):
 
 
 def build_sft_rows(pairs: Dataset, completion_only: bool = True) -> Dataset:
-    """The chosen answers of fitted pairs, as `SFTTrainer` reads them without preparing them again.
+    """The chosen answers of fitted pairs as `SFTTrainer` reads them: `input_ids`, and `labels` (-100: no loss).
 
-    Args:
-        pairs: rows with `prompt_ids` and `chosen_ids`.
-        completion_only: whether prompts carry no loss.
-
-    Returns:
-        A row for each, with `input_ids` and `labels` (-100 where a token carries no loss).
+    Prompts carry loss only if not `completion_only`.
     """
 
     def join(batch: dict[str, list]) -> dict[str, list]:
@@ -259,8 +227,7 @@ def build_sft_rows(pairs: Dataset, completion_only: bool = True) -> Dataset:
             rows["labels"].append(([-100] * len(prompt) if completion_only else prompt) + chosen)
         return rows
 
-    with hide_progress_bars(small=len(pairs) < MANY_ROWS):
-        return pairs.map(join, batched=True, remove_columns=pairs.column_names, desc="Joining prompts and answers")
+    return pairs.map(join, batched=True, remove_columns=pairs.column_names, desc="Joining prompts and answers")
 
 
 @dataclass(kw_only=True)
@@ -282,7 +249,6 @@ class PackedPreferenceCollator(PackedCollator, DataCollatorForPreference):
     """TRL's batch of pairs, and each pair as one tree."""
 
     def build_tree(self, row: dict[str, Any]) -> Tree:
-        """A prompt with both of its answers."""
         return row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])
 
 
@@ -302,27 +268,25 @@ class PackedTrainerMixin:
     """For a fitted trainer: computes packed rows, after a check that the model gives the same results in them."""
 
     collator_type: type
-    results = "log-probs"  # what the check compares, for its message
 
     def __init__(self, *, args: TrainingArguments, row_length: int, processing_class: Any, **kwargs: Any):
-        """TRL's own arguments, and `row_length`: the most tokens in a packed row.
-
-        Raises:
-            UserError: the model ignores position ids or a 4-D mask, or a setting rules packed rows out.
-        """
+        """TRL's own arguments, and `row_length`: the most tokens in a packed row (UserError: the model is refused)."""
         self._checked: set[tuple[bool, bool]] = set()
-        self._compile_options = take_compile_options(args)
-        pad_token = processing_class.pad_token_id
-        if pad_token is None:
-            pad_token = processing_class.eos_token_id
-        collator = self.collator_type(pad_token_id=pad_token, row_length=row_length)
+        self._compile_options = None
+        if args.torch_compile:
+            self._compile_options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+            args.torch_compile = False  # with these two set, accelerate would compile the model as a whole
+            args.torch_compile_backend = None
+        pad_token = processing_class.pad_token or processing_class.eos_token
+        pad_token_id = processing_class.convert_tokens_to_ids(pad_token)
+        collator = self.collator_type(pad_token_id=pad_token_id, row_length=row_length)
         super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
 
     def _prepare_models(self) -> None:
         """Patch the models' forward and check it: before the reference pass, and before the run's folder exists."""
         super()._prepare_models()
         if self.args.device.type == "cpu":
-            use_small_lm_head_tiles()
+            trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE  # in the whole process
         for model in self.get_models():
             self.patch_model(model)
         if not self.is_sharded:  # else they can compute nothing before their first step, and are checked then
@@ -337,19 +301,13 @@ class PackedTrainerMixin:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed holds the models."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def patch_model(self, model: PreTrainedModel) -> None:
-        """Let a model compute `packed` rows."""
         patch_packed_forward(model, self.data_collator.row_length)
 
     def check_model(self, model: torch.nn.Module | None) -> None:
-        """Compare one full row of the run's own data with the plain forward, once for each model and mode.
-
-        Raises:
-            UserError: they differ.
-        """
+        """Compare one full row of the run's own data with the plain forward, once for each model and mode."""
         if model is None:
             return
         key = (model is getattr(self, "ref_model", None), model.training)
@@ -370,7 +328,6 @@ class PackedTrainerMixin:
                 compute_packed=partial(self.compute_results, model, batch),
                 compute_plain=partial(self.compute_results, model, plain_batch),
                 in_float32=in_float32,
-                results=self.results,
             )
 
     def _build_full_row(self) -> dict[str, Any]:
@@ -387,13 +344,11 @@ class PackedTrainerMixin:
         return logps[mask]
 
     def count_batch(self, inputs: dict[str, Any]) -> Counts:
-        """What the packed rows hold, and their padding."""
         packed = inputs["packed"]
         return Counts(packed["trees"], packed["tokens"], packed["targets"].numel(), packed["input_ids"].numel())
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's, after the check, which a sharded model has not had yet."""
-        self.check_model(model)
+        self.check_model(model)  # a sharded one has not been checked yet
         self.check_model(getattr(self, "ref_model", None))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -404,8 +359,7 @@ class SharedPrefixDPOTrainer(PackedTrainerMixin, FittedDPOTrainer):
     collator_type = PackedPreferenceCollator
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """TRL's, after the check, which a sharded model has not had yet."""
-        self.check_model(model)
+        self.check_model(model)  # a sharded one has not been checked yet
         return super().compute_ref_log_probs(model, inputs)
 
 
