@@ -109,7 +109,7 @@ def summarize(texts: Dataset, fitted: Dataset) -> dict[str, Any]:
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         digest.update(pc.list_value_length(table[name]).to_numpy())
         digest.update(pc.list_flatten(table[name]).to_numpy())
-    text_table = texts.with_format("arrow")[:]
+    text_table = texts.select_columns(["notes", "templated"]).with_format("arrow")[:]
     notes = _count_values(pc.list_flatten(text_table["notes"]))
     return {
         "sha256": digest.hexdigest(),

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.compute as pc
 import pyarrow.parquet
 from datasets import (
     Dataset,
@@ -97,8 +95,10 @@ def draw_rows(rows: Dataset, count: int) -> Dataset:
 
 def count_shared_prompts(train: Dataset, test: Dataset) -> int:
     """How many rows of `test` have a `prompt` that is one of `train`'s; both with columns of `text.TEXT_FEATURES`."""
-    prompts = [rows.with_format("arrow")[:]["prompt"] for rows in (train, test)]
-    return pc.sum(pc.is_in(prompts[1], value_set=prompts[0])).as_py()
+    trained = set()  # hashes: the prompts themselves may be gigabytes
+    for batch in train.select_columns("prompt").iter(1_000):
+        trained.update(map(hash, batch["prompt"]))
+    return sum(hash(prompt) in trained for prompt in test["prompt"][:])
 
 
 def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Dataset, Dataset]:
@@ -253,7 +253,7 @@ def hold_out(rows: Dataset, size: float, name: str) -> tuple[Dataset, Dataset]:
             f"{name} has {len(rows)} row(s), too few to hold out a share of {size}; write one row a line, add rows or "
             "a test split"
         )
-    hashes = rows.with_format("numpy")[:]["prompt_hash"]
+    hashes = rows.with_format("numpy")["prompt_hash"][:]  # this column alone: the rows may be gigabytes
     prompts, sizes = np.unique(hashes, return_inverse=True, return_counts=True)[1:]
     if len(sizes) == 1:
         prompts = np.arange(len(rows))
