@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from trl.data_utils import apply_chat_template
 
 from tinydpo.data.inspect import format_data_notes
+from tinydpo.data.rows import BrokenRow
 from tinydpo.data.text import format_dialogue, format_prompt, typed_to_dialogue, typed_to_messages
 
 
@@ -57,6 +58,16 @@ def test_chat_template_that_insists_on_alternating_roles(tiny_tokenizer: Any):
         assert pair["prompt"].endswith("[INST] How are you? [/INST]"), "the prompt is not the template's"
         assert pair["prompt"][pair["question"] :] == "[INST] How are you? [/INST]", "another question"
         assert (pair["chosen"], pair["rejected"]) == (" Well.", " Bad, very bad."), "the end token stays in the text"
+
+
+def test_what_a_chat_template_would_garble_or_leave_out_is_refused(tiny_tokenizer: Any):
+    tokenizer = with_template(tiny_tokenizer, CHATML)
+    end = tokenizer.eos_token
+    with pytest.raises(BrokenRow, match="without special tokens, found"):
+        render({**MESSAGES, "rejected": [{"role": "assistant", "content": f"Bad.{end}"}]}, tokenizer)
+    users_only = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(BrokenRow, match="writes system messages"):
+        render({**MESSAGES, "prompt": [SYSTEM, *TURNS]}, with_template(tiny_tokenizer, users_only))
 
 
 @pytest.mark.parametrize("template", [None, OTHER_END])

@@ -161,8 +161,12 @@ def _render_conversation(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
                 f"expected messages that the model's chat template accepts, its error is: {error}"
             ) from None
 
+    _reject_special_tokens(row, tokenizer)
     whole_texts = {name: render([*row.prompt, *messages]) for name, messages in row.answers.items()}
     prompt = common_prefix([render(row.prompt, add_generation_prompt=True), *whole_texts.values()])
+    first = row.prompt[0]
+    if first["role"] == "system" and (first["content"] or "").strip() not in prompt:
+        raise BrokenRow("expected a chat template that writes system messages, the model's leaves them out")
     answers = {}
     for name, messages in row.answers.items():
         # A template may end turns with text of its own: an answer without words is empty all the same.
@@ -170,6 +174,23 @@ def _render_conversation(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
         # The token that ends a turn is stripped; fitting adds it again where the answer stays whole.
         answers[name] = strip_turn_end(tokenizer, whole_texts[name][len(prompt) :]) if has_words else ""
     return {"prompt": prompt, "question": _find_question(render, row.prompt, prompt), **answers}
+
+
+def _reject_special_tokens(row: ParsedRow, tokenizer: Any) -> None:
+    """Refuse text that the model, between the template's own tokens, would read as one of its special tokens."""
+    found = _get_special_tokens(tokenizer).search(json.dumps([row.prompt, row.answers, row.tools], ensure_ascii=False))
+    if found:
+        raise BrokenRow(
+            f"expected messages without special tokens, found {found.group()!r} in the text, which the model would "
+            "read as that token"
+        )
+
+
+@cache
+def _get_special_tokens(tokenizer: Any) -> re.Pattern:
+    """Matches any of a tokenizer's special tokens."""
+    tokens = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(tokens) or r"(?!)")
 
 
 def _find_question(render: Callable[..., str], prompt: list[Message], text: str) -> int:
@@ -206,8 +227,7 @@ def get_prompts(texts: Dataset) -> list[Prompt]:
 
 def get_readable_columns(texts: Dataset, tokenizer: Any, *completions: str) -> dict[str, list[str]]:
     """`prompt` and `completions` (by default `chosen`) as people read them, without a chat template's markers."""
-    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    markers = re.compile("|".join(special))
+    markers = _get_special_tokens(tokenizer)
     readable = {"prompt": [format_prompt(prompt) for prompt in get_prompts(texts)]}
     for name in completions or ("chosen",):
         columns = zip(texts[name][:], texts["templated"][:], strict=True)
