@@ -62,7 +62,7 @@ def accelerate_file(tmp_path: Path):
 def filled(**given: object) -> SimpleNamespace:
     unset = {
         "accelerate_config": None, "use_cpu": False, "bf16": None, "fp16": False, "pairs_per_step": None,
-        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "output_dir": None,
+        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "output_dir": "no/run",
     }  # fmt: skip
     settings = {**unset, **given}
     launch.fill_defaults(settings)

@@ -110,7 +110,7 @@ def pickle(adapter: Path, base: Path) -> None:
 
 
 REFUSED: dict[Callable, str] = {
-    retrain: r"base \S+ has other weights than adapter \S+ was trained on",
+    retrain: r"base \S+ has different weights from those that adapter \S+ was trained on",
     quantize: r"base \S+ is quantized; merge adapter \S+ into the same weights in full precision",
     pickle: r"could not be loaded .*adapter_model\.safetensors",
 }

@@ -87,7 +87,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step(recipes: Path):
     for folder in ("run", "whole"):
         launch("sft", recipes, *flags, "--output_dir", folder)
     weights = [(recipes / folder / "model.safetensors").read_bytes() for folder in ("run", "whole")]
-    assert weights[0] == weights[1], "two processes that went on end with other weights than two never interrupted"
+    assert weights[0] == weights[1], "two processes that resumed end with different weights from two never interrupted"
 
 
 @pytest.mark.slow

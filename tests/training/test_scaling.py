@@ -90,7 +90,7 @@ def test_a_zero3_run_goes_on_from_its_checkpoint(cpu_runs, task, tiny_model, tmp
     (tmp_path / "sft/train_results.json").unlink()  # as if it had been killed before its end
     shutil.rmtree(tmp_path / "sft/checkpoint-6")
     done = train(config, "sft", "--max_steps", "6", "--save_steps", "3", *flags, "--output_dir", tmp_path / "sft")
-    assert "Going on from" in done.stdout and "checkpoint-3" in done.stdout, f"it starts anew:\n{done.stdout}"
+    assert "Resuming from" in done.stdout and "checkpoint-3" in done.stdout, f"it starts anew:\n{done.stdout}"
     same_run(cpu_runs / "sft", tmp_path / "sft", "sft under ZeRO-3, resumed")
 
 

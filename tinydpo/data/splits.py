@@ -253,7 +253,7 @@ def hold_out(rows: Dataset, size: float, name: str) -> tuple[Dataset, Dataset]:
             f"{name} has {len(rows)} row(s), too few to hold out a share of {size}; write one row a line, add rows or "
             "a test split"
         )
-    hashes = rows.with_format("numpy")[:]["prompt_hash"]
+    hashes = rows.select_columns("prompt_hash").with_format("numpy")[:]["prompt_hash"]
     prompts, sizes = np.unique(hashes, return_inverse=True, return_counts=True)[1:]
     if len(sizes) == 1:
         prompts = np.arange(len(rows))

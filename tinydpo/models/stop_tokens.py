@@ -74,8 +74,8 @@ def pad_with_end_token(tokenizer: Any, templated: bool) -> Any:
 def reset_generation_config(model: Any, tokenizer: Any) -> None:
     """Make a saved model sample from its own distribution, and stop where it has learned to.
 
-    The config is made anew: transformers' default keeps the 50 likeliest tokens, and a checkpoint's own may hold a
-    repetition penalty, forced tokens or anything else that reshapes what the model has learned.
+    The config is built from scratch: transformers' default keeps the 50 likeliest tokens, and a checkpoint's own may
+    hold a repetition penalty, forced tokens or anything else that reshapes what the model has learned.
     """
     from transformers import GenerationConfig
 
