@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         (data, run, training, model), settings = parse_training_args(*types, argv=argv)
 
     # The trainers take seconds to import: only once the flags are known to be right.
-    from tinydpo.models.stop_tokens import pad_with_end_token
+    from tinydpo.models.stop_tokens import get_end_token_id
     from tinydpo.training.reward_trainer import FittedRewardTrainer, PackedRewardTrainer
     from tinydpo.training.setup import explain_trainer_errors, prepare_training
     from tinydpo.training.train import is_chat_data, train
@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     if prepared is None:
         return
     # The score is read at the last token that is not padding: with the end token as padding, at an answer's last word.
-    tokenizer = pad_with_end_token(prepared.tokenizer, is_chat_data(prepared.summary["train"]))
+    tokenizer = prepared.tokenizer
+    end_token_id = get_end_token_id(tokenizer, is_chat_data(prepared.summary["train"]))
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_token_id)
     kwargs = {}
     if run.shared_prefix:
         trainer_class = PackedRewardTrainer

@@ -145,7 +145,7 @@ def test_a_pinned_revision_belongs_to_its_own_id(recipe, name: str, revision: st
 
     assert parsed() == "abc", "the recipe's pinned revision is not used"
     assert parsed(f"--{name}", "org/own") == "abc", "naming the recipe's own id again drops its revision"
-    assert parsed(f"--{name}", "org/other") == unpinned, "another id would be looked up at this one's commit"
+    assert parsed(f"--{name}", "org/other") == unpinned, "a different id would be looked up at this one's commit"
     assert parsed(f"--{revision}", "def") == "def", "the command line does not win"
 
 
@@ -252,5 +252,7 @@ def test_recipe_and_command_line_win_over_the_policys_run(policy, recipe):
     _, data = evaluated([*policy, *recipe({"dataset_name": "org/other"}), "--dataset_name", "org/own"])
     assert (data.dataset_revision, data.column) == ("abc", ["a=prompt"]), "the run's own dataset is not read its way"
     _, data = evaluated([*policy, "--dataset_name", "org/other"])
-    assert (data.dataset_revision, data.column) == (None, None), "the run's dataset lends its columns to another one"
+    assert (data.dataset_revision, data.column) == (None, None), (
+        "the run's dataset lends its columns to a different one"
+    )
     assert data.test_split_size == 0.2

@@ -61,6 +61,7 @@ def test_folder_holds_what_the_docs_promise(sft: Path, dpo: Path):
         environment = json.loads((folder / "environment.json").read_text())
         assert environment["seed"] == 0 and {"torch", "trl"} <= set(environment["packages"])
         card = (folder / "README.md").read_text()
+        assert "\n\n![curves](curves.png)\n" in card
         assert "128 tokens" in card and str(folder.parent) not in card, "the card lacks the rule or leaks a path"
         config = yaml.safe_load((folder / "run_config.yaml").read_text())
         assert "hub_token" not in config and config["learning_rate"] == 3e-3
@@ -113,7 +114,7 @@ def test_a_failed_push_is_tried_again(task: Path, tiny_model: Path, tmp_path: Pa
 
 def test_reference_cache_knows_ld_alpha(sft: Path, dpo: Path, task: Path, tmp_path: Path):
     run("dpo", *dpo_args(sft, task, tmp_path), "--ld_alpha", "0.5", "--max_steps", "1")
-    assert log(tmp_path, "loss")[0] == pytest.approx(0.6931, abs=1e-3), "log-probs of another ld_alpha were taken"
+    assert log(tmp_path, "loss")[0] == pytest.approx(0.6931, abs=1e-3), "log-probs of a different ld_alpha were taken"
 
 
 @pytest.mark.parametrize(
@@ -189,8 +190,13 @@ def test_rates_are_those_of_what_was_packed(sft: Path, task: Path, tiny_tokenize
 
 def test_padded_sft_counts_the_same_tokens(sft: Path, task: Path, tiny_model: Path, tmp_path: Path):
     run("sft", "--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--output_dir", tmp_path,
-        "--max_steps", "12", "--shared_prefix", "false", "--eval_strategy", "no")  # fmt: skip
+        "--max_steps", "12", "--shared_prefix", "false", "--eval_strategy", "no", "--logging_steps", "100",
+        "--completion_only_loss", "false")  # fmt: skip
     assert tokens_per_pair(tmp_path) == pytest.approx(tokens_per_pair(sft), rel=2e-3)
+    card = (tmp_path / "README.md").read_text()
+    assert "answers, prompts included" in card
+    assert "curves.png" not in card, "nothing was logged to draw"
+    assert "answers, completion tokens only" in (sft / "README.md").read_text()
 
 
 @pytest.mark.parametrize("tied", [True, False])

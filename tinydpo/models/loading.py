@@ -1,4 +1,4 @@
-"""Load models and tokenizers: safetensors only, and without running a model's own code.
+"""Load models and tokenizers: safetensors only, and a model's own code only with `--trust_remote_code`.
 
 A LoRA adapter counts as a model: it is merged into its base's weights as it is loaded.
 """

@@ -130,7 +130,7 @@ def save_results(trainer: Any, run: RunFolder, prepared: PreparedRun, results: d
     if trainer.args.push_to_hub:
         push_results(trainer, run)
     if trainer.is_world_process_zero():
-        print(f"Done: {run.path} holds the model, its card (README.md) and curves.png.")
+        print(f"Done: {run.path} holds the model and its card (README.md).")
 
 
 def push_results(trainer: Any, run: RunFolder) -> None:
