@@ -4,7 +4,7 @@
         --config recipes/gpt2-medium-hh/dpo.yaml --beta 0.3
 
 `make dpo` runs the same. The SFT model that the recipe starts from is trained first where it is missing. The flags are
-those of TRL's DPOConfig and ModelConfig and our own (--help); a flag that could have no effect here is refused.
+those of TRL's DPOConfig and ModelConfig and our own (--help); a flag known to mislead here is refused.
 """
 
 from stages import end_processes, get_config_path, train_missing_model
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, DPOConfig, ModelConfig, ReferenceArguments)
     (data, run, training, model, _), settings = parse_training_args(*types, argv=argv)
     if train_missing_model(model.model_name_or_path, get_config_path(argv), run.accelerate_config):
-        # Its trainer has replaced the state of the processes, which `training` holds: make that anew.
+        # Its trainer has replaced the state of the processes, which `training` holds: parse again.
         (data, run, training, model, _), settings = parse_training_args(*types, argv=argv)
 
     # The trainers take seconds to import: only once the flags are known to be right.

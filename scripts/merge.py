@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_args(MergeArguments, argv=argv)
     adapter = find_adapter(args.model_name_or_path, args.model_revision)
     if adapter is None:
-        raise UserError(f"{args.model_name_or_path} is no adapter: there is no {ADAPTER_CONFIG} in it")
+        raise UserError(f"{args.model_name_or_path} is not an adapter: it has no {ADAPTER_CONFIG}")
     model = merge_adapter(adapter, args.base_model_name_or_path)
     tokenizer = load_tokenizer(str(adapter))
     reset_generation_config(model, tokenizer)

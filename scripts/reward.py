@@ -4,7 +4,7 @@
         --config recipes/gpt2-medium-hh/reward.yaml --learning_rate 5e-6
 
 `make reward` runs the same. The SFT model that the recipe starts from is trained first where it is missing. The flags
-are those of TRL's RewardConfig and ModelConfig and our own (--help); a flag that could have no effect here is refused.
+are those of TRL's RewardConfig and ModelConfig and our own (--help); a flag known to mislead here is refused.
 Evaluation takes the result as --reward_model_name_or_path.
 """
 
@@ -21,11 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, RewardConfig, ModelConfig)
     (data, run, training, model), settings = parse_training_args(*types, argv=argv)
     if train_missing_model(model.model_name_or_path, get_config_path(argv), run.accelerate_config):
-        # Its trainer has replaced the state of the processes, which `training` holds: make that anew.
+        # Its trainer has replaced the state of the processes, which `training` holds: parse again.
         (data, run, training, model), settings = parse_training_args(*types, argv=argv)
 
     # The trainers take seconds to import: only once the flags are known to be right.
-    from tinydpo.models.stop_tokens import pad_with_end_token
+    from tinydpo.models.stop_tokens import get_end_token_id
     from tinydpo.training.reward_trainer import FittedRewardTrainer, PackedRewardTrainer
     from tinydpo.training.setup import explain_trainer_errors, prepare_training
     from tinydpo.training.train import is_chat_data, train
@@ -33,8 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     prepared = prepare_training("reward", data, run, training, model, settings)
     if prepared is None:
         return
-    # The score is read at the last token that is no padding: with the end token as padding, at an answer's last word.
-    tokenizer = pad_with_end_token(prepared.tokenizer, is_chat_data(prepared.summary["train"]))
+    # The score is read at the last token that is not padding: with the end token as padding, at an answer's last word.
+    tokenizer = prepared.tokenizer
+    end_token_id = get_end_token_id(tokenizer, is_chat_data(prepared.summary["train"]))
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_token_id)
     kwargs = {}
     if run.shared_prefix:
         trainer_class = PackedRewardTrainer

@@ -3,8 +3,8 @@
     accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/sft.py \
         --config recipes/gpt2-medium-hh/sft.yaml --learning_rate 2e-5
 
-`make sft` runs the same. The flags are those of TRL's SFTConfig and ModelConfig and our own (--help). A flag that
-could have no effect here is refused.
+`make sft` runs the same. The flags are those of TRL's SFTConfig and ModelConfig and our own (--help). A flag
+known to mislead here is refused.
 """
 
 from stages import end_processes

@@ -1,4 +1,4 @@
-"""Several stages in one process: the SFT model that a recipe starts from is trained where it is missing."""
+"""Several stages in one process: the SFT model that a recipe starts from is trained if it is missing."""
 
 import argparse
 import gc
@@ -20,9 +20,9 @@ def train_missing_model(
 ) -> bool:
     """Train a missing start model in this process, if a recipe beside `config_path` is known to make it.
 
-    For recipes/x/dpo.yaml, the model runs/x/sft is made by recipes/x/sft.yaml, and runs/x/sft-512 by sft-512.yaml. Any
-    other model is left to whoever loads it. A run that was cut short goes on. All processes of a launch call this
-    together.
+    For recipes/x/dpo.yaml, the model runs/x/sft is made by recipes/x/sft.yaml, and runs/x/sft-512 by sft-512.yaml. An
+    unfinished run is resumed with its own settings. Any other model is not touched. All processes of a launch call
+    this together.
 
     Args:
         model_name_or_path: the model that the command starts from.
@@ -31,7 +31,7 @@ def train_missing_model(
 
     Returns:
         Whether it trained. A training script must then parse its arguments again: they hold the state of the
-        processes, which the other trainer has replaced.
+        processes, which the SFT's trainer has replaced.
 
     Raises:
         UserError: the toy task's model is missing, which no recipe alone can make.
@@ -48,17 +48,22 @@ def train_missing_model(
     run = RunFolder(model)
     is_plain_model = not run.is_started and any(model.glob("*.safetensors"))
     missing = not run.is_finished and not is_plain_model
-    if not broadcast_object_list([missing])[0]:  # the first process decides: other machines may have other disks
+    if not broadcast_object_list([missing])[0]:  # the first process decides: machines may not share the folder
         return False
     if recipe_name == "quickstart":
         raise UserError(f"{model} is not there or not finished; `make quickstart` makes it, with its data")
+    argv = ["--config", str(recipe)]
+    state = "not there"
+    if run.is_started:  # maybe with flags beside the recipe
+        argv = ["--config", str(run.config_file), "--output_dir", str(model)]
+        if run.read_config().get("pairs_per_step"):
+            argv += ["--gradient_accumulation_steps", "1"]  # computed again: there may be more processes now
+        state = "unfinished"
     if not get_rank():
-        state = "unfinished" if run.is_started else "not there"
-        print(f"{model} is {state}: training it first with {recipe} (this command's flags do not apply to it).")
+        print(f"{model} is {state}: training it first with {argv[1]} (this command's flags do not apply to it).")
 
     import sft
 
-    argv = ["--config", str(recipe)]
     if accelerate_config:
         argv += ["--accelerate_config", accelerate_config]
     sft.main(argv)
@@ -67,7 +72,7 @@ def train_missing_model(
 
 
 def end_processes() -> None:
-    """Leave the group of processes, at the very end of a script: the same ones could not form a second group."""
+    """Leave the group of processes, at the very end of a script: they could not form a second group."""
     import torch.distributed as dist
 
     if dist.is_initialized():

@@ -36,6 +36,14 @@ def test_dpo_trains_its_missing_sft_once(recipes: Path, capsys: pytest.CaptureFi
     assert not train_missing_model("runs/mine/sft", "recipes/mine/dpo.yaml"), "a finished SFT is trained again"
 
 
+def test_an_unfinished_sft_is_resumed_with_its_own_flags(recipes: Path, capsys: pytest.CaptureFixture):
+    sft.main(["--config", "recipes/mine/sft.yaml", "--learning_rate", "1e-4"])
+    results = Path("runs/mine/sft/train_results.json")
+    results.unlink()
+    assert train_missing_model("runs/mine/sft", "recipes/mine/dpo.yaml")
+    assert results.is_file() and "Resuming from runs/mine/sft/checkpoint-2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("files", "trained"),
     [([], True), (["run_config.yaml", "model.safetensors"], True), (["run_config.yaml", "train_results.json"], False),
@@ -52,8 +60,9 @@ def test_only_a_missing_or_unfinished_model_is_trained(
     for name in files:
         (model / name).touch()
     assert train_missing_model(str(model), "recipes/mine/dpo.yaml", "cpu.yaml") is trained
-    expected = [["--config", "recipes/mine/sft.yaml", "--accelerate_config", "cpu.yaml"]]
-    assert calls == (expected if trained else [])
+    own = ["--config", "runs/mine/sft/run_config.yaml", "--output_dir", "runs/mine/sft"]  # with what its flags were
+    expected = own if "run_config.yaml" in files else ["--config", "recipes/mine/sft.yaml"]
+    assert calls == ([[*expected, "--accelerate_config", "cpu.yaml"]] if trained else [])
 
 
 @pytest.mark.parametrize("model", ["runs/other/sft", "mine/sft", "runs/mine/dpo", "runs/mine/sft-512", None])

@@ -17,30 +17,26 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """A signal ended the run early, and it has saved what it had; `by` is the signal.
+    """SIGTERM or the launcher's end stopped the run early, and it has saved a checkpoint.
 
-    Not an `Exception`: a loop over runs that skips the failed ones, as `frontier.py` has, must not go on after this.
+    Not an `Exception`: a loop over runs that skips failed ones, as in `frontier.py`, must not continue after this.
     """
-
-    def __init__(self, sentence: str, by: signal.Signals = signal.SIGTERM):
-        super().__init__(sentence)
-        self.by = by
 
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
     """Print a `UserError` or a full disk as `error: …` on stderr and exit with 1; other errors keep their traceback.
 
-    After `Stopped` or Ctrl-C the exit status is the signal's: 143 for SIGTERM, 130 for Ctrl-C.
+    The exit status is 143 after `Stopped`, as for SIGTERM, and 130 after Ctrl-C.
     """
     try:
         yield
     except Stopped as stop:
         if get_rank() == 0:
             print_stderr(str(stop))
-        raise SystemExit(128 + stop.by) from None
-    except KeyboardInterrupt:  # outside of training, which raises `Stopped`
-        print_stderr("stopped by Ctrl-C; run the same command again: it resumes from what was saved")
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except KeyboardInterrupt:
+        print_stderr("interrupted; run the same command again: it resumes from the last checkpoint, if there is one")
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         message = " ".join(str(error).split())
@@ -49,7 +45,7 @@ def report_errors() -> Iterator[None]:
         elif not isinstance(error, UserError):
             raise
         if get_rank() > 0:
-            # All ranks meet the same error; rank 0 prints it, and the launcher ends the others during this pause.
+            # All ranks have the same error. Rank 0 prints it, and the launcher ends the others during this pause.
             time.sleep(5)
         print_stderr(f"error: {message}")
         raise SystemExit(1) from None

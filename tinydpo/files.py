@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all; damaged ones are a `UserError` when they are read."""
+"""Files are written whole or not at all. Reading a damaged one is a `UserError`."""
 
 import json
 import os
@@ -20,9 +20,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     if isinstance(content, str):
         content = content.encode("utf-8", errors="replace")  # a tokenizer may cut a character in half
-    half = path.with_name(f".{path.name}.half")
-    half.write_bytes(content)
-    os.replace(half, path)
+    half = path.with_name(f".{path.name}.{os.getpid()}.half")  # two processes may write the same file
+    try:
+        half.write_bytes(content)
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def _parse_object(where: Path | str, text: str, needed: tuple[str, ...]) -> dict
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file of `key: value` lines (UserError: there is no such file, or a key stands there twice)."""
+    """A YAML file of `key: value` lines (UserError: there is no such file, or it has a duplicate key)."""
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
     try:
@@ -66,13 +69,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _NoDuplicatesLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which PyYAML silently takes the last."""
+    """Refuses duplicate keys, of which PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

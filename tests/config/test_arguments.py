@@ -145,8 +145,18 @@ def test_a_pinned_revision_belongs_to_its_own_id(recipe, name: str, revision: st
 
     assert parsed() == "abc", "the recipe's pinned revision is not used"
     assert parsed(f"--{name}", "org/own") == "abc", "naming the recipe's own id again drops its revision"
-    assert parsed(f"--{name}", "org/other") == unpinned, "another id would be looked up at this one's commit"
+    assert parsed(f"--{name}", "org/other") == unpinned, "a different id would be looked up at this one's commit"
     assert parsed(f"--{revision}", "def") == "def", "the command line does not win"
+
+
+def test_a_recipes_dataset_keys_belong_to_its_dataset(recipe):
+    keys = {"dataset_name": "org/own", "dataset_data_dir": "part", "column": ["a=prompt"], "role": ["gpt=assistant"]}
+    assert parse_args(DataArguments, argv=recipe(keys))[0].dataset_data_dir == "part"
+    (data,) = parse_args(DataArguments, argv=recipe(keys, "--dataset_name", "other.jsonl", "--column", "q=prompt"))
+    assert (data.dataset_data_dir, data.column, data.role) == (None, ["q=prompt"], None)
+    del keys["dataset_name"]
+    (data,) = parse_args(DataArguments, argv=recipe(keys, "--dataset_name", "any.jsonl"))
+    assert data.column == ["a=prompt"], "a recipe without a dataset describes the one on the command line"
 
 
 def test_an_unreadable_recipe_is_named(recipe):
@@ -239,6 +249,10 @@ def test_a_policys_run_gives_the_defaults(policy):
 def test_recipe_and_command_line_win_over_the_policys_run(policy, recipe):
     args, data = evaluated([*policy, *recipe({"max_length": 64, "test_split_size": 0.3}), "--test_split_size", "0.4"])
     assert (args.max_length, data.test_split_size, args.beta) == (64, 0.4, 0.4)
+    _, data = evaluated([*policy, *recipe({"dataset_name": "org/other"}), "--dataset_name", "org/own"])
+    assert (data.dataset_revision, data.column) == ("abc", ["a=prompt"]), "the run's own dataset is not read its way"
     _, data = evaluated([*policy, "--dataset_name", "org/other"])
-    assert (data.dataset_revision, data.column) == (None, None), "the run's dataset lends its columns to another one"
+    assert (data.dataset_revision, data.column) == (None, None), (
+        "the run's dataset lends its columns to a different one"
+    )
     assert data.test_split_size == 0.2

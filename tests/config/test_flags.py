@@ -26,7 +26,11 @@ dpo  --dataloader_drop_last true
 dpo  --use_liger_kernel true
 dpo  --fsdp full_shard
 sft  --packing true
+sft  --packing true --shared_prefix false
 sft  --eval_packing true
+dpo  --batch_eval_metrics true
+dpo  --eval_do_concat_batches false
+dpo  --pad_to_multiple_of 8
 sft  --neftune_noise_alpha 5
 sft  --train_sampling_strategy group_by_length
 dpo  --train_sampling_strategy batch_rebalance
@@ -43,8 +47,8 @@ dpo  --sync_ref_model true --use_peft true
 dpo  --sync_ref_model true --ref_model_name_or_path no/other
 """.strip().splitlines()
 PASSED_ON = """
-sft  --shared_prefix false --packing true
 sft  --eval_packing false
+dpo  --shared_prefix false --pad_to_multiple_of 8
 dpo  --lora_r 4 --use_peft true
 dpo  --loss_type exo_pair --label_smoothing 1e-3
 dpo  --loss_type sigmoid robust --label_smoothing 0.1

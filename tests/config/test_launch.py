@@ -62,7 +62,7 @@ def accelerate_file(tmp_path: Path):
 def filled(**given: object) -> SimpleNamespace:
     unset = {
         "accelerate_config": None, "use_cpu": False, "bf16": None, "fp16": False, "pairs_per_step": None,
-        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "output_dir": None,
+        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "output_dir": "no/run",
     }  # fmt: skip
     settings = {**unset, **given}
     launch.fill_defaults(settings)
@@ -129,7 +129,7 @@ def test_a_recipe_is_the_same_training_on_any_number_of_devices(share: int, proc
         patch.setenv("WORLD_SIZE", str(processes))
         got = filled(pairs_per_step=pairs, per_device_train_batch_size=limit)
     batch = got.per_device_train_batch_size
-    assert batch * got.gradient_accumulation_steps * processes == pairs, "another number of pairs per step"
+    assert batch * got.gradient_accumulation_steps * processes == pairs, "a different number of pairs per step"
     assert batch <= limit, "more at once than the recipe says fits"
     larger = [size for size in range(batch + 1, min(limit, share) + 1) if share % size == 0]
     assert not larger, f"{batch} at a time, though {larger} fit and divide a device's {share}"

@@ -192,7 +192,7 @@ def test_ctrl_c_is_one_sentence_at_once_and_keeps_the_verdicts(tmp_path: Path, c
         signal.signal(signal.SIGINT, before)
     err = capsys.readouterr().err
     assert caught.value.code == 130 and waited < 10, f"Ctrl-C ended it after {waited:.0f} s"
-    assert "stopped by Ctrl-C" in err and err.count("\n") == 1, f"Ctrl-C shows {err}"
+    assert "interrupted; run the same command again" in err and err.count("\n") == 1, f"Ctrl-C shows {err}"
     assert 1 <= (tmp_path / "verdicts.jsonl").read_text().count("\n") <= 5, "what was paid for is lost"
 
 

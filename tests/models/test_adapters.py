@@ -69,7 +69,7 @@ def adapter(lora: Any) -> Path:
 
 def test_an_adapter_of_conv1d_trains_and_the_base_stays(lora: Any, adapter: Path, base: Path):
     first, last = (load_file(folder / "adapter_model.safetensors") for folder in (adapter / "checkpoint-1", adapter))
-    assert len(last) == 16, f"2 blocks of 4 Conv1D have other adapters: {sorted(last)}"
+    assert len(last) == 16, f"2 blocks of 4 Conv1D have different adapters: {sorted(last)}"
     for name, weight in last.items():
         assert not weight.equal(first[name]) and weight.abs().sum() > 0, f"{name} does not train"
     trained = {name.replace(".base_layer", ""): w for name, w in lora.model.get_base_model().state_dict().items()}
@@ -89,7 +89,7 @@ def test_merged_is_a_plain_checkpoint_that_trains_on(adapter: Path, base: Path, 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (logits(plain) - logits(load_model(str(base)))).abs().max() > 1e-2, "the adapter changes no answer"
     torch.testing.assert_close(logits(plain), logits(together), rtol=1e-5, atol=1e-5, msg="merging changes answers")
-    assert logits(load_model(str(adapter))).equal(logits(plain)), "evaluation would see another model than the merged"
+    assert logits(load_model(str(adapter))).equal(logits(plain)), "evaluation would not see the merged model"
     dpo(tmp_path / "merged", task, tmp_path / "run", "--eval_strategy", "no")
     assert log(tmp_path / "run", "loss")[0] == pytest.approx(0.6931, abs=1e-3), "the reference is not the merged model"
 
@@ -110,7 +110,7 @@ def pickle(adapter: Path, base: Path) -> None:
 
 
 REFUSED: dict[Callable, str] = {
-    retrain: r"base \S+ has other weights than adapter \S+ was trained on",
+    retrain: r"base \S+ has different weights from those that adapter \S+ was trained on",
     quantize: r"base \S+ is quantized; merge adapter \S+ into the same weights in full precision",
     pickle: r"could not be loaded .*adapter_model\.safetensors",
 }

@@ -154,7 +154,7 @@ def test_code_of_a_models_own_is_not_run(folder: Path):
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text("raise AssertionError('code of a model was run')")
-    assert "brings code of its own" in sentence(lambda: load_model(str(folder)))
+    assert "brings its own code" in sentence(lambda: load_model(str(folder)))
 
 
 def test_pickled_weights_are_refused(folder: Path):

@@ -1,4 +1,4 @@
-"""What ends an answer: a model whose turns end with another token than its end token learns that, and is read so."""
+"""What ends an answer: a model whose turns end with a token of their own learns that, and is read so."""
 
 import copy
 import json
@@ -57,7 +57,9 @@ def test_a_saved_model_keeps_all_stop_tokens_and_samples_plainly(sft: Path, rows
     adapter = train("dpo", sft, rows, tmp_path / "lora", "--use_peft", "true")
     merge.main(["--model_name_or_path", str(adapter), "--output_dir", str(tmp_path / "merged")])
     assert_samples_plainly(tmp_path / "merged")
-    assert was_trained_on_chat(str(tmp_path / "merged")), "the playground would ask the merged model in another form"
+    assert was_trained_on_chat(str(tmp_path / "merged")), (
+        "the playground would ask the merged model in a different form"
+    )
 
 
 def test_a_run_knows_whether_its_rows_were_chat(sft: Path, tiny_model: Path, tmp_path: Path):

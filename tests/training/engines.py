@@ -24,7 +24,7 @@ class StockDPOTrainer(DPOTrainer):
 
 
 def uneven_pairs(count: int, vocab_size: int, seed: int = 0) -> Dataset:
-    """Random tokens; prompts and completions of one token and of fifty stand side by side."""
+    """Random tokens; prompts and completions have one token to fifty."""
     rng = np.random.default_rng(seed)
     return Dataset.from_dict(
         {
@@ -108,7 +108,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: str, tolerance:
 def assert_same_log(ours: list[dict], theirs: list[dict], rel: float = 1e-4, small: float = 1e-5) -> None:
     """Every training entry of two runs' logs, clocks left out."""
     ours, theirs = ([without_clocks(entry) for entry in log if "loss" in entry] for log in (ours, theirs))
-    assert len(ours) == len(theirs) and ours, "the two engines log at other steps"
+    assert len(ours) == len(theirs) and ours, "the two engines log at different steps"
     for our_entry, their_entry in zip(ours, theirs, strict=True):
         assert our_entry == pytest.approx(their_entry, rel=rel, abs=small), f"step {their_entry['step']} differs"
 
@@ -119,7 +119,7 @@ def assert_same_step(ours: Any, theirs: Any) -> None:
     ours.train()
     assert_same_log(ours.state.log_history, theirs.state.log_history)
     our_gradients, their_gradients = gradients(ours), gradients(theirs)
-    assert set(our_gradients) == set(their_gradients), "other parameters are trained"
+    assert set(our_gradients) == set(their_gradients), "different parameters are trained"
     whole = torch.stack([gradient.norm() for gradient in their_gradients.values()]).norm()
     assert whole > 1e-3, "no gradient to compare"
     for name, gradient in their_gradients.items():  # a reward's last bias moves both scores alike: its gradient is 0

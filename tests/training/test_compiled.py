@@ -45,7 +45,7 @@ def test_a_compiled_run_is_the_same_run(tiny_tokenizer: Any, tmp_path: Path):
     for trainer in (compiled, plain):
         trainer.save_model()
     ours, theirs = (load_file(Path(run.args.output_dir) / "model.safetensors") for run in (compiled, plain))
-    assert set(ours) == set(theirs), "a compiled run's weights have other names"
+    assert set(ours) == set(theirs), "a compiled run's weights have different names"
     for name, weight in theirs.items():
         assert_close(ours[name], weight, name, tolerance=1e-3)
 

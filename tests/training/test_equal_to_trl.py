@@ -112,7 +112,7 @@ def test_every_row_of_the_page_is_as_it_says_and_as_trl_has_it(flags: str, train
             loss = packed.compute_loss(packed.model.train(), first_batch(packed))
         packed._metrics["train"].clear()
         packed._total_train_tokens = 0
-        assert loss.item() == pytest.approx(float(FIRST_LOSS[flags]), abs=6e-4), "the page has another first loss"
+        assert loss.item() == pytest.approx(float(FIRST_LOSS[flags]), abs=6e-4), "the page has a different first loss"
     for made in (stock, packed):
         nudge(made.model)
     assert_same_step(packed, stock)

@@ -120,7 +120,7 @@ def test_reward_metrics_are_means_over_pairs(engine: type, trainer: Callable):
 
 
 def test_metrics_in_bf16_are_those_of_evaluate_in_bf16(trainer: Callable, gpt2: str, pairs: Dataset):
-    """Blocks round in another order in rows that are packed otherwise; head and softmax are float32 in both."""
+    """Blocks round in a different order in rows that are packed differently; head and softmax are float32 in both."""
     made = trainer(SharedPrefixDPOTrainer, bf16=True)
     metrics = evaluate(made)
     policy, reference = (AutoModelForCausalLM.from_pretrained(gpt2).eval() for _ in range(2))

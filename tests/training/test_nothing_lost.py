@@ -1,5 +1,6 @@
-"""Runs that are killed, stopped, starved or damaged: the same command goes on and ends with the same weights."""
+"""Runs that are killed, stopped, starved or damaged: the same command resumes and ends with the same weights."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import crashes
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tinydpo.errors import UserError, report_errors
 from tinydpo.run_folder import RunFolder
+from tinydpo.training.callbacks import StopOnDivergence
 from tinydpo.training.checkpoints import find_last_complete
 from tinydpo.training.setup import lock_folder
 
@@ -49,19 +52,19 @@ def flags_of(stage: str) -> list[str]:
 
 
 @pytest.fixture
-def go_on(
+def resume(
     flags: list[Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> Callable:
     """Run a stage once more into `tmp_path/run`, ask for the same weights as the whole run's; what it printed."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def go_on(stage: str, *more: Any) -> str:
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    def resume(stage: str, *more: Any) -> str:
         capfd.readouterr()
         run(stage, *flags, *flags_of(stage), "--output_dir", tmp_path / "run", *more)
-        assert (tmp_path / "run" / WEIGHTS).read_bytes() == (whole / stage / WEIGHTS).read_bytes(), "other weights"
+        assert (tmp_path / "run" / WEIGHTS).read_bytes() == (whole / stage / WEIGHTS).read_bytes(), "different weights"
         return "".join(capfd.readouterr())
 
-    return go_on
+    return resume
 
 
 def start(stage: str, flags: list[Any], folder: Path, prepare: Callable, *more: Any) -> Any:
@@ -80,15 +83,15 @@ def start(stage: str, flags: list[Any], folder: Path, prepare: Callable, *more: 
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_resume_after_a_kill_gives_same_weights(
-    stage: str, place: Callable, checkpoint: str | None, flags: list[Any], go_on: Callable, tmp_path: Path
+    stage: str, place: Callable, checkpoint: str | None, flags: list[Any], resume: Callable, tmp_path: Path
 ):
     child = start(stage, flags, tmp_path, place)
     child.join(120)
     assert child.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert not (tmp_path / "run/train_results.json").exists(), "a killed run counts as finished"
-    out = go_on(stage)
+    out = resume(stage)
     if checkpoint:
-        assert f"Going on from {tmp_path}/run/{checkpoint}." in out, "it starts again from nothing"
+        assert f"Resuming from {tmp_path}/run/{checkpoint}." in out, "it starts again from nothing"
 
 
 def test_same_flags_give_same_weights(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -106,13 +109,13 @@ def cut_short(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_damaged_checkpoint_is_set_aside(cut_short: Path, go_on: Callable):
+def test_a_damaged_checkpoint_is_set_aside(cut_short: Path, resume: Callable):
     optimizer = cut_short / "checkpoint-12/optimizer.pt"
     os.truncate(optimizer, optimizer.stat().st_size // 2)
-    out = go_on("dpo")
+    out = resume("dpo")
     assert out.count("warning: ") == 1
     assert "checkpoint-12 cannot be resumed from (optimizer.pt is missing or damaged)" in out
-    assert f"Going on from {cut_short}/checkpoint-8." in out
+    assert f"Resuming from {cut_short}/checkpoint-8." in out
     assert (cut_short / "_broken-checkpoint-12").is_dir(), "what may be worth a look was deleted"
     left = sorted(path.name for path in cut_short.glob("checkpoint-*"))
     assert left == ["checkpoint-12", "checkpoint-8"], "the damaged one counts among those that are kept"
@@ -167,7 +170,7 @@ def slow_group() -> None:
     SealedCheckpointsMixin._save_checkpoint = save_aloud
 
 
-def test_sigterm_saves_once_and_exits_with_143(flags: list[Any], go_on: Callable, tmp_path: Path):
+def test_sigterm_saves_once_and_exits_with_143(flags: list[Any], resume: Callable, tmp_path: Path):
     """To the whole group, as Slurm sends it: the data loader's workers must not take their process along."""
     save = ["--save_strategy", "epoch"]
     child = start("dpo", flags, tmp_path, slow_group, *save, "--dataloader_num_workers", "1")
@@ -176,12 +179,12 @@ def test_sigterm_saves_once_and_exits_with_143(flags: list[Any], go_on: Callable
     child.join(60)
     log = (tmp_path / "log").read_text()
     assert child.exitcode == 143, log
-    assert "stopped by SIGTERM after step" in log and "the same command goes on from" in log
+    assert "stopped by SIGTERM after step" in log and "the same command resumes from" in log
     assert "Traceback" not in log
     assert log.count("saving now") == 1, "its last checkpoint is unsealed to be saved again"
     for name in (WEIGHTS, "train_results.json", "README.md"):
         assert not (tmp_path / "run" / name).exists(), f"a stopped run leaves {name} as if it had finished"
-    assert f"Going on from {tmp_path}/run/checkpoint-" in go_on("dpo", *save)
+    assert f"Resuming from {tmp_path}/run/checkpoint-" in resume("dpo", *save)
 
 
 def launched() -> None:
@@ -197,14 +200,14 @@ def launched() -> None:
     slow_group()
 
 
-def test_a_script_without_its_launcher_saves_and_stops(flags: list[Any], go_on: Callable, tmp_path: Path):
+def test_a_script_without_its_launcher_saves_and_stops(flags: list[Any], resume: Callable, tmp_path: Path):
     """SIGTERM to `accelerate launch` with one process ends the launcher only."""
     launcher = start("dpo", flags, tmp_path, launched)
     wait_for(tmp_path / "log", "'loss'")
     assert "stopped" not in (tmp_path / "log").read_text()
     launcher.kill()
     wait_for(tmp_path / "log", "stopped by the launcher's end after step")
-    assert "Going on from" in go_on("dpo")
+    assert "Resuming from" in resume("dpo")
 
 
 @pytest.mark.parametrize("logging_steps", ["1", "100"], ids=["by its loss", "by its weights"])
@@ -217,8 +220,15 @@ def test_a_diverged_run_ends_without_saving_its_weights(logging_steps: str, flag
     assert signal.getsignal(signal.SIGTERM) == handler, "SIGTERM is swallowed after a failed run"
 
 
+def test_divergence_is_measured_by_the_first_loss_of_the_whole_run():
+    args = SimpleNamespace(learning_rate=1.0)
+    state = SimpleNamespace(global_step=9, log_history=[{"loss": 2.0}, {"eval_loss": 1.0}, {"loss": 300.0}])
+    with pytest.raises(UserError, match="diverged"):  # though it is the first one since a resume
+        StopOnDivergence().on_log(args, state, None, {"loss": 300.0})
+
+
 def test_a_full_disk_costs_no_checkpoint(
-    flags: list[Any], whole: Path, go_on: Callable, tmp_path: Path, capfd: pytest.CaptureFixture
+    flags: list[Any], whole: Path, resume: Callable, tmp_path: Path, capfd: pytest.CaptureFixture
 ):
     size = sum(file.stat().st_size for file in (whole / "dpo/checkpoint-8").rglob("*"))
     disk = tmp_path / "run"
@@ -231,12 +241,12 @@ def test_a_full_disk_costs_no_checkpoint(
             run("dpo", *flags, *flags_of("dpo"), "--output_dir", disk)
         assert "the disk" in capfd.readouterr().err
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-        assert f"Going on from {disk}/checkpoint-4." in go_on("dpo")
+        assert f"Resuming from {disk}/checkpoint-4." in resume("dpo")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_run_does_not_go_on_with_other_inputs(cut_short: Path, flags: list[Any], task: Path, tiny_model: Path):
+def test_a_run_is_not_resumed_with_changed_inputs(cut_short: Path, flags: list[Any], task: Path, tiny_model: Path):
     """The SFT model was trained again, or the data set edited."""
     data = shutil.copytree(task / "data", cut_short.parent / "data")
     model = shutil.copytree(tiny_model, cut_short.parent / "model")
@@ -244,6 +254,9 @@ def test_a_run_does_not_go_on_with_other_inputs(cut_short: Path, flags: list[Any
     config.write_text(config.read_text().replace(str(task / "data"), str(data)).replace(str(tiny_model), str(model)))
     moved = [*flags, "--dataset_name", data, "--model_name_or_path", model]
 
+    summary = json.loads((cut_short / "data_summary.json").read_text())
+    summary["train"]["notes"] = {"worded otherwise by an older version": 1}
+    (cut_short / "data_summary.json").write_text(json.dumps(summary))
     weights = load_file(model / WEIGHTS)
     weights["transformer.ln_f.bias"] += 1
     save_file(weights, model / WEIGHTS, {"format": "pt"})

@@ -12,7 +12,7 @@ from engines import ROW_LENGTH, build, tiny_gpt2, uneven_pairs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from tinydpo.errors import UserError
-from tinydpo.models.precision import get_compute_dtype, set_compute_dtype, use_float32_head
+from tinydpo.models.precision import float32_mode, get_compute_dtype, set_compute_dtype, use_float32_head
 from tinydpo.training.logps import pair_logps
 from tinydpo.training.reward_trainer import PackedRewardTrainer
 from tinydpo.training.trainers import FittedDPOTrainer, PackedSFTTrainer, SharedPrefixDPOTrainer
@@ -28,7 +28,7 @@ REFUSED = {
     "GPTNeo": ({"hidden_size": 32} | GLOBAL_AND_LOCAL, "attends over 32 tokens"),
     "Mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 2}, "takes no position ids"),
     "Falcon": ({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True}, "packed rows"),
-    "RecurrentGemma": (SMALL | {"attention_window_size": 256}, "gives other results in packed rows"),
+    "RecurrentGemma": (SMALL | {"attention_window_size": 256}, "gives different results in packed rows"),
     "Mixtral": (SMALL | {"num_local_experts": 2, "sliding_window": None}, "mixture of experts"),
 }
 
@@ -106,7 +106,9 @@ def test_a_model_that_ignores_inputs_is_caught_before_the_first_step(
 ):
     model = AutoModelForCausalLM.from_pretrained(tiny_gpt2(tiny_tokenizer, tmp_path))
     sabotage(model, kind, modes=(training,))
-    with pytest.raises(UserError, match=r"^GPT2LMHeadModel gives other results in packed .* --shared_prefix false"):
+    with pytest.raises(
+        UserError, match=r"^GPT2LMHeadModel gives different results in packed .* --shared_prefix false"
+    ):
         build(SharedPrefixDPOTrainer, model, tiny_tokenizer, pairs, tmp_path, precompute_ref_log_probs=True)
 
 
@@ -115,7 +117,7 @@ def test_a_leak_between_sft_examples_is_caught(tiny_tokenizer: Any, tmp_path: Pa
     model = AutoModelForCausalLM.from_pretrained(tiny_gpt2(tiny_tokenizer, tmp_path))
     sabotage(model, "ignores both", modes=(True,))
     rows = Dataset.from_dict({"input_ids": [list(range(40))] * 8, "labels": [[-100] * 20 + list(range(20, 40))] * 8})
-    with pytest.raises(UserError, match="gives other results in packed rows"):
+    with pytest.raises(UserError, match="gives different results in packed rows"):
         build(PackedSFTTrainer, model, tiny_tokenizer, rows, tmp_path)
 
 
@@ -124,7 +126,7 @@ def test_a_reward_model_that_ignores_positions_is_caught(tiny_tokenizer: Any, pa
     folder = tiny_gpt2(tiny_tokenizer, tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     sabotage(model, "ignores positions", modes=(True,))
-    with pytest.raises(UserError, match="gives other results in packed rows"):
+    with pytest.raises(UserError, match="gives different results in packed rows"):
         build(PackedRewardTrainer, model, tiny_tokenizer, pairs, tmp_path)
 
 
@@ -149,6 +151,24 @@ def test_rounding_neither_refuses_a_model_nor_hides_a_wrong_one(precision: str, 
         with pytest.raises(UserError, match="packed rows"):
             pair_logps(sabotage(make(), kind), pairs, row_length=ROW_LENGTH)
             pytest.fail(f"a model that {kind} is not refused")
+
+
+def test_the_check_multiplies_in_float32(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    model = set_compute_dtype(make_model("Llama", tiny_tokenizer, **SMALL), torch.bfloat16)
+    linear = torch.nn.functional.linear
+    precisions = []
+
+    def record(*args: Any) -> torch.Tensor:
+        precisions.append(torch.get_float32_matmul_precision())
+        return linear(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", record)
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    with float32_mode(model):
+        model(tokens)
+    assert precisions and set(precisions) == {"highest"}, "TF32's rounding would count as the model's error"
+    model(tokens)
+    assert precisions[-1] == "medium", "outside of the check the head multiplies slowly"
 
 
 def test_dropout_is_refused_in_packed_rows_only(tiny_tokenizer: Any, pairs: Dataset, tmp_path: Path):

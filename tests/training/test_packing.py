@@ -26,7 +26,7 @@ def packable(draw: Any) -> tuple[list[Tree], int | None]:
 
 
 def sequences(trees: list[Tree]) -> dict[int, list[int]]:
-    """For every token what stands before it, itself included, in the sequence that it belongs to."""
+    """For every token, the tokens up to and including it in the sequence that it belongs to."""
     before = {}
     for prompt, completions in trees:
         for i, token in enumerate(prompt):
@@ -44,7 +44,7 @@ def places(packed: dict[str, torch.Tensor]) -> dict[int, tuple[int, int]]:
 
 
 @given(packable())
-def test_every_token_stands_once_where_it_belongs(case: tuple[list[Tree], int | None]):
+def test_every_token_is_once_where_it_belongs(case: tuple[list[Tree], int | None]):
     trees, row_length = case
     packed, before = pack(trees, row_length), sequences(trees)
     ids, place = packed["input_ids"], places(packed)
@@ -57,8 +57,8 @@ def test_every_token_stands_once_where_it_belongs(case: tuple[list[Tree], int | 
         assert packed["position_ids"][row, i] == len(before[token]) - 1, "a position is not that of the sequence alone"
     targets = [token for part in range(3) for _, answers in trees for token in (answers[part : part + 1] or [[]])[0]]
     predictors = [row * ids.shape[1] + i for row, i in (place[before[token][-2]] for token in targets)]
-    assert packed["targets"].tolist() == targets, "a position is asked for the log-prob of another token"
-    assert packed["predicts"].tolist() == predictors, "a completion token's log-prob is read off another position"
+    assert packed["targets"].tolist() == targets, "a position is asked for the log-prob of the wrong token"
+    assert packed["predicts"].tolist() == predictors, "a completion token's log-prob is read at the wrong position"
 
 
 @given(packable())

@@ -62,7 +62,7 @@ def test_two_processes_train_like_one(recipes: Path, monkeypatch: pytest.MonkeyP
         metrics = {key for key in without_clocks(results) if key.startswith("eval_")}
         for key in {"loss", "grad_norm", "eval_loss"} | metrics:
             expected = pytest.approx(log(one, key), rel=1e-3, abs=1e-5)
-            assert log(two, key) == expected, f"{stage}: other {key} on two processes"
+            assert log(two, key) == expected, f"{stage}: different {key} on two processes"
         # Five of six steps in less than the whole time; one process alone knows half of the pairs.
         assert results["pairs_per_second"] > 0.75 * results["train_samples_per_second"], "not all pairs are counted"
 
@@ -87,7 +87,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step(recipes: Path):
     for folder in ("run", "whole"):
         launch("sft", recipes, *flags, "--output_dir", folder)
     weights = [(recipes / folder / "model.safetensors").read_bytes() for folder in ("run", "whole")]
-    assert weights[0] == weights[1], "two processes that went on end with other weights than two never interrupted"
+    assert weights[0] == weights[1], "two processes that resumed end with different weights from two never interrupted"
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of another kind with the policy's vocabulary."""
+    """A model of a different family with the policy's vocabulary."""
     folder, end = tmp_path_factory.mktemp("reference") / "llama", tiny_tokenizer.eos_token_id
     torch.manual_seed(2)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -71,7 +71,7 @@ def test_the_first_loss_is_that_of_the_two_models(
     assert abs(wanted - 0.6931) > 0.01, "the two models are too close for this to show anything"
     flags = ["--shared_prefix", shared_prefix, "--precompute_ref_log_probs", cached, "--beta", "0.5"]
     dpo(policy, task, tmp_path / "run", ref, *ONE_STEP, *flags)
-    assert log(tmp_path / "run", "loss")[0] == pytest.approx(wanted, abs=1e-4), "the loss has another reference"
+    assert log(tmp_path / "run", "loss")[0] == pytest.approx(wanted, abs=1e-4), "the loss has the wrong reference"
 
 
 def test_an_adapter_has_it_too_and_the_cache_knows_it(policy: Path, tiny_model: Path, task: Path, tmp_path: Path):

@@ -64,4 +64,4 @@ def test_an_answer_is_scored_where_training_read_it(chat: bool, tiny_model: Path
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
     with torch.no_grad():
         trained = [model(torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])).logits.item() for side in answers]
-    assert scored == pytest.approx(trained, abs=1e-5), "evaluation reads the score at another token than training"
+    assert scored == pytest.approx(trained, abs=1e-5), "evaluation reads the score at a different token from training"

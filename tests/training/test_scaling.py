@@ -90,13 +90,13 @@ def test_a_zero3_run_goes_on_from_its_checkpoint(cpu_runs, task, tiny_model, tmp
     (tmp_path / "sft/train_results.json").unlink()  # as if it had been killed before its end
     shutil.rmtree(tmp_path / "sft/checkpoint-6")
     done = train(config, "sft", "--max_steps", "6", "--save_steps", "3", *flags, "--output_dir", tmp_path / "sft")
-    assert "Going on from" in done.stdout and "checkpoint-3" in done.stdout, f"it starts anew:\n{done.stdout}"
+    assert "Resuming from" in done.stdout and "checkpoint-3" in done.stdout, f"it starts anew:\n{done.stdout}"
     same_run(cpu_runs / "sft", tmp_path / "sft", "sft under ZeRO-3, resumed")
 
 
 @pytest.mark.slow
 def test_fsdp2_trains_like_one_process(cpu_runs, task, tiny_model, tmp_path):
-    """The shipped file through accelerate's launcher; tests/training/fsdp_on_cpus.py says what stands in the way."""
+    """The shipped file through accelerate's launcher; tests/training/fsdp_on_cpus.py says what is in the way."""
     by = ("tests/training/fsdp_on_cpus.py",)
     done = all_stages(on_cpus("fsdp", tmp_path), cpu_runs, task, tiny_model, tmp_path, by=by)
     assert "2 processes (FSDP2)" in done.stdout
@@ -191,7 +191,7 @@ def run_on_hosts(hosts: list[str], folder: Path, script: str, *flags: str | Path
 
 @pytest.mark.slow
 def test_two_hosts_with_nothing_shared_train_like_one_process(hosts, cpu_runs, task, tiny_model, tmp_path):
-    """Each has its own cache and run folder; the model lies in the first one's."""
+    """Each has its own cache and run folder; the model is in the first one's."""
     for script, start in (("sft", tiny_model), ("dpo", cpu_runs / "sft")):
         run_on_hosts(hosts, tmp_path, script, *SIX, "--dataset_name", task / "data", "--model_name_or_path", start,
                      "--output_dir", f"runs/{script}")  # fmt: skip

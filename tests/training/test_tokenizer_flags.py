@@ -36,7 +36,7 @@ def sft(tiny_model: Path, task: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_end_token_is_trained_on_and_saved(sft: Callable, tiny_tokenizer: Any, tmp_path: Path):
-    with pytest.raises(UserError, match=r"^eos_token is '<nope>', which is no token of "):
+    with pytest.raises(UserError, match=r"^eos_token is '<nope>', which is not a token of "):
         sft("--eos_token", "<nope>")
     rows = sft("--eos_token", "!", "--completion_only_loss", "false").train_dataset
     assert rows[0]["labels"] == rows[0]["input_ids"], "the prompt carries no loss, although a flag asks for it"
@@ -58,5 +58,5 @@ def test_a_chat_template_is_trained_on_and_saved(sft: Callable, tmp_path: Path):
     row = trainer.train_dataset[0]
     assert row["labels"][0] == -100 and row["labels"][-1] == row["input_ids"][-1]
     text = trainer.processing_class.decode(row["input_ids"])
-    assert text.startswith("[user] Which?") and "[assistant] yes" in text, f"trained on another template: {text!r}"
-    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == TEMPLATE, "saved with another template"
+    assert text.startswith("[user] Which?") and "[assistant] yes" in text, f"trained on the wrong template: {text!r}"
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == TEMPLATE, "saved with the wrong template"

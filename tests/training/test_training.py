@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from running import log, run
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_split
@@ -61,6 +61,7 @@ def test_folder_holds_what_the_docs_promise(sft: Path, dpo: Path):
         environment = json.loads((folder / "environment.json").read_text())
         assert environment["seed"] == 0 and {"torch", "trl"} <= set(environment["packages"])
         card = (folder / "README.md").read_text()
+        assert "\n\n![curves](curves.png)\n" in card
         assert "128 tokens" in card and str(folder.parent) not in card, "the card lacks the rule or leaks a path"
         config = yaml.safe_load((folder / "run_config.yaml").read_text())
         assert "hub_token" not in config and config["learning_rate"] == 3e-3
@@ -76,9 +77,44 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(sft: Path, dpo: P
     assert (dpo / "model.safetensors").stat().st_mtime_ns == before, "a finished run was trained again"
 
 
+def test_a_finished_run_is_the_same_on_another_machine_and_after_an_upgrade(
+    sft: Path, dpo: Path, task: Path, tmp_path
+):
+    folder = shutil.copytree(dpo, tmp_path / "dpo")
+    config = yaml.safe_load((folder / "run_config.yaml").read_text())
+    del config["weight_decay"]  # a flag that the older TRL did not have
+    (folder / "run_config.yaml").write_text(yaml.safe_dump(config | {"use_cpu": False, "gone_since": 1}))
+    run("dpo", *dpo_args(sft, task, folder))
+    with pytest.raises(UserError, match=r"weight_decay: 0\.5"):
+        run("dpo", *dpo_args(sft, task, folder), "--weight_decay", "0.5")
+
+
+def test_a_failed_push_is_tried_again(task: Path, tiny_model: Path, tmp_path: Path, monkeypatch, capsys):
+    pushed = []
+
+    def push_to_hub(trainer: Trainer, **kwargs: object) -> None:
+        pushed.append({path.name for path in tmp_path.iterdir()})
+        if len(pushed) == 1:
+            raise OSError("no network")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer: None)
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda trainer, folder: None)
+    monkeypatch.setattr(Trainer, "push_to_hub", push_to_hub)
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--output_dir", tmp_path,
+             "--max_steps", "2", "--eval_strategy", "no", "--push_to_hub", "true"]  # fmt: skip
+    with pytest.raises(UserError, match=r"could not be pushed to the Hub \(no network\); run the same command again"):
+        run("sft", *flags)
+    run("sft", *flags)
+    assert "Resuming from" in capsys.readouterr().out, "it is trained again"
+    run("sft", *flags)
+    assert len(pushed) == 2, "a pushed run is pushed again"
+    for names in pushed:
+        assert {"README.md", "curves.png", "train_results.json", "model.safetensors"} <= names, "pushed too early"
+
+
 def test_reference_cache_knows_ld_alpha(sft: Path, dpo: Path, task: Path, tmp_path: Path):
     run("dpo", *dpo_args(sft, task, tmp_path), "--ld_alpha", "0.5", "--max_steps", "1")
-    assert log(tmp_path, "loss")[0] == pytest.approx(0.6931, abs=1e-3), "log-probs of another ld_alpha were taken"
+    assert log(tmp_path, "loss")[0] == pytest.approx(0.6931, abs=1e-3), "log-probs of a different ld_alpha were taken"
 
 
 @pytest.mark.parametrize(
@@ -152,10 +188,15 @@ def test_rates_are_those_of_what_was_packed(sft: Path, task: Path, tiny_tokenize
     assert "padding" not in read_results(tmp_path / "false"), "padded batches, prompts in them twice, count as packed"
 
 
-def test_sft_of_trl_counts_the_same_tokens(sft: Path, task: Path, tiny_model: Path, tmp_path: Path):
+def test_padded_sft_counts_the_same_tokens(sft: Path, task: Path, tiny_model: Path, tmp_path: Path):
     run("sft", "--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--output_dir", tmp_path,
-        "--max_steps", "12", "--shared_prefix", "false", "--packing", "true", "--eval_strategy", "no")  # fmt: skip
+        "--max_steps", "12", "--shared_prefix", "false", "--eval_strategy", "no", "--logging_steps", "100",
+        "--completion_only_loss", "false")  # fmt: skip
     assert tokens_per_pair(tmp_path) == pytest.approx(tokens_per_pair(sft), rel=2e-3)
+    card = (tmp_path / "README.md").read_text()
+    assert "answers, prompts included" in card
+    assert "curves.png" not in card, "nothing was logged to draw"
+    assert "answers, completion tokens only" in (sft / "README.md").read_text()
 
 
 @pytest.mark.parametrize("tied", [True, False])

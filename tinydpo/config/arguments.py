@@ -1,4 +1,4 @@
-"""The flags beyond TRL's own: which pairs, how they lie in rows, and how a recipe runs on any number of devices."""
+"""The flags beyond TRL's own: which pairs, how they are packed, and how a recipe runs on any number of devices."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from transformers.hf_argparser import HfArg
 
 OneOrMore = None | str | list[str]  # HfArgumentParser fails where `list` is second
-MESSAGE_KEYS = ("role", "content")  # the names in --column that stand for keys of messages, not for columns
+MESSAGE_KEYS = ("role", "content")  # the names in --column that mean keys of messages, not columns
 PER_DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_revision", "dataset_data_dir", "dataset_weights")
 
 
@@ -35,9 +35,9 @@ class DataArguments:
     dataset_data_dir: OneOrMore = HfArg(default=None, help="Folder to read, such as harmless-base.")
     dataset_weights: list[float] | None = HfArg(default=None, help="Share of a dataset's rows to train on, up to 1.")
     max_train_pairs: int | None = HfArg(default=None, help="Rows to draw from the train split, for a first try.")
-    max_test_pairs: int | None = HfArg(default=None, help="Held-out rows to draw, likewise.")
+    max_test_pairs: int | None = HfArg(default=None, help="Held-out rows to draw.")
     dataset_train_split: str = HfArg(default="train", help="Split to train on.")
-    dataset_test_split: str = HfArg(default="test", help="Held-out split; if there is none, part of train is.")
+    dataset_test_split: str = HfArg(default="test", help="Held-out split; without it, part of train is held out.")
     test_split_size: float = HfArg(default=0.05, help="Share of train to hold out then, the same rows in every stage.")
     column: list[str] | None = HfArg(
         default=None,
@@ -54,7 +54,7 @@ class DataArguments:
         if not all(0 < weight <= 1 for weight in self.dataset_weights or ()):
             raise ValueError(f"dataset_weights are shares above 0 and up to 1, got {self.dataset_weights}")
         if not 0 < self.test_split_size < 1:
-            raise ValueError(f"test_split_size must lie between 0 and 1, got {self.test_split_size}")
+            raise ValueError(f"test_split_size must be between 0 and 1, got {self.test_split_size}")
 
     @property
     def names(self) -> str:
@@ -81,7 +81,7 @@ def list_sources(settings: Mapping[str, Any]) -> list[Source]:
 
 
 def parse_renames(pairs: list[str] | None) -> dict[str, str]:
-    """`THEIRS=OURS` pairs of `--column` or `--role` as a mapping (ValueError: one has no such form)."""
+    """`THEIRS=OURS` pairs of `--column` or `--role` as a mapping (ValueError: one is malformed)."""
     names = {}
     for pair in pairs or ():
         theirs, _, ours = pair.rpartition("=")
@@ -98,7 +98,7 @@ def as_list(value: str | list | None) -> list:
 
 @dataclass
 class RowArguments:
-    """How pairs lie in the rows that a model computes."""
+    """How pairs are packed into the rows that a model computes."""
 
     shared_prefix: bool = HfArg(
         default=True,
@@ -151,7 +151,7 @@ class Reference(NamedTuple):
 
 
 def find_reference(settings: dict[str, Any]) -> Reference | None:
-    """A run's reference; None where it is the model that training starts from, or the run has none."""
+    """A run's reference; None if it is the model that training starts from, or the run has no reference."""
     name = settings.get("ref_model_name_or_path")
     revision = settings.get("ref_model_revision")
     start = (settings["model_name_or_path"], settings.get("model_revision") or "main")

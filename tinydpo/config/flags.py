@@ -1,6 +1,6 @@
 """Flags of TRL and transformers that would mislead here: accepted without effect, or with a harmful one.
 
-Those are refused with what to do instead; every other flag is passed on to its library as it is.
+Each refusal says what to do instead. Every flag that is not listed here is passed on to its library as it is.
 """
 
 from dataclasses import fields
@@ -32,6 +32,10 @@ REFUSED_ALWAYS = {
     "enable_jit_checkpoint": "but SIGTERM saves a checkpoint already (docs/reliability.md); leave it out",
     "auto_find_batch_size": "but it would change the pairs per step; lower --per_device_train_batch_size instead",
     "dataloader_drop_last": "but it would leave pairs out of evaluation; leave it out",
+    "packing": "but rows are packed already, unless --shared_prefix is false; leave it out",
+    "eval_packing": "but rows are packed already, unless --shared_prefix is false; leave it out",
+    "batch_eval_metrics": "but metrics are computed over all rows at once; leave it out",
+    "eval_do_concat_batches": "but metrics are computed over all rows at once; leave it out",
     "use_liger_kernel": "but its kernels replace the checked forward of packed rows; leave it out",
 }
 # What shards a model is checked before anything is loaded, from the accelerate file (`launch`).
@@ -40,8 +44,7 @@ REFUSED_ALWAYS |= dict.fromkeys(
     "but the accelerate file decides that; start with accelerate_configs/fsdp.yaml, zero2.yaml or zero3.yaml",
 )
 REFUSED_FOR_PACKED_ROWS = {
-    "packing": "but rows are packed already, up to --row_length tokens; leave it out",
-    "eval_packing": "but rows are packed already, up to --row_length tokens; leave it out",
+    "pad_to_multiple_of": "but packed rows have their own padding; pass --shared_prefix false, or leave it out",
     "neftune_noise_alpha": "but its noise depends on a sequence's length; pass --shared_prefix false, or leave it out",
 }
 
@@ -61,7 +64,8 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
         refused |= _refuse_for_dpo(settings)
     for flag, reason in refused.items():
         value = settings.get(flag)
-        if value not in (None, False, defaults.get(flag)):
+        default = defaults.get(flag)
+        if value != default and (value or default):  # None, False and [] all mean off
             raise UserError(f"{flag} is {value}, {reason}")
 
 
@@ -86,7 +90,9 @@ def _refuse_for_dpo(settings: Settings) -> dict[str, str]:
     if not losses & SMOOTHED_LOSSES:
         refused["label_smoothing"] = f"but {', '.join(sorted(losses))} ignores it; for robust DPO see docs/losses.md"
     if losses & {"aot", "aot_unpaired"}:
-        refused["use_weighting"] = "but the aot losses sort answers, so that weights would go to other pairs; drop one"
+        refused["use_weighting"] = (
+            "but the aot losses sort answers, so that weights would go to the wrong pairs; drop one"
+        )
     if settings["precompute_ref_log_probs"]:
         refused["sync_ref_model"] = "but the reference is fixed; pass --precompute_ref_log_probs false as well"
     elif settings["use_peft"] or settings.get("ref_model_name_or_path"):

@@ -47,7 +47,7 @@ def fill_defaults(settings: dict[str, Any]) -> None:
 def _fill_precision(settings: dict[str, Any], asked: dict[str, Any]) -> None:
     """By order: `--fp16`, the accelerate file on a GPU, the run that is resumed, or bf16 where it is fast."""
     precision = _get_mixed_precision(asked)
-    before = RunFolder(settings["output_dir"] or "").read_config()
+    before = RunFolder(settings["output_dir"]).read_config()
     if settings["fp16"]:
         settings["bf16"] = False
     elif precision in DTYPES and not settings["use_cpu"]:
@@ -106,7 +106,7 @@ def prepare_process(training_args: Any, model_args: Any, accelerate_config: str 
     else:
         torch.set_float32_matmul_precision("high" if training_args.tf32 else "highest")
     if training_args.n_gpu > 1:
-        training_args._n_gpu = 1  # or one process would take all GPUs (nn.DataParallel), each with a batch of its own
+        training_args._n_gpu = 1  # or one process would take all GPUs (nn.DataParallel), each with its own batch
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
@@ -130,13 +130,13 @@ def _quiet_libraries() -> None:
 
 
 def check_launch(training_args: Any, accelerate_config: str | None) -> None:
-    """Refuse a run that is not what the accelerate file asks for; without the file, the launcher's environment."""
+    """Refuse a run that differs from what the accelerate file, or else the launcher's environment, asks for."""
     asked = read_yaml(accelerate_config) if accelerate_config else {}
     file = accelerate_config or "the launcher"
     running = training_args.distributed_state.num_processes
     launched = int(os.environ.get("WORLD_SIZE", 1))
     needed = asked.get("num_processes", launched)
-    if not running == launched == needed:  # accelerate started fewer, or ones that do not know of each other
+    if not running == launched == needed:  # accelerate started fewer, or independent ones
         raise UserError(
             f"{file} asks for {needed} processes and {running} run together; start with `accelerate launch`, and on "
             "CPUs with `distributed_type: MULTI_GPU` and `use_cpu: true`, as accelerate_configs/multi_cpu.yaml does"
@@ -160,7 +160,7 @@ def _check_sharding(training_args: Any, file: str) -> None:
     sharding = _get_sharding()
     if sharding == "ZeRO-3" and getattr(training_args, "precompute_ref_log_probs", False):
         raise UserError(
-            "precompute_ref_log_probs is True, but under ZeRO-3 their cache cannot tell one reference from another; "
+            "precompute_ref_log_probs is True, but under ZeRO-3 their cache cannot distinguish references; "
             "pass --precompute_ref_log_probs false"
         )
     needed = {"FSDP2": FSDP_NEEDS, "ZeRO-3": ZERO3_NEEDS}.get(sharding, {})

@@ -1,6 +1,6 @@
 """From a recipe and the command line to dataclasses, strictly.
 
-A recipe is a YAML file whose keys are flags. Its values are converted as if they stood on the command line, which
+A recipe is a YAML file whose keys are flags. Its values are converted as if they were on the command line, which
 wins over it. An unknown, misspelt or abbreviated key, or a value of the wrong type, is one sentence that names it.
 """
 
@@ -22,14 +22,13 @@ from tinydpo.errors import UserError
 from tinydpo.files import read_yaml
 from tinydpo.run_folder import RunFolder
 
-# A revision pinned in a recipe belongs to the recipe's own model or dataset: naming another one drops it.
-REVISIONS = {
-    "model_name_or_path": "model_revision",
-    "ref_model_name_or_path": "ref_model_revision",
-    "dataset_name": "dataset_revision",
-}
-# Settings that describe the dataset they stand with, and no other.
+# Settings that describe one model or dataset: if the command line names a different one, a recipe's are dropped.
 DATASET_KEYS = {"dataset_config", "dataset_revision", "dataset_data_dir", "dataset_weights", "column", "role"}
+KEYS_OF_SOURCE = {
+    "model_name_or_path": {"model_revision"},
+    "ref_model_name_or_path": {"ref_model_revision"},
+    "dataset_name": DATASET_KEYS,
+}
 
 
 def parse_args(*types: type, **options: Any) -> tuple:
@@ -56,13 +55,12 @@ def parse_training_args(
     command_line = parser.parse_given(argv)
     path = command_line.pop("config", None)
     recipe = {} if path is None else parser.parse_recipe(path, ignored)
+    for name, keys in KEYS_OF_SOURCE.items():
+        if name in recipe and name in command_line and as_list(recipe[name]) != as_list(command_line[name]):
+            recipe = {key: value for key, value in recipe.items() if key not in keys}
     given = recipe | command_line
     from_run = _read_run_defaults(given, parser.defaults, given.get(defaults_from_run))
     settings = parser.defaults | from_run | given
-    for name, revision in REVISIONS.items():
-        other = name in recipe and as_list(recipe[name]) != as_list(given[name])
-        if other and revision not in command_line:
-            settings[revision] = parser.defaults[revision]
     try:
         if "bf16" in settings:  # a training script
             _fill_training_settings(settings, path, command_line)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tinydpo.errors import UserError, is_disk_full, iter_causes
 
-OTHERWISE = "check the name and the network, give a local path, or run `make quickstart`, which needs neither"
+OFFLINE_HINT = "check the name and the network, give a local path, or run `make quickstart`, which needs neither"
 TRAIN_FIRST = "check the name, or train it first: `make sft`, `make dpo`, `make reward` or `make quickstart`"
 
 
@@ -21,7 +21,7 @@ def explain_load_errors(
 
     `also` are errors to turn besides those of files, networks and the Hub.
     """
-    import httpx2  # what huggingface_hub speaks through; some of its errors come out as they are
+    import httpx2  # huggingface_hub's client; some of its errors are not wrapped
     import safetensors
 
     try:
@@ -45,18 +45,18 @@ def _explain(error: Exception, kind: str, name: str, revision: str | None) -> st
         return f"{kind} {name} is gated: accept its terms on the Hub and log in with `hf auth login`"
     if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) and not Path(name).exists():
         # What cannot be a Hub id, such as runs/recipe/sft, was meant as a path.
-        advice = TRAIN_FIRST if kind == "model" and caused_by(hub.HFValidationError) else OTHERWISE
+        advice = TRAIN_FIRST if kind == "model" and caused_by(hub.HFValidationError) else OFFLINE_HINT
         return f"there is no {kind} {name!r} on the Hub and no such local path; {advice}"
     if caused_by(hub.RevisionNotFoundError):
         return f"{kind} {name} has no revision {revision!r}; check --{kind}_revision"
     if caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
-        return f"{kind} {name} is not in the cache and the Hub cannot be reached; {OTHERWISE}"
+        return f"{kind} {name} is not in the cache and the Hub cannot be reached; {OFFLINE_HINT}"
     if caused_by(safetensors.SafetensorError):
         return f"{kind} {name}: a weights file is cut or damaged ({error}); download or save it again"
     if "trust_remote_code" in str(error):
-        return f"{kind} {name} brings code of its own; read it, and pass --trust_remote_code true if you trust it"
+        return f"{kind} {name} brings its own code; read it, and pass --trust_remote_code true if you trust it"
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return f"{kind} {name} could not be loaded ({reason}); {OTHERWISE}"
+    return f"{kind} {name} could not be loaded ({reason}); {OFFLINE_HINT}"
 
 
 def download_dataset(name: str, revision: str | None, data_dir: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""Models and tokenizers of checkpoints: safetensors only, and no code that a model brings along.
+"""Load models and tokenizers: safetensors only, and a model's own code only with `--trust_remote_code`.
 
 A LoRA adapter counts as a model: it is merged into its base's weights as it is loaded.
 """
@@ -67,7 +67,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         folder = name
         if not Path(name).exists():
             # AutoTokenizer takes a failed request for a file that does not exist, and without config.json it may
-            # return a tokenizer of another type. So the files are downloaded first.
+            # return a tokenizer of the wrong type. So the files are downloaded first.
             patterns = [*TOKENIZER_FILES, "*.py"] if trust_remote_code else TOKENIZER_FILES
             folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -108,7 +108,7 @@ def merge_adapter(folder: Path, base: str | None = None) -> Any:
         base: folder or Hub id of the base; by default the one that the adapter names.
 
     Raises:
-        UserError: the base is quantized, or has other weights than the adapter was trained on.
+        UserError: the base is quantized, or has different weights from those that the adapter was trained on.
     """
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
@@ -118,7 +118,10 @@ def merge_adapter(folder: Path, base: str | None = None) -> Any:
     base = base or own_base
     recorded = RunFolder.of_model(folder).read_environment().get("base_sha256")
     if recorded and Path(base).is_dir() and recorded != hash_weights(Path(base)):
-        raise UserError(f"base {base} has other weights than adapter {folder} was trained on: train the adapter again")
+        raise UserError(
+            f"base {base} has different weights from those that adapter {folder} was trained on; train the adapter "
+            "again"
+        )
     model, _ = load_pretrained(AutoModelForCausalLM, base, adapter.revision if base == own_base else None)
     if getattr(model.config, "quantization_config", None):
         raise UserError(f"base {base} is quantized; merge adapter {folder} into the same weights in full precision")
@@ -127,7 +130,7 @@ def merge_adapter(folder: Path, base: str | None = None) -> Any:
 
 
 def refuse_adapter(name: str, needed: str, instead: str) -> None:
-    """Refuse a local adapter where TRL would load a model (UserError that says how to make one of it)."""
+    """Refuse a local adapter where TRL would load a model (UserError that says how to merge it)."""
     if (Path(name) / ADAPTER_CONFIG).exists():
         raise UserError(
             f"{name} is an adapter, and {needed}: merge it into its base with "

@@ -1,6 +1,6 @@
-"""What a device computes fast in, and float32 from the LM head on, whatever the blocks compute in.
+"""Which dtype is fast on a device, and float32 from the LM head on, whatever the blocks compute in.
 
-A pretrained GPT-2's logits lie many tens below zero, where bfloat16 has steps of a quarter or a half: rounded to them,
+A pretrained GPT-2's logits are many tens below zero, where bfloat16 has steps of a quarter or a half: rounded to them,
 a pair's margin errs by more than DPO moves it. So weights stay float32, blocks may compute in half precision under
 autocast, and the LM head gives float32 outside of it. Where hardware multiplies short inputs fast and still sums in
 float32 (TF32 on GPUs, bf16 on CPUs with AMX), the head's products use it.
@@ -66,7 +66,9 @@ def use_float32_head(model: Any) -> Any:
 
     def project(hidden: torch.Tensor) -> torch.Tensor:
         bias = None if head.bias is None else head.bias.float()
-        with torch.autocast(hidden.device.type, enabled=False), matmul_precision(precision):
+        is_float32 = getattr(model, "compute_dtype", None) == torch.float32  # inside `float32_mode`
+        products = matmul_precision("highest" if is_float32 else precision)
+        with torch.autocast(hidden.device.type, enabled=False), products:
             return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
     head.forward = project

@@ -62,20 +62,11 @@ def get_stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
-def pad_with_end_token(tokenizer: Any, templated: bool) -> Any:
-    """The tokenizer, padding with the token that training puts at the end of an answer (see `get_end_token_id`).
-
-    A reward model then scores an answer by its last word, whether it is whole or cut.
-    """
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(get_end_token_id(tokenizer, templated))
-    return tokenizer
-
-
 def reset_generation_config(model: Any, tokenizer: Any) -> None:
     """Make a saved model sample from its own distribution, and stop where it has learned to.
 
-    The config is made anew: transformers' default keeps the 50 likeliest tokens, and a checkpoint's own may hold a
-    repetition penalty, forced tokens or anything else that reshapes what the model has learned.
+    The config is built from scratch: transformers' default keeps the 50 likeliest tokens, and a checkpoint's own may
+    hold a repetition penalty, forced tokens or anything else that reshapes what the model has learned.
     """
     from transformers import GenerationConfig
 

@@ -1,7 +1,7 @@
 """How training ends before its last step: on SIGTERM, with its launcher, or because it diverged.
 
 transformers' own `enable_jit_checkpoint` waits three seconds in each process by itself, so that several processes stop
-at different steps and wait for each other for ever. Here they agree at the end of each step.
+at different steps and deadlock. Here they agree at the end of each step.
 """
 
 import math
@@ -20,7 +20,7 @@ from tinydpo.errors import UserError
 # Read when this module is imported, before the reference pass: the launcher may be gone when training begins.
 LAUNCHER_PID = os.getppid()
 LAUNCHER_VARIABLES = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by accelerate launch and torchrun
-# A loss above this many times the first logged one (this many nats, where that was below one) never comes back.
+# A loss above this many times the first logged one (this many nats, where that was below one) does not recover.
 DIVERGENCE_FACTOR = 100.0
 
 
@@ -46,7 +46,7 @@ class StopOnSignal(TrainerCallback):
         signal.signal(signal.SIGTERM, self._previous_handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._has_launcher and os.getppid() != LAUNCHER_PID:  # orphans get another parent
+        if self._has_launcher and os.getppid() != LAUNCHER_PID:  # orphans get a new parent
             self.reason = self.reason or "the launcher's end"
         stop = torch.tensor(bool(self.reason), dtype=torch.int32)
         if self._group:
@@ -55,7 +55,7 @@ class StopOnSignal(TrainerCallback):
             self.reason = self.reason or "SIGTERM to another process"
             control.should_save = True
             control.should_training_stop = True
-            control.should_evaluate = False  # whoever sent the signal may not wait for it
+            control.should_evaluate = False  # the sender of the signal may not wait for it
             args.save_total_limit = None  # at the end of training transformers may delete all but the best checkpoint
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -65,18 +65,14 @@ class StopOnSignal(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Ends a run whose loss is not finite any more, or a hundred times that of its start."""
-
-    def __init__(self):
-        self._bound: float | None = None
+    """Ends a run whose loss is no longer finite, or a hundred times its first one."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "loss" not in logs:
             return
         loss = logs["loss"]
-        if self._bound is None:
-            self._bound = DIVERGENCE_FACTOR * max(1.0, abs(loss))
-        if not math.isfinite(loss) or abs(loss) > self._bound:
+        first = next(entry["loss"] for entry in state.log_history if "loss" in entry)  # before a resume, too
+        if not math.isfinite(loss) or abs(loss) > DIVERGENCE_FACTOR * max(1.0, abs(first)):
             raise UserError(
                 f"the loss is {loss:g} at step {state.global_step}: training has diverged; lower --learning_rate (now "
                 f"{args.learning_rate:g}) and pass another --output_dir"
@@ -84,10 +80,10 @@ class StopOnDivergence(TrainerCallback):
 
 
 def ignore_group_sigterm(worker_init: Callable[[int], None] | None, worker: int) -> None:
-    """For a data loader's worker: end on SIGTERM from its own process only, not from whoever stops the whole run.
+    """For a data loader's worker: end on SIGTERM from its own process only, not when the whole run is stopped.
 
     Slurm and accelerate's launcher signal every process of a run. A worker that ended on that would take its process
-    down with it, which still wants to save.
+    down with it before it has saved.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 

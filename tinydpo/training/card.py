@@ -46,6 +46,7 @@ def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], l
         loss=format_loss(settings) if is_dpo else None,
         train=prepared.summary["train"],
         results=figures,
+        curves=run.curves_file.name if run.curves_file.exists() else None,
         trend=describe_rewards(log, settings["beta"]) if is_dpo else "",
         notice=CONTENT_NOTICE if is_hh(settings["dataset_name"]) else None,
     )

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or do not count.
 
-transformers resumes from the highest-numbered folder whatever is in it: a truncated file is a traceback, and a missing
-optimizer silently changes the result. Here a checkpoint's last file, its seal, lists all others with their sizes. A
-folder that does not match its seal is set aside for the one before it.
+transformers resumes from the highest-numbered folder, whatever is in it: a truncated file is a traceback, and a
+missing optimizer silently changes the result. Here a checkpoint's last file, its seal, lists all others with
+their sizes. A folder that does not match its seal is set aside, and the one before it is used.
 """
 
 import shutil
@@ -34,7 +34,7 @@ class SealedCheckpointsMixin:
         return loader
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: TRL would at every checkpoint, and `card` does when there are results."""
+        """Do nothing: TRL would write one at every checkpoint, and `card` writes it when there are results."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._check_finite_weights(model)
@@ -79,7 +79,7 @@ def find_resume_checkpoint(trainer: Any) -> str | None:
         fault = find_fault(Path(checkpoint))
         if fault:
             raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: {fault}; leave it out to go on from the last complete one"
+                f"--resume_from_checkpoint {checkpoint}: {fault}; leave it out to resume from the last complete one"
             )
     elif trainer.is_world_process_zero():
         checkpoint = find_last_complete(Path(trainer.args.output_dir))
@@ -88,14 +88,17 @@ def find_resume_checkpoint(trainer: Any) -> str | None:
         return None
     if not all(gather_object([Path(checkpoint).is_dir()])):
         raise UserError(
-            f"not every machine of this run has {checkpoint}, from which it goes on; they need one shared --output_dir"
+            f"not every machine of this run has {checkpoint}, from which it resumes; they need one shared --output_dir"
         )
-    trainer.accelerator.print(f"Going on from {checkpoint}.")
+    trainer.accelerator.print(f"Resuming from {checkpoint}.")
     return checkpoint
 
 
 def find_last_complete(run: Path) -> str | None:
-    """The last complete checkpoint of a run, or None; broken ones after it are set aside until the next start."""
+    """The last complete checkpoint of a run, or None.
+
+    Broken ones after it are set aside. They are kept for inspection until the next start.
+    """
     for earlier in run.glob("_broken-*"):
         shutil.rmtree(earlier)
     for path in reversed(sort_checkpoints(str(run))):

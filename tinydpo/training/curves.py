@@ -26,7 +26,7 @@ PANELS = [
 
 
 def select_panels(log_history: list[dict[str, Any]]) -> list[Panel]:
-    """The panels that a run's log has something for."""
+    """The panels for which a run's log has values."""
     logged = {key for entry in log_history for key in entry}
     return [panel for panel in PANELS if any(key in logged for key, *_ in panel[2])]
 
@@ -60,7 +60,7 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
 
 
 def describe_rewards(log_history: Sequence[dict[str, Any]], beta: float) -> str:
-    """A sentence on a run's last implicit rewards, held-out ones where there are some; "" where none were logged."""
+    """A sentence on a run's last implicit rewards, held-out ones if there are any; "" if the log has no rewards."""
     chosen = _get_last(log_history, "rewards/chosen")
     rejected = _get_last(log_history, "rewards/rejected")
     if chosen is None or rejected is None:

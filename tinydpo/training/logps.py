@@ -1,4 +1,4 @@
-"""Log-probs of completions under a model: what every figure of the evaluation is made of.
+"""Log-probs of completions under a model: the basis of every figure of the evaluation.
 
 Prompts are computed once and rows packed (`packing`), or, for models that cannot take such rows, sequences padded. The
 LM head runs only where a completion token is predicted, through the model's own `logits_to_keep`, so that whatever a
@@ -95,7 +95,7 @@ def _get_tree_logps(
 
 
 def _check_packed_rows(model: PreTrainedModel, trees: list[Tree], row_length: int) -> None:
-    """Refuse a model that computes other log-probs for these trees in a packed row than in its plain forward."""
+    """Refuse a model whose log-probs for these trees in a packed row differ from those of its plain forward."""
     check_packable(model, row_length)
     row = fill_row(trees, row_length)
     check_same_results(
@@ -112,7 +112,7 @@ def _get_batch_logps(
 ) -> list[torch.Tensor]:
     """Token log-probs, on the CPU: of the first completion of every tree, then of every second one, and so on."""
     completions_per_tree = len(trees[0][1])
-    if row_length is None:  # each completion in a row of its own, behind a copy of the prompt
+    if row_length is None:  # each completion in its own row, behind a copy of the prompt
         trees = [(prompt, (completions[i],)) for i in range(completions_per_tree) for prompt, completions in trees]
         completions_per_tree = 1
     packed = {name: values.to(model.device) for name, values in pack(trees, row_length, rows).items()}

@@ -25,7 +25,7 @@ from tinydpo.training.packing import Tree, build_model_inputs, count_tokens
 # and backward of 664 positions over GPT-2's vocabulary took 3.5 s, with 1,024 columns 1.6 s, on two cores.
 CPU_TILE = 1024
 PER_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-INSTEAD = "pass --shared_prefix false, which runs the plain padded forward"
+USE_PADDED_HINT = "pass --shared_prefix false, which runs the plain padded forward"
 
 # How far packed rows may be from the plain forward: the root mean square, over tokens, of the difference in
 # natural-log probability. In float32 rounding makes some 1e-6.
@@ -104,17 +104,19 @@ def check_packable(model: PreTrainedModel, row_length: int) -> None:
     config = model.config.get_text_config()
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        raise UserError(f"{name} takes no position ids, which packed rows need; {INSTEAD}")
+        raise UserError(f"{name} takes no position ids, which packed rows need; {USE_PADDED_HINT}")
     window = get_attention_window(config)
     if window is not None and window < row_length:
-        raise UserError(f"{name} attends over {window} tokens, but packed rows have up to {row_length}; {INSTEAD}")
+        raise UserError(
+            f"{name} attends over {window} tokens, but packed rows have up to {row_length}; {USE_PADDED_HINT}"
+        )
     if config._attn_implementation not in ("sdpa", "eager"):
         raise UserError(
             f"attn_implementation {config._attn_implementation} takes no 4-D mask, which packed rows need; pass "
-            f"--attn_implementation sdpa, or {INSTEAD}"
+            f"--attn_implementation sdpa, or {USE_PADDED_HINT}"
         )
     if hasattr(config, "output_router_logits"):  # TRL asks for them, whatever the value in the config
-        raise UserError(f"{name} is a mixture of experts, balanced over padded sequences; {INSTEAD}")
+        raise UserError(f"{name} is a mixture of experts, balanced over padded sequences; {USE_PADDED_HINT}")
 
 
 def get_attention_window(config: Any) -> int | None:
@@ -164,18 +166,18 @@ def check_same_results(
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"{name} cannot compute packed rows ({error}); {INSTEAD}") from error
+            raise UserError(f"{name} cannot compute packed rows ({error}); {USE_PADDED_HINT}") from error
     difference = (packed - plain).float().square().mean().sqrt().item()
     tolerance = FLOAT32_TOLERANCE if in_float32 else LOW_PRECISION_TOLERANCE
     if not difference <= tolerance:  # NaN is refused too
         raise UserError(
-            f"{name} gives other results in packed rows than in its plain forward (by {difference:.2g} on average; "
-            f"rounding makes less than {tolerance:g}), so it ignores position_ids or the 4-D mask; {INSTEAD}"
+            f"{name} gives different results in packed rows and in its plain forward (by {difference:.2g} on average; "
+            f"rounding makes less than {tolerance:g}), so it ignores position_ids or the 4-D mask; {USE_PADDED_HINT}"
         )
 
 
 def compile_blocks(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Compile a model's transformer blocks: one graph serves all, a second one batches of a single row."""
+    """Compile a model's transformer blocks: one graph serves all, and a second one batches of a single row."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True, **options)

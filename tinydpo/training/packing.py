@@ -1,4 +1,4 @@
-"""Rows without padding: prompts and their completions side by side, none seeing another.
+"""Rows without padding: prompts and their completions side by side, unable to see each other.
 
 A tree is a prompt with its completions, laid out in one row as `prompt | completion | completion …`. The prompt is
 computed once. Positions of every completion continue from the prompt's end, and a mask keeps the completions of a
@@ -60,7 +60,7 @@ def pack(
 ) -> dict[str, torch.Tensor]:
     """Lay trees, whose prompts have at least one token, out in rows.
 
-    A row holds at most `row_length` tokens; None gives each tree a row of its own. `rows` holds for each row the
+    A row holds at most `row_length` tokens; None gives each tree its own row. `rows` holds for each row the
     indices of its trees; by default `assign_rows` decides.
 
     Returns:

@@ -1,12 +1,13 @@
 """Everything before a trainer is built: flags, processes, the run's folder, tokenizer, models and data.
 
-Each check comes before the expensive work that it could spare.
+Each check comes before the expensive work that it could save.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,18 +28,18 @@ from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.loading import check_same_vocabulary, load_tokenizer, refuse_adapter
 from tinydpo.run_folder import RunFolder
 
-# Where and how loudly a run runs, not what it trains: these settings may change before it is resumed.
+# Where a run executes and how much it logs, not what it trains: these settings may change before it is resumed.
 NOT_COMPARED = {
     "accelerate_config", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "dataset_num_proc", "ddp_timeout", "disable_tqdm", "hub_always_push", "hub_model_id", "hub_private_repo",
     "hub_revision", "hub_strategy", "local_rank", "log_level", "log_level_replica", "output_dir",
     "per_device_eval_batch_size", "precompute_ref_batch_size", "project", "push_to_hub", "report_to",
-    "resume_from_checkpoint", "run_name", "save_total_limit", "trackio_space_id",
+    "resume_from_checkpoint", "run_name", "save_total_limit", "trackio_space_id", "use_cpu",
 }  # fmt: skip
 
 
 class PreparedRun(NamedTuple):
-    """What a trainer needs besides its model, and what its folder will say about it."""
+    """What a trainer needs besides its model, and what is recorded in its folder."""
 
     stage: str  # "sft", "dpo" or "reward"
     settings: dict[str, Any]  # every setting with its value
@@ -58,7 +59,7 @@ def prepare_training(
     check_flags(stage, settings, training, model)
     check_reporters(training)
     prepare_process(training, model, run.accelerate_config)
-    if is_finished(RunFolder(training.output_dir), settings):
+    if is_finished(RunFolder(training.output_dir), settings, (data, run, training, model)):
         return None
     tokenizer = load_and_check_models(training, model, settings)
     need_pairs = stage != "sft"  # SFT does without rejected answers
@@ -70,34 +71,39 @@ def prepare_training(
     test = None
     if training.eval_strategy != "no":
         test = splits["test"].pairs
-        if len(test) > run.eval_pairs:  # the same ones in every run
+        if len(test) > run.eval_pairs:  # the same rows in every run
             test = test.shuffle(seed=HOLD_OUT_SEED).select(range(run.eval_pairs))
     return PreparedRun(stage, settings, tokenizer, splits["train"].pairs, test, summary)
 
 
-def is_finished(run: RunFolder, settings: dict[str, Any]) -> bool:
+def is_finished(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> bool:
     """Whether the folder holds this very run, finished (UserError: it cannot become it)."""
     if run.is_started:
-        _check_same_settings(run, settings)
-    if broadcast_object_list([run.is_finished])[0]:  # another machine may have another folder
+        _check_same_settings(run, settings, configs)
+    if broadcast_object_list([run.is_finished])[0]:  # machines may not share the folder
         if not get_rank():
             print(f"{run.path} holds this run, finished; delete the folder to train again.")
         return True
     nearest = next(path for path in (run.path, *run.path.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"output_dir {run.path}: {nearest} cannot be written to; choose another")
+        raise UserError(f"output_dir {run.path}: {nearest} cannot be written to; choose another folder")
     if run.path.exists():
         with lock_folder(run):  # a second run is refused now, not after an hour of reference log-probs
             pass
     return False
 
 
-def _check_same_settings(run: RunFolder, settings: dict[str, Any]) -> None:
+def _check_same_settings(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> None:
+    """`configs` are the dataclasses whose fields are the keys of `settings`."""
     before = run.read_config()
     now = to_yaml_values(settings)
     ignored = set(NOT_COMPARED)
     if now.get("pairs_per_step"):  # from which these follow
         ignored |= {"gradient_accumulation_steps", "per_device_train_batch_size"}
+    # After an upgrade, TRL and transformers have new flags, which change nothing at their defaults, and lack others.
+    defaults = to_yaml_values({field.name: field.default for config in configs for field in fields(config)})
+    ignored |= {key for key in now.keys() - before.keys() if now[key] == defaults.get(key)}
+    ignored |= before.keys() - settings.keys()
     key = find_difference(before, now, ignored)
     if key:
         raise UserError(
@@ -141,14 +147,16 @@ def apply_tokenizer_flags(tokenizer: Any, training: Any) -> None:
     eos_token = getattr(training, "eos_token", None)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise UserError(f"eos_token is {eos_token!r}, which is no token of {tokenizer.name_or_path}; name one")
+            raise UserError(
+                f"eos_token is {eos_token!r}, which is not a token of {tokenizer.name_or_path}; name one that is"
+            )
         tokenizer.eos_token = eos_token
     template = getattr(training, "chat_template_path", None)
     if template is not None:
         if not Path(template).is_file() or Path(template).suffix not in (".jinja", ".j2"):
             raise UserError(
                 f"chat_template_path is {template}; give a .jinja or .j2 file (another model's folder has "
-                "chat_template.jinja), whose special tokens the model must know: none are added"
+                "chat_template.jinja), whose special tokens the model must know, as they are not added"
             )
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
 
@@ -159,7 +167,7 @@ def check_model(
     """Refuse a model whose run has not finished, that has too few positions, or fewer embeddings than tokens."""
     run = RunFolder(name)
     if run.is_started and not run.is_finished:
-        raise UserError(f"{name} holds a run that has not finished; run the command that began it again, it goes on")
+        raise UserError(f"{name} holds a run that has not finished; rerun the command that started it to resume")
     if (run.path / "adapter_config.json").exists():
         return
     with explain_load_errors("model", name, revision):
@@ -199,5 +207,5 @@ def explain_trainer_errors(model: Any) -> Iterator[None]:
     try:
         with explain_load_errors("model", model.model_name_or_path, model.model_revision, also=()):
             yield
-    except (ValueError, NotImplementedError, ImportError, TypeError) as error:
+    except (ValueError, NotImplementedError, ImportError) as error:
         raise UserError(str(error)) from None

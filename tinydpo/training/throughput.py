@@ -1,7 +1,7 @@
-"""How fast a run is, in its log: pairs and tokens a second, padding, and on known GPUs the share of their peak (MFU).
+"""How fast a run is, in its log: pairs and tokens per second, padding, and on known GPUs the share of peak (MFU).
 
 Counts come from the trainer, times from the ends of steps, so that no device is waited for. The first step, which
-warms up, and what lies between steps (evaluation, checkpoints) do not count. A resumed run starts at zero.
+warms up, and what is between steps (evaluation, checkpoints) do not count. A resumed run starts at zero.
 """
 
 import time
@@ -22,11 +22,11 @@ class Counts(NamedTuple):
 
 
 def forward_flop(model: Any, tokens: float, scored: float) -> float:
-    """FLOP of a forward pass: two a weight and token in the blocks, and in the LM head for the tokens it scores.
+    """FLOP of a forward pass: two per weight and token in the blocks, and in the LM head for the tokens it scores.
 
     The count of docs/performance.md ("The floor"); attention scores, about 1 % at 128 tokens, are left out.
     """
-    head = getattr(model.get_output_embeddings(), "weight", None)  # none in a reward model
+    head = getattr(model.get_output_embeddings(), "weight", None)  # a reward model has no LM head
     outside = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)} | {id(head)}
 
     def count(weight: torch.Tensor) -> int:
@@ -97,7 +97,7 @@ class Throughput(TrainerCallback):
         return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
 
     def _get_peak_flops(self) -> float | None:
-        """FLOP a second of all GPUs by their data sheets; None where that is unknown or not all weights train."""
+        """FLOP per second of all GPUs by their data sheets; None where that is unknown or not all weights train."""
         from trl.trainer.utils import get_peak_flops
 
         args = self._trainer.args

@@ -1,7 +1,7 @@
 """Train a run into its folder: resume, train, evaluate, save.
 
 The folder gets, in this order: `run_config.yaml`, `data_summary.json` and `environment.json`; checkpoints; then model,
-tokenizer, generation config, `trainer_state.json`, `curves.png` and a model card; and at last `train_results.json`,
+tokenizer, generation config, `trainer_state.json`, `curves.png` and a model card; and, last, `train_results.json`,
 which marks the run as finished.
 """
 
@@ -60,12 +60,12 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
         trainer.end()
         step = trainer.state.global_step
         raise Stopped(
-            f"stopped by {stop.reason} after step {step}; the same command goes on from {run.path}/checkpoint-{step}"
+            f"stopped by {stop.reason} after step {step}; the same command resumes from {run.path}/checkpoint-{step}"
         )
 
 
 def write_run_inputs(trainer: Any, run: RunFolder, prepared: PreparedRun) -> None:
-    """Write what is known before training; refuse to go on with a run whose data or first weights have changed."""
+    """Write what is known before training; refuse to resume a run whose data or first weights have changed."""
     changed = None
     if trainer.is_world_process_zero():
         digests = record_base_weights(prepared.settings)
@@ -78,16 +78,17 @@ def write_run_inputs(trainer: Any, run: RunFolder, prepared: PreparedRun) -> Non
             write_atomic(run.config_file, yaml.safe_dump(to_yaml_values(prepared.settings)))
             write_json(run.summary_file, prepared.summary)
             write_json(run.environment_file, describe_environment(trainer.args.seed) | digests)
-    changed = broadcast_object_list([changed])[0]  # all processes stop, not the first alone
+    changed = broadcast_object_list([changed])[0]  # all processes stop, not only the first
     if changed is not None:
         raise UserError(
-            f"{changed} has changed since the run in {run.path} began; delete that, or pass another --output_dir"
+            f"{changed} has changed since the run in {run.path} started; delete that, or pass another --output_dir"
         )
 
 
 def find_changed_input(run: RunFolder, prepared: PreparedRun, digests: dict[str, str]) -> str | None:
-    """The data set or model that is not the same as when the run began, or None."""
-    if run.read_summary() not in ({}, prepared.summary):
+    """The dataset or model that has changed since the run started, or None."""
+    splits_before = run.read_summary()
+    if any(splits_before[name]["sha256"] != prepared.summary[name]["sha256"] for name in splits_before):
         return list_sources(prepared.settings)[0].name
     before = run.read_environment()
     for setting, key in (("model_name_or_path", "base_sha256"), ("ref_model_name_or_path", "ref_sha256")):
@@ -120,19 +121,30 @@ def save_results(trainer: Any, run: RunFolder, prepared: PreparedRun, results: d
     model = trainer.accelerator.unwrap_model(trainer.model)
     if model.can_generate():  # a reward model cannot
         reset_generation_config(model, trainer.processing_class)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # or it would push to the Hub before card and results exist
     trainer.save_state()
     if trainer.is_world_process_zero():
         curves.draw_curves(trainer.state.log_history, run.curves_file)
         write_card(run, prepared, results, trainer.state.log_history)
         write_json(run.results_file, results)
-        print(f"Done: {run.path} holds the model, its card (README.md) and curves.png.")
     if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        push_results(trainer, run)
+    if trainer.is_world_process_zero():
+        print(f"Done: {run.path} holds the model and its card (README.md).")
+
+
+def push_results(trainer: Any, run: RunFolder) -> None:
+    """Upload a run's folder; if that fails, the run is not finished, so that the same command tries again."""
+    try:
+        trainer.push_to_hub(revision=trainer.args.hub_revision)
+    except (Exception, KeyboardInterrupt) as error:
+        run.results_file.unlink(missing_ok=True)
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{run.path} could not be pushed to the Hub ({reason}); run the same command again") from error
 
 
 def was_trained_on_chat(model: str) -> bool | None:
-    """Whether a chat template wrote most rows that `model` was trained on; None where no run says so."""
+    """Whether a chat template wrote most rows that `model` was trained on; None if no run recorded it."""
     rows = RunFolder.of_model(model).read_summary().get("train", {})
     return is_chat_data(rows) if "templated" in rows else None
 

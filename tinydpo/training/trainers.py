@@ -24,7 +24,7 @@ from tinydpo.errors import UserError
 from tinydpo.training.checkpoints import SealedCheckpointsMixin
 from tinydpo.training.packed_forward import (
     CPU_TILE,
-    INSTEAD,
+    USE_PADDED_HINT,
     check_same_results,
     compile_blocks,
     fill_row,
@@ -57,13 +57,13 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
         return dataset  # TRL would tokenize text, and cut it after the first `max_length` tokens
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """TRL's, less the last, incomplete step of an epoch, in which each pair would count for more."""
+        """TRL's sampler without an epoch's incomplete last step, where each pair would weigh more."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         rows = len(dataset) // per_step * per_step
         if self.args.train_sampling_strategy == "sequential":
             return SequentialSampler(range(rows))
-        return RandomSampler(dataset, num_samples=rows)  # every epoch leaves out other rows
+        return RandomSampler(dataset, num_samples=rows)  # every epoch leaves out different rows
 
     def get_models(self) -> list[PreTrainedModel]:
         """The policy and, if it is in memory, the reference, without what accelerate wraps around them."""
@@ -171,7 +171,7 @@ class FittedDPOTrainer(FittedTrainerMixin, DPOTrainer):
         return logps.sum(1)
 
     def get_eval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """As scripts/evaluate.py measures them. `loss` is DPO's own (arXiv 2305.18290, eq. 7) for every loss_type."""
+        """The metrics of scripts/evaluate.py. `loss` is DPO's own (arXiv 2305.18290, eq. 7) for every loss_type."""
         chosen, rejected, ref_chosen, ref_rejected = prediction.predictions.astype(np.float64).T
         reward_chosen = self.beta * (chosen - ref_chosen)
         reward_rejected = self.beta * (rejected - ref_rejected)
@@ -198,10 +198,7 @@ class FittedSFTTrainer(FittedTrainerMixin, SFTTrainer):
 
     def count_batch(self, inputs: dict[str, Any]) -> Counts:
         scored = (inputs["labels"][:, 1:] != -100).sum()
-        if "attention_mask" in inputs:
-            return Counts(len(inputs["input_ids"]), inputs["attention_mask"].sum(), scored)
-        # With --packing, examples stand in one row and positions begin with each.
-        return Counts((inputs["position_ids"] == 0).sum(), inputs["input_ids"].numel(), scored)
+        return Counts(len(inputs["input_ids"]), inputs["attention_mask"].sum(), scored)
 
     def score_rows(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Log-prob of each completion, and its tokens."""
@@ -209,7 +206,7 @@ class FittedSFTTrainer(FittedTrainerMixin, SFTTrainer):
         return torch.stack([logps.sum(1), mask.sum(1)], dim=1)
 
     def get_eval_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """NLL of a completion token in nats, for every loss_type."""
+        """NLL per completion token in nats, for every loss_type."""
         logps, tokens = prediction.predictions.astype(np.float64).T
         return {"loss": -logps.sum() / tokens.sum()}
 
@@ -294,7 +291,7 @@ class PackedTrainerMixin:
             for mode in (False, True):
                 self.check_model(self.model.train(mode))
             self.model.train(training)
-            self.check_model(getattr(self, "ref_model", None))  # it may be of another family
+            self.check_model(getattr(self, "ref_model", None))  # it may be of a different family
         if self._compile_options:
             for model in self.get_models():
                 compile_blocks(unwrap_peft(model), self._compile_options)
@@ -315,7 +312,7 @@ class PackedTrainerMixin:
             return
         self._checked.add(key)
         if model.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
-            raise UserError(f"packed rows need dropout off; leave --disable_dropout true, or {INSTEAD}")
+            raise UserError(f"packed rows need dropout off; leave --disable_dropout true, or {USE_PADDED_HINT}")
         batch = self._prepare_inputs(self._build_full_row())
         plain_batch = {name: value for name, value in batch.items() if name != "packed"}
         unwrapped = unwrap_peft(self.accelerator.unwrap_model(model))
@@ -331,7 +328,7 @@ class PackedTrainerMixin:
             )
 
     def _build_full_row(self) -> dict[str, Any]:
-        """A batch of training data, as much of it as one packed row holds."""
+        """A batch of as much training data as one packed row holds."""
         collator = self.data_collator
         rows = [self.train_dataset[i] for i in range(min(64, len(self.train_dataset)))]
         trees = fill_row([collator.build_tree(row) for row in rows], collator.row_length)
