@@ -238,7 +238,7 @@ def test_prompts_in_both_splits_are_noted(tmp_path: Path, tiny_tokenizer: Any):
     splits = load_pairs(DataArguments(dataset_name=str(tmp_path)), with_template(tiny_tokenizer, CHATML), 128)
     assert len(splits["test"].texts) == 21, "rows of a given split are taken out"
     line = format_data_notes({name: split.summary for name, split in splits.items()})
-    assert line == "Data: test: the prompt stands in the train split too (6 rows)"
+    assert line == "Data: test: the prompt is also in the train split (6 rows)"
 
 
 # Several datasets

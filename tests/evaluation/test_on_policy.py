@@ -110,8 +110,8 @@ def test_pairs_are_right_and_train(policy: Path, task: Path, tmp_path: Path, cap
 
     capsys.readouterr()
     sample(policy, task / "data", folder)
-    assert "holds these pairs already" in capsys.readouterr().out, "finished pairs were made again"
-    with pytest.raises(UserError, match=r"another seed \(0, not 1\).*--output_dir"):
+    assert "has these pairs already" in capsys.readouterr().out, "finished pairs were made again"
+    with pytest.raises(UserError, match=r"a different seed \(0, not 1\).*--output_dir"):
         sample(policy, task / "data", folder, "--seed", "1")
 
 
@@ -204,7 +204,7 @@ def test_rounds_continue_and_keep_their_first_reference(
     runs = tmp_path / "runs"
     argv = ["--recipe", recipe, "--output_dir", runs, "--seed", "3", "--model_name_or_path", policy]
     argv = [*map(str, argv), "--dataset_name", str(task / "data")]
-    monkeypatch.setattr(evaluate, "write_report", lambda folder: None)  # its figures take most of the time
+    monkeypatch.setattr(evaluate, "write_report", lambda *folders: None)  # its figures take most of the time
     round_script.main([*argv, "--rounds", "1"])
     first_files = [runs / "round-1" / name for name in ("pairs/train.jsonl", "dpo/model.safetensors")]
     written = [path.stat().st_mtime_ns for path in first_files]

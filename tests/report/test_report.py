@@ -98,7 +98,9 @@ def folder(tmp_path: Path) -> Path:
     write(folder / "winrate/winrate.json", make_winrate())
     write(folder / "dpo/trainer_state.json", {"log_history": log})
     write(folder / "dpo/environment.json", {"git_commit": "c0ffee", "packages": {"torch": "2.13.0"}})
-    write(folder / "dpo/run_config.yaml", {"dataset_name": "my/pairs", "seed": 11, "loss_type": ["sigmoid"]})
+    write(
+        folder / "dpo/run_config.yaml", {"dataset_name": "my/pairs", "seed": 11, "beta": 0.1, "loss_type": ["sigmoid"]}
+    )
     return folder
 
 
@@ -160,6 +162,26 @@ def test_damaged_file_is_named_and_the_old_page_stays(folder: Path, name: str):
 def test_evaluation_of_another_name_is_found(folder: Path):
     (folder / "evaluation").rename(folder / "out")
     assert "of 40 held-out pairs" in write_report(folder).read_text()
+
+
+def test_report_shows_the_evaluation_that_was_just_made(folder: Path):
+    write(folder / "evaluation-512/eval_results.json", RESULTS | {"pairs": 41})
+    assert "of 41 held-out pairs" in write_report(folder, folder / "evaluation-512").read_text()
+    assert "of 40 held-out pairs" in write_report(folder).read_text()
+
+
+def test_runs_are_titled_by_what_they_trained(folder: Path):
+    settings = RESULTS["settings"] | {"model_name_or_path": str(folder / "sft"), "ref_model_name_or_path": "base"}
+    write(folder / "evaluation/eval_results.json", RESULTS | {"settings": settings})
+    write(folder / "sft/run_config.yaml", {"seed": 12})
+    raw = write_report(folder).read_text()
+    assert "<h3>SFT</h3>" in raw and "<h3>DPO</h3>" not in raw, "an SFT run is called DPO"
+
+
+def test_interval_below_chance_has_a_warning(folder: Path):
+    worse = RESULTS | {"win_rate_vs_ref": 0.3, "win_rate_ci95": [0.2, 0.4]}
+    write(folder / "evaluation/eval_results.json", worse)
+    assert "<strong>Below 0.5.</strong>" in write_report(folder).read_text()
 
 
 def test_nothing_to_report_is_one_sentence(tmp_path: Path):
