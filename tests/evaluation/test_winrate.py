@@ -358,7 +358,7 @@ def test_judge_is_judged_by_the_labels_first(
     shown = capfd.readouterr().out
     assert "share of 12 held-out pairs on which scripted sides with the labels" in shown
     assert "95 % interval" in shown and "95 % between" not in shown
-    assert "on 1.000 of 12 held-out pairs" in (tmp_path / "knows/report.html").read_text()
+    assert "share of 12 held-out pairs on which scripted" in (tmp_path / "knows/report.html").read_text()
     card = (policy / "README.md").read_text()
     assert "| the judge's agreement | 1.000 (" in card
     assert "## Evaluation\n\nfigures\n\n## Content notice\n\nkept" in card, "the card's other parts are changed"

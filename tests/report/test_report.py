@@ -17,7 +17,7 @@ from tinydpo.data.notice import CONTENT_NOTICE
 from tinydpo.errors import UserError
 from tinydpo.evaluation.on_policy import add_rounds_to_frontier
 from tinydpo.evaluation.table import headline_rows
-from tinydpo.evaluation.winrate import describe_judge, format_caveats
+from tinydpo.evaluation.winrate import format_caveats
 from tinydpo.report import figures
 from tinydpo.report.page import summarize_evaluation, write_report
 
@@ -123,6 +123,7 @@ def test_whole_page_loads_nothing_and_shows_every_part(folder: Path, capsys: pyt
     head, table = raw.split('id="more-figures"')
     assert head.count("<li>") == 6, "the head shows four to six figures"
     assert "win rate against the dataset&#39;s chosen answers" in head
+    table = table.partition("</table>")[0]
     for row in headline_rows(RESULTS):
         label = escape(row.label)
         assert (f"<li>{label}\n" in head) != (f"<td>{label} " in table), f"{label} is not shown once"
@@ -216,7 +217,7 @@ def test_doubts_stand_beside_win_rates(tmp_path: Path):
     assert "28% of the pairs are invalid" in many_invalid
     assert text.count(many_invalid) == 2, "in the head and in the table"
     assert text.count(chance) == 3, "in the head and at each win rate of the table"
-    assert describe_judge(judge) in text
+    assert "75% of its verdicts change with the order, 0 pairs are invalid" in text
 
 
 def test_histogram_counts_every_pair():

@@ -13,7 +13,7 @@ from trl.trainer.utils import global_then_local_main_first
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import count_cores
 from tinydpo.data.fitting import fit_pairs
-from tinydpo.data.splits import SHARED_PROMPT_NOTE, count_shared_prompts, draw_rows, load_rows
+from tinydpo.data.splits import draw_rows, load_rows
 from tinydpo.data.text import render_texts
 from tinydpo.errors import UserError
 
@@ -49,9 +49,10 @@ def load_pairs(
             split: _fit_split(split, rows, data, tokenizer, max_length, need_pairs, workers)
             for split in ("train", "test")
         }
-    shared = count_shared_prompts(splits["train"].texts, splits["test"].texts)
+    trained, held_out = (splits[split].texts.with_format("arrow")[:]["prompt"] for split in ("train", "test"))
+    shared = pc.sum(pc.is_in(held_out, value_set=trained)).as_py()
     if shared:
-        splits["test"].summary["notes"][SHARED_PROMPT_NOTE] = shared
+        splits["test"].summary["notes"]["the prompt is also in the train split"] = shared
     return splits
 
 

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow
-import pyarrow.compute as pc
 import pyarrow.parquet
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
@@ -40,7 +39,6 @@ ROW_FEATURES = Features(
 )
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must draw and hold out the same rows
-SHARED_PROMPT_NOTE = "the prompt is also in the train split"
 
 
 class DataFile(NamedTuple):
@@ -82,12 +80,6 @@ def draw_rows(rows: Dataset, count: int) -> Dataset:
         return rows
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(rows))
     return rows.select(np.sort(order[: max(1, count)]))
-
-
-def count_shared_prompts(train: Dataset, test: Dataset) -> int:
-    """How many rows of `test` have a `prompt` that is one of `train`'s; both with columns of `text.TEXT_FEATURES`."""
-    prompts = [rows.with_format("arrow")[:]["prompt"] for rows in (train, test)]
-    return pc.sum(pc.is_in(prompts[1], value_set=prompts[0])).as_py()
 
 
 def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Dataset, Dataset]:

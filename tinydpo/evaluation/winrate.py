@@ -111,16 +111,6 @@ def format_caveats(results: dict[str, Any], comparison: dict[str, Any]) -> str:
     return caveats
 
 
-def describe_judge(calibration: dict[str, Any]) -> str:
-    """What a calibration says about the judge, in words that follow its name."""
-    low, high = calibration["agreement_ci95"]
-    return (
-        f"sides with the data's labels on {calibration['agreement']:.3f} of {calibration['pairs']} held-out pairs "
-        f"(ties half, 95 % interval {low:.3f} to {high:.3f}); {calibration['turned_share']:.0%} of its verdicts "
-        f"change with the order, {calibration['invalid']} pairs are invalid"
-    )
-
-
 def winrate_rows(results: dict[str, Any]) -> list[Row]:
     """`winrate.json` as rows of a table: how far the judge can be trusted, then a win rate for each comparison."""
     judge = public_name(results["judge"])
@@ -140,7 +130,8 @@ def winrate_rows(results: dict[str, Any]) -> list[Row]:
         meaning = (
             f"how often {judge} prefers the policy's answer at temperature {comparison['temperature']:g}, ties half\n"
             f"({comparison['wins']} wins, {comparison['ties']} ties, {comparison['losses']} losses, "
-            f"{comparison['invalid']} invalid pairs left out);\n"
+            f"{comparison['invalid']} invalid pairs left out; on average {comparison['mean_length_policy']:.0f} words "
+            f"against {comparison['mean_length_opponent']:.0f});\n"
             f"at equal length {controlled.value:.3f}, {format_interval(equal_length)}"
             f"{format_caveats(results, comparison)}"
         )

@@ -15,7 +15,7 @@ from tinydpo.errors import UserError
 from tinydpo.evaluation.frontier import get_run_key
 from tinydpo.evaluation.on_policy import add_rounds_to_frontier
 from tinydpo.evaluation.table import Row, headline_rows
-from tinydpo.evaluation.winrate import OPPONENTS, describe_judge, format_caveats, winrate_rows
+from tinydpo.evaluation.winrate import winrate_rows
 from tinydpo.files import public_name, read_json, read_jsonl, write_atomic
 from tinydpo.report import figures
 from tinydpo.report.tokens import color_tokens, render_template
@@ -72,11 +72,8 @@ def write_report(folder: Path, evaluation: Path | None = None) -> Path:
         # What the template calls
         figures=figures,
         describe_rewards=describe_rewards,
-        describe_judge=describe_judge,
-        format_caveats=format_caveats,
+        winrate_rows=winrate_rows,
         color_tokens=color_tokens,
-        public_name=public_name,
-        OPPONENTS=OPPONENTS,
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
