@@ -67,6 +67,7 @@ def test_accuracies_of_subsets_add_up_to_the_whole(pairs: list[tuple[str, float]
     assert counts == sorted(counts, reverse=True), "the largest does not come first"
     right = sum(figures["pairs"] * figures["reward_accuracy"] for figures in subsets.values())
     assert not subsets or right == pytest.approx((margins > 0).sum())
+    assert set(accuracy_by_subset(np.append(margins, 0), [*names, None])["subsets"]) == set(subsets)
 
 
 def test_win_rate_counts_ties_half():

@@ -122,7 +122,7 @@ def test_whole_page_loads_nothing_and_shows_every_part(folder: Path, capsys: pyt
 
     head, table = raw.split('id="more-figures"')
     assert head.count("<li>") == 6, "the head shows four to six figures"
-    assert "win rate against the dataset&#39;s chosen answers" in head
+    assert "win rate over chosen" in head
     table = table.partition("</table>")[0]
     for row in headline_rows(RESULTS):
         label = escape(row.label)

@@ -96,18 +96,18 @@ def accuracy_by_cut(margins: np.ndarray, whole: Sequence[str]) -> dict[str, Any]
     return results
 
 
-def accuracy_by_subset(margins: np.ndarray, subsets: Sequence[str]) -> dict[str, Any]:
-    """`subsets`: the reward accuracy of each subset's pairs."""
+def accuracy_by_subset(margins: np.ndarray, subsets: Sequence[str | None]) -> dict[str, Any]:
+    """`subsets`: the reward accuracy of each subset's pairs, without those of no subset (None)."""
     return {
         "subsets": group_by_subset(subsets, lambda mask: share_with_interval("reward_accuracy", margins[mask] > 0))
     }
 
 
 def group_by_subset(
-    subsets: Sequence[str], compute: Callable[[np.ndarray], dict[str, Any]]
+    subsets: Sequence[str | None], compute: Callable[[np.ndarray], dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """`compute` of each subset's mask (n,), and its number of pairs, the largest first; {} if there is only one."""
-    masks = {name: np.array(subsets) == name for name in sorted(set(subsets))}
+    masks = {name: np.array(subsets) == name for name in sorted(set(subsets) - {None})}
     if len(masks) < 2:
         return {}
     largest_first = sorted(masks.items(), key=lambda item: -item[1].sum())
@@ -115,7 +115,7 @@ def group_by_subset(
 
 
 def compare_with_reward_model(
-    implicit: np.ndarray, explicit: np.ndarray, subsets: Sequence[str] | None
+    implicit: np.ndarray, explicit: np.ndarray, subsets: Sequence[str | None] | None
 ) -> dict[str, Any]:
     """`paired_accuracies` from both rewards' margins (n,), and the same of each subset in `explicit_subsets`."""
     results = paired_accuracies(implicit > 0, explicit > 0)

@@ -134,15 +134,14 @@ def format_table(results: dict[str, Any]) -> str:
 
 def format_rows(rows: Sequence[Row]) -> list[str]:
     """Rows as lines of aligned text."""
-    width = max(25, 2 + max(len(row.label) for row in rows))
-    lines = [f"{'':<{width}}{'policy':>8}{'reference':>11}"]
+    lines = [f"{'':<25}{'policy':>8}{'reference':>11}"]
     for row in rows:
         ref = f"{row.ref.value:.3f}" if row.ref else ""
         notes = row.meaning.split("\n")
         if row.ref is None and row.policy.low is not None:
             notes.append(format_interval(row))
-        lines.append(f"{row.label:<{width}}{row.policy.value:>8.3f}{ref:>11}   {notes[0]}")
-        lines += [" " * (width + 22) + note for note in notes[1:]]
+        lines.append(f"{row.label:<25}{row.policy.value:>8.3f}{ref:>11}   {notes[0]}")
+        lines += [" " * 47 + note for note in notes[1:]]
     return lines
 
 

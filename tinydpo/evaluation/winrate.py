@@ -128,14 +128,14 @@ def winrate_rows(results: dict[str, Any]) -> list[Row]:
         controlled = Estimate(comparison["length_controlled_win_rate"], *comparison["length_controlled_ci95"])
         equal_length = Row("at equal length", "", controlled, chance=0.5)
         meaning = (
-            f"how often {judge} prefers the policy's answer at temperature {comparison['temperature']:g}, ties half\n"
-            f"({comparison['wins']} wins, {comparison['ties']} ties, {comparison['losses']} losses, "
-            f"{comparison['invalid']} invalid pairs left out; on average {comparison['mean_length_policy']:.0f} words "
-            f"against {comparison['mean_length_opponent']:.0f});\n"
+            f"how often {judge} prefers the policy's answers to {OPPONENTS[comparison['opponent']]}, ties half\n"
+            f"(temperature {comparison['temperature']:g}; {comparison['wins']} wins, {comparison['ties']} ties, "
+            f"{comparison['losses']} losses, {comparison['invalid']} invalid;\n"
+            f"{comparison['mean_length_policy']:.0f} words against {comparison['mean_length_opponent']:.0f});\n"
             f"at equal length {controlled.value:.3f}, {format_interval(equal_length)}"
             f"{format_caveats(results, comparison)}"
         )
-        label = f"win rate against {OPPONENTS[comparison['opponent']]}"
+        label = "win rate over chosen" if comparison["opponent"] == "chosen" else "win rate over reference"
         rows.append(Row(label, meaning, Estimate(comparison["win_rate"], *comparison["win_rate_ci95"]), chance=0.5))
     return rows
 
