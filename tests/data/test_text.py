@@ -1,4 +1,4 @@
-"""Pairs as texts: chat templates, HH's form, what stands beside a row, and prompts as people read and type them."""
+"""Pairs as texts: chat templates, HH's form, further columns of a row, and prompts as people read and type them."""
 
 import json
 from pathlib import Path

@@ -160,7 +160,7 @@ def test_a_frontier_from_end_to_end(
         frontier.main(argv)
     result = json.loads((folder / "frontier.json").read_text())
     assert {point["curve"] for point in result["points"]} == {"shuffled labels"}
-    assert "beta" in result["failed"][0]["error"], "nobody is told why it failed"
+    assert "beta" in result["failed"][0]["error"], "it does not say why it failed"
     capsys.readouterr()
 
     shutil.rmtree(broken)

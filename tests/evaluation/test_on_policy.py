@@ -136,7 +136,7 @@ def test_the_same_seed_gives_the_same_files_also_after_ctrl_c(
     interrupt = False
     rows = sample(policy, task / "data", tmp_path / "one/pairs", *flags)
     assert len(batches) == 3, "what was sampled before Ctrl-C was sampled again"
-    assert len(rows["train"]) > 24, "all pairs are no more than one a prompt"
+    assert len(rows["train"]) > 24, "no prompt has more than one pair"
     shutil.rmtree(Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers")
     sample(policy, task / "data", tmp_path / "two/pairs", *flags)
     assert len(batches) == 6, "the second run was to sample for itself"

@@ -116,7 +116,7 @@ def test_whole_page_loads_nothing_and_shows_every_part(folder: Path, capsys: pyt
     assert "@import" not in raw and "url(" not in raw, "the style loads something"
     for fact in (">11<", "c0ffee", "torch 2.13.0", "abc123", "my/pairs", "ipo-beta5-seed0"):
         assert fact in raw, f"{fact!r} is missing: seeds, versions, data and failures must be on the page"
-    assert "secret" not in raw, "a local path stands on a page that may be passed on"
+    assert "secret" not in raw, "a local path is on a page that may be shared"
     assert tags.count("article") == 20 and "20 of 30" in raw
     assert write_report(folder).read_text() == raw, "the same files give another page"
 
@@ -130,13 +130,13 @@ def test_whole_page_loads_nothing_and_shows_every_part(folder: Path, capsys: pyt
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "interval", "told"),
+    ("accuracy", "interval", "expected"),
     [(0.754, [0.714, 0.79], "(95 % interval 71.4 to 79.0) and is 3.0 nats from its reference."),
      (0.55, [0.398, 0.693], "inconclusive"), (0.3, [0.2, 0.4], "worse than chance")],
 )  # fmt: skip
-def test_one_sentence_says_what_came_of_it(accuracy: float, interval: list[float], told: str):
+def test_summary_states_the_result(accuracy: float, interval: list[float], expected: str):
     results = RESULTS | {"reward_accuracy": accuracy, "reward_accuracy_ci95": interval}
-    assert told in summarize_evaluation(results)
+    assert expected in summarize_evaluation(results)
     reshaped = results | {"settings": RESULTS["settings"] | {"top_k": 50}}
     assert "nats" not in summarize_evaluation(reshaped), "samples that are not the policy's give no KL"
 

@@ -25,7 +25,6 @@ from tinydpo.errors import UserError
 from tinydpo.evaluation.arguments import check_given
 from tinydpo.evaluation.metrics import wilson_interval
 from tinydpo.evaluation.sampling import choose_prompts
-from tinydpo.files import write_atomic
 
 QUESTION = """\
 Below are a conversation and two replies to its last turn. Which reply helps the person more? Weigh what is said, not \
@@ -228,12 +227,11 @@ class Judge:
 
     def _read_cache(self) -> dict[str, dict[str, Any]]:
         rows: dict[str, dict[str, Any]] = {}
-        if not self.cache_file.exists():
-            return rows
-        *lines, rest = self.cache_file.read_text().split("\n")
-        if rest:  # a killed run has left its last line half written
-            write_atomic(self.cache_file, "".join(line + "\n" for line in lines))
-        for line in lines:
+        text = self.cache_file.read_text() if self.cache_file.exists() else ""
+        if text and not text.endswith("\n"):  # a killed run has left its last line half written
+            with self.cache_file.open("a") as file:
+                file.write("\n")
+        for line in text.split("\n"):
             with suppress(ValueError):
                 row = json.loads(line)
                 if isinstance(row, dict) and row.keys() >= CACHED:

@@ -8,7 +8,7 @@ has learned to stop differs from its reference there more than anywhere else. Wh
 import contextlib
 import json
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,14 +67,6 @@ def cut_prompt(ids: list[int], max_tokens: int, bos_token_id: int | None) -> lis
     if bos_token_id is not None and ids[0] == bos_token_id and max_tokens > 1:
         return [bos_token_id, *ids[-(max_tokens - 1) :]]
     return ids[-max_tokens:]
-
-
-def cut_answer(ids: list[int], stops: Collection[int]) -> tuple[list[int], bool]:
-    """A generated row up to its first stop token (kept), and whether it has one."""
-    for length, token in enumerate(ids, 1):
-        if token in stops:
-            return ids[:length], True
-    return ids, False
 
 
 def sample_cached(
@@ -136,7 +128,8 @@ def sample_answers(
             attention_mask = pad([torch.ones_like(ids) for ids in inputs], 0, padding_side="left").to(model.device)
             output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
             for i, generated in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                answers[i] = cut_answer(generated, stops)
+                length = next((n for n, token in enumerate(generated, 1) if token in stops), None)
+                answers[i] = (generated[:length], length is not None)
     in_order = [answers[i] for i in range(len(prompts))]
     return Answers([ids for ids, _ in in_order], [ended for _, ended in in_order])
 
