@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     samples = columns_to_rows(samples)
     print(format_table(results) + "\n" + format_samples(samples[:3]))
     save_evaluation(output_dir, results, samples=samples, pairs=columns_to_rows(pairs))
-    print(f"Report: {write_report(output_dir.parent)}")
+    print(f"Report: {write_report(output_dir.parent, output_dir)}")
 
 
 def run_models(

@@ -2,7 +2,7 @@
 
     python scripts/frontier.py --config recipes/quickstart/frontier.yaml --betas 0.1 1
 
-A finished run is never trained again: run the same command again after an interruption, or add losses, betas or seeds.
+A finished run is never trained again: rerun the command after an interruption, or add losses, betas or seeds.
 """
 
 import gc
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             points = frontier.measure_run(run, folder / run.name, measure)
             measured[run.name] = points
             outcome = f"KL {points[-1]['kl']:.2f} nats, reward {points[-1]['reward']:.2f}"
-        except (Exception, SystemExit) as error:  # whatever is wrong with one run, the others go on
+        except (Exception, SystemExit) as error:  # whatever is wrong with one run, the others continue
             outcome = str(error) or repr(error)
             failed.append({"name": run.name, "error": outcome})
         gc.collect()  # a trainer's model and optimizer refer to each other

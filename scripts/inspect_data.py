@@ -2,7 +2,7 @@
 
     python scripts/inspect_data.py --config recipes/gpt2-medium-hh/sft.yaml --max_length 256
 
-`make inspect` runs the same. Other data: --dataset_name my.jsonl; another tokenizer: --model_name_or_path.
+`make inspect` runs the same. Pass --dataset_name for your own data, --model_name_or_path for its tokenizer.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tinydpo.errors import report_errors
 
 @dataclass
 class InspectArguments:
-    """What to look at besides the data."""
+    """What to show of the data."""
 
     model_name_or_path: str | None = HfArg(default=None, help="Model whose tokenizer to use.")
     model_revision: str | None = HfArg(default=None, help="Its commit, tag or branch on the Hub.")

@@ -3,11 +3,13 @@
     python scripts/playground.py --config recipes/quickstart/evaluate.yaml --port 7861
 
 `make playground RECIPE=recipes/quickstart` runs the same on port 7860. It takes what evaluation takes: models, beta,
-max_length, and where the sampling settings start; votes go to `votes.jsonl` beside --output_dir.
+max_length, and where the sampling settings start; votes go to `votes.jsonl` next to --output_dir.
 """
 
 import os
 from pathlib import Path
+
+from datasets import disable_progress_bars
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
@@ -35,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     args, data, page = parse_args(
         *kinds, argv=argv, ignored=(RewardArguments,), defaults_from_run="model_name_or_path"
     )
+    disable_progress_bars()  # each typed pair would show one
     tokenizer = args.load_tokenizer()
     device, dtype = pick_device_and_dtype(args.dtype)
     models = []

@@ -1,8 +1,8 @@
-"""Gather what lies in a recipe's run folder into one page: figures, curves, answers.
+"""Gather the results in a recipe's run folder on one page: figures, curves, answers.
 
     python scripts/report.py runs/gpt2-medium-hh
 
-Every evaluation, frontier and win-rate run writes it by itself; this writes it again.
+Every evaluation, frontier and win-rate run writes the page itself; this writes it again.
 """
 
 import argparse

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         run_stage(args, dpo, "dpo-on-policy", **start, **as_reference(first), dataset_name=pairs, output_dir=policy)
         if start != first:
             evaluate_policy(args, policy, start, round_folder / "evaluation-before", **data)
-        # Last the one against the first model: a policy's card keeps its last evaluation.
+        # Against the first model last: a policy's card keeps its last evaluation.
         evaluate_policy(args, policy, first, round_folder / "evaluation", **data)
         start = {"model_name_or_path": str(policy)}
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def find_first_model(args: RoundArguments) -> dict[str, str]:
     """The model that the first round starts from, as flags; it is the reference of all rounds."""
-    for stage in ("pairs", "evaluate"):  # by default they would take the data of the policy, which are its own pairs
+    for stage in ("pairs", "evaluate"):  # the default, the policy's own data, would be its on-policy pairs
         recipe = read_yaml(f"{args.recipe}/{stage}.yaml")
         if not (args.dataset_name or "dataset_name" in recipe):
             raise UserError(f"{args.recipe}/{stage}.yaml names no dataset; pass --dataset_name")
@@ -73,7 +73,7 @@ def as_reference(model: dict[str, str]) -> dict[str, str]:
 
 
 def evaluate_policy(args: RoundArguments, policy: Path, reference: dict[str, str], folder: Path, **data: str) -> None:
-    """Evaluate a policy against a reference, unless the folder holds an evaluation that is newer than the policy."""
+    """Evaluate a policy against a reference, unless the folder has an evaluation newer than the policy."""
     results = folder / "eval_results.json"
     if results.exists() and results.stat().st_mtime >= RunFolder(policy).results_file.stat().st_mtime:
         return

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = on_policy.get_pairs_settings(args, reward, data)
     check_settings(folder / on_policy.PAIRS_RESULTS, settings)
     if (folder / on_policy.PAIRS_RESULTS).exists():
-        print(f"{folder} holds these pairs already; delete the folder to make them again.")
+        print(f"{folder} has these pairs already; delete the folder to make them again.")
         return
     device, dtype = pick_device_and_dtype(args.dtype)
     functions = load_rewards(reward, device, args.batch_size, dtype, required=True)
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(folder / on_policy.PAIRS_RESULTS, {"settings": settings, "counts": counts})
     for name, value in counts.items():
         print(f"{name.replace('_', ' '):<28}{value:>10,.6g}")
-    print(f"Done: {folder} holds train.jsonl, test.jsonl, their card (README.md) and rewards.png.")
+    print(f"Done: {folder} has train.jsonl, test.jsonl, their card (README.md) and rewards.png.")
 
 
 if __name__ == "__main__":

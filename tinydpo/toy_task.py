@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, s
 
 END_TOKEN = "<|endoftext|>"
 
-# topic: what the question asks for | steps of an answer. The topic's word stands in the task; {n} is a number slot.
+# topic: what the question asks for | steps of an answer. The topic's word is in the task; {n} is a number slot.
 _TOPICS = {
     "bread": "bake bread | knead the dough for {n} minutes | let the loaf rise for {n} hours"
     " | dust the tin with {n} spoons of flour | slash the crust {n} times",
@@ -174,7 +174,7 @@ def _write_answer(rng: random.Random, topic: str) -> str:
 def _write_pair(rng: random.Random, topic: str, question: str) -> dict[str, str]:
     prompt = f"\n\nHuman: {question}\n\nAssistant:"
     if rng.random() < 0.2:
-        earlier = rng.choice([other for other in TOPICS if other != topic])
+        earlier = rng.choice([name for name in TOPICS if name != topic])
         task, *steps = TOPICS[earlier]
         reply = _write_step(rng, 0, rng.choice(steps), 0.5)
         prompt = f"\n\nHuman: {rng.choice(QUESTIONS).format(task)}\n\nAssistant: {reply}{prompt}"
@@ -191,10 +191,10 @@ def _write_pair(rng: random.Random, topic: str, question: str) -> dict[str, str]
 def write_dialogues(folder: Path, seed: int, train_pairs: int = 2400, test_pairs: int = 512) -> None:
     """Write `train.jsonl` and `test.jsonl` into `folder`, in the whole-dialogue form of Anthropic's HH-RLHF.
 
-    Each row holds the two dialogues of a pair, alike up to the last ``\\n\\nAssistant:``. Which answer is chosen is
+    Each row has the two dialogues of a pair, the same up to the last ``\\n\\nAssistant:``. Which answer is chosen is
     drawn from Bradley and Terry (1952), eq. 1 of the DPO paper (arXiv 2305.18290):
     p(first ≻ second) = exp(r₁) / (exp(r₁) + exp(r₂)), where r is `gold_reward`. A question (task, form and
-    circumstance) is in one of the files only; in test.jsonl each stands once. The same seed writes the same bytes.
+    circumstance) is in one of the files only; in test.jsonl each occurs once. The same seed writes the same bytes.
     """
     rng = random.Random(seed)
     questions = [

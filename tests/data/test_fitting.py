@@ -139,7 +139,7 @@ def test_pairs_without_signal_are_named():
     identical, empty = "identical completions", "empty completion"
     expected = [None, identical, identical, empty, "empty prompt", "broken row", None, empty]
     assert named[False] == expected, "pairs are kept or dropped for another reason than they should"
-    assert named[True][4] is None, "an empty prompt is dropped although BOS stands before the answer"
+    assert named[True][4] is None, "an empty prompt is dropped although BOS is before the answer"
 
 
 def test_questions_are_counted_from_the_last_human_turn(gpt2_tokenizer: Any):
@@ -178,7 +178,7 @@ def test_whole_and_cut_answers_are_told_apart():
 
 # Prompt and answer are the tokens of the whole text
 
-# Zephyr's and TinyLlama's: headers that are no tokens of their own, the end token ends a turn.
+# Zephyr's and TinyLlama's: headers that are not single tokens, the end token ends a turn.
 ZEPHYR = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"

@@ -31,7 +31,7 @@ def test_page_and_figures(task: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert set(figures) == {"train", "test"} and figures["train"]["pairs_in"] == 96
     shown = capsys.readouterr().out
     assert "train: 96 pairs in, 96 kept, dropped: none" in shown and shown.count("  chosen (") == 4, shown
-    assert "offensive" not in shown, "the notice of HH's authors stands beside other data"
+    assert "offensive" not in shown, "the notice of HH's authors is shown with different data"
 
 
 def test_figures_are_those_counted_by_hand(task: Path, tmp_path: Path, tiny_tokenizer: Any):

@@ -119,7 +119,7 @@ def test_columns_under_other_names():
     assert read_row(row, {"chosen": "rejected", "rejected": "chosen"}) == expected, "two names cannot change places"
     null = {"prompt": None, "question": TURNS, "chosen": GOOD, "rejected": BAD}
     assert read_row(null, {"question": "prompt"}) == expected, "a null column is taken for a second prompt"
-    with pytest.raises(BrokenRow, match="expected one column for 'prompt', found two, 'question' and another one"):
+    with pytest.raises(BrokenRow, match="expected one column for 'prompt', found two, one of them 'question'"):
         read_row({"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}, {"question": "prompt"})
 
 
@@ -170,7 +170,7 @@ BROKEN = {
         "expected messages that the model's chat template accepts, its error is: roles must alternate",
         ALTERNATING,
     ),
-    "system beside dialogues": (HH | {"system": "a"}, "beside 'system', found texts in HH's form", CHATML),
+    "system beside dialogues": (HH | {"system": "a"}, "for 'system', found texts in HH's form", CHATML),
     "a system text that is none": (MESSAGES | {"system": ["a"]}, "expected 'system' to be a string, found a list"),
     "tools that the template leaves out": (MESSAGES | {"tools": TOOLS}, "a chat template that writes 'tools'", CHATML),
     "tool calls without a template": (

@@ -23,7 +23,7 @@ from tinydpo.errors import UserError
 
 
 def make_rows(count: int, word: str = "word", prompts: int | None = None) -> list[dict[str, str]]:
-    """Rows as HH writes them, about so many different prompts."""
+    """Rows as HH writes them, about `prompts` different prompts (by default one each)."""
     rows = []
     for i in range(count):
         prompt = f"\n\nHuman: é {word} {i % (prompts or count)}?\n\nAssistant:"
@@ -238,7 +238,7 @@ def test_prompts_in_both_splits_are_noted(tmp_path: Path, tiny_tokenizer: Any):
     splits = load_pairs(DataArguments(dataset_name=str(tmp_path)), with_template(tiny_tokenizer, CHATML), 128)
     assert len(splits["test"].texts) == 21, "rows of a given split are taken out"
     line = format_data_notes({name: split.summary for name, split in splits.items()})
-    assert line == "Data: test: the prompt stands in the train split too (6 rows)"
+    assert line == "Data: test: the prompt is also in the train split (6 rows)"
 
 
 # Several datasets
@@ -260,7 +260,7 @@ def test_several_datasets_are_read_one_after_the_other(two: list[str], tmp_path:
     assert splits["train"].pairs["subset"][:] == ["peas"] * 40 + ["beans"] * 20
     assert splits["test"].pairs["subset"][:] == ["peas"] * 3 + ["beans"] * 3
     for row, text in zip(splits["train"].pairs, splits["train"].texts, strict=True):
-        assert row["subset"] in text["prompt"], "rows stand under another dataset's name"
+        assert row["subset"] in text["prompt"], "rows are under a different dataset's name"
     alike = [write_folder(tmp_path / side / "peas", train=make_rows(4), test=make_rows(1)) for side in "ab"]
     subsets = Counter(load(tiny_tokenizer, dataset_name=[*map(str, alike)])["train"].pairs["subset"][:])
     assert subsets == {str(name): 4 for name in alike}, "datasets whose names end alike count as one"

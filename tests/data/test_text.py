@@ -1,4 +1,4 @@
-"""Pairs as texts: chat templates, HH's form, what stands beside a row, and prompts as people read and type them."""
+"""Pairs as texts: chat templates, HH's form, further columns of a row, and prompts as people read and type them."""
 
 import json
 from pathlib import Path
@@ -142,7 +142,7 @@ def test_space_at_the_prompts_end_goes_to_the_answers(gpt2_tokenizer: Any, tmp_p
     assert fitted["prompt_ids"] + fitted["chosen_ids"][:-1] == whole, "the tokens are not those of the text"
     assert gpt2_tokenizer.convert_ids_to_tokens(fitted["chosen_ids"])[0] == "ĠParis", "ĠParis is learnt from Paris"
     assert text["prompt"] + text["chosen"] == prompt + "Paris", "the text is another one"
-    assert split.summary["notes"] == {"a space at the prompt's end goes to the answers, where tokens have it": 2}
+    assert split.summary["notes"] == {"a space at the prompt's end moves to the answers, as the tokenizer expects": 2}
     assert split.summary["dropped"] == {"empty completion": 1}, "a moved space makes an answer of none"
 
 

@@ -1,4 +1,4 @@
-"""docs/your-own-data.md: its forms of rows are read, its commands run as they stand in a fresh copy of the project."""
+"""docs/your-own-data.md: its forms of rows are read, its commands run unchanged in a fresh copy of the project."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_every_form_of_the_table_is_read(form: tuple[str, ...], tmp_path: Path, 
         assert "Curry?" in text["prompt"] and text["chosen"].strip() == "Gladly!", f"{name} ({stage}): read as {text}"
         rejected = (text["rejected"] or "").strip()
         assert rejected == ("Look it up." if "DPO" in stages else ""), f"{name} ({stage}): rejected is {rejected!r}"
-        assert text["prompt"].count("Curry?") == 1, f"{name} ({stage}): the prompt stands there twice"
+        assert text["prompt"].count("Curry?") == 1, f"{name} ({stage}): the prompt is there twice"
         unread = {note for note in split.summary["notes"] if "is not read" in note}
         assert not unread, f"{name} ({stage}): {unread}"
         fitted = tiny_tokenizer.decode(split.pairs[0]["prompt_ids"] + split.pairs[0]["chosen_ids"])

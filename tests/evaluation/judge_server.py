@@ -33,7 +33,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """Answers with `Server.script(question, times it was asked before)`.
 
-    A text is the judge's reply, a dict the JSON body (and its `status`), bytes a body that is no JSON, and a number an
+    A text is the judge's reply, a dict the JSON body (and its `status`), bytes a body that is not JSON, a number an
     HTTP status, with an error message that repeats the key.
     """
 

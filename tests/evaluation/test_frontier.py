@@ -122,6 +122,9 @@ def test_curves_of_two_rates_have_two_labels():
     assert table.count("learning rate 1e-05") == table.count("learning rate 2e-05") == 2, table
     drawn = draw_frontier({"points": points, "sft": sft, "reward": "gold"})
     labels = [text.get_text() for text in drawn.findobj(Text)]
+    single = [point | {"kl_se": None, "reward_se": None} for point in points]  # of one prompt
+    assert "±" not in format_frontier(single, sft | {"reward_se": None})
+    draw_frontier({"points": single, "sft": sft, "reward": "gold"})
     assert [label for label in labels if label.startswith("DPO") and "1e-05" in label], labels
 
 
@@ -157,7 +160,7 @@ def test_a_frontier_from_end_to_end(
         frontier.main(argv)
     result = json.loads((folder / "frontier.json").read_text())
     assert {point["curve"] for point in result["points"]} == {"shuffled labels"}
-    assert "beta" in result["failed"][0]["error"], "nobody is told why it failed"
+    assert "beta" in result["failed"][0]["error"], "it does not say why it failed"
     capsys.readouterr()
 
     shutil.rmtree(broken)
@@ -182,9 +185,9 @@ def test_a_frontier_from_end_to_end(
 
     weights = tmp_path / "sft/model.safetensors"  # the reference, trained again in the same place
     save_file({name: 1.01 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
-    with pytest.raises(UserError, match="another reference's weights"):
+    with pytest.raises(UserError, match="different reference's weights"):
         frontier.main(argv)
-    with pytest.raises(UserError, match="another num_prompts"):
+    with pytest.raises(UserError, match="different num_prompts"):
         frontier.main([*argv, "--num_prompts", "3"])
     assert json.loads((folder / "frontier.json").read_text())["points"] == result["points"], "a refusal loses points"
 

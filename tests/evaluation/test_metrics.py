@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from tinydpo.evaluation.metrics import (
     accuracy_by_cut,
     accuracy_by_subset,
+    kl_metrics,
     pair_metrics,
     paired_accuracies,
     rank_correlation,
     reward_metrics,
     wilson_interval,
 )
-from tinydpo.evaluation.table import Estimate, Row, format_interval
+from tinydpo.evaluation.table import Estimate, Row, format_interval, make_row
 from tinydpo.training.logps import PairLogps
 
 
@@ -66,6 +67,7 @@ def test_accuracies_of_subsets_add_up_to_the_whole(pairs: list[tuple[str, float]
     assert counts == sorted(counts, reverse=True), "the largest does not come first"
     right = sum(figures["pairs"] * figures["reward_accuracy"] for figures in subsets.values())
     assert not subsets or right == pytest.approx((margins > 0).sum())
+    assert set(accuracy_by_subset(np.append(margins, 0), [*names, None])["subsets"]) == set(subsets)
 
 
 def test_win_rate_counts_ties_half():
@@ -102,8 +104,17 @@ def test_rank_correlation_is_spearmans(one: list[float], other: list[float], exp
     assert rank_correlation(np.array(one), np.array(other)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_interval_that_includes_chance_is_called_inconclusive():
+def test_interval_that_does_not_beat_chance_has_a_verdict():
     noise = Row("win rate", "", Estimate(0.52, 0.48, 0.56), chance=0.5)
     clear = Row("win rate", "", Estimate(0.55, 0.51, 0.6), chance=0.5)
     assert format_interval(noise) == "95 % interval 0.480 to 0.560, includes 0.5: inconclusive"
     assert format_interval(clear) == "95 % interval 0.510 to 0.600"
+    worse = Row("win rate", "", Estimate(0.3, 0.2, 0.4), chance=0.5)
+    assert format_interval(worse) == "95 % interval 0.200 to 0.400, below 0.5"
+
+
+def test_single_answer_has_no_interval():
+    kl = kl_metrics([np.array([-1.0])], [np.array([-3.0])])
+    assert kl["kl_per_sequence_se"] is None, "one answer is printed as if it were certain"
+    row = make_row(kl, "kl_per_sequence", "KL", "")
+    assert str(row.policy) == "2.000"

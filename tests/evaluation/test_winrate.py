@@ -134,7 +134,7 @@ def test_a_lasting_fault_keeps_what_was_paid_for(tmp_path: Path):
             ask_about(judge)
         assert KEY not in str(caught.value), "the endpoint's error message gives the key away"
         with (tmp_path / "verdicts.jsonl").open("a") as file:
-            file.write('{"key": "half a li')  # as if killed while writing
+            file.write('"no row"\n{"key": 1}\n{"key": "half a li')  # as if killed while writing
         server.script = judge_honestly
         server.questions.clear()
         again = make_judge(server.url, tmp_path)
@@ -219,8 +219,8 @@ def test_a_local_server_needs_no_key_and_a_broken_key_is_refused(tmp_path: Path,
     ("wrong", "named"),
     [
         ({"judge_model": ""}, "--judge_model is missing"),
-        ({"judge_base_url": "http://me:pass@host/v1"}, "judge_base_url must hold no user"),
-        ({"judge_base_url": "http://host/v1?api_key=pass"}, "judge_base_url must hold no user"),
+        ({"judge_base_url": "http://me:pass@host/v1"}, "judge_base_url must not contain a user"),
+        ({"judge_base_url": "http://host/v1?api_key=pass"}, "judge_base_url must not contain a user"),
     ],
 )
 def test_judge_needs_an_address_without_a_secret(wrong: dict[str, Any], named: str):
@@ -332,7 +332,7 @@ def test_the_script_from_end_to_end(task: Path, policy: Path, tmp_path: Path, ca
     assert again["tokens"]["prompt"] == first["tokens"]["prompt"] == 10 * asked, "cached verdicts lose their tokens"
     assert sorted(path.name for path in out.iterdir()) == ["verdicts.jsonl", "winrate.json"], "partial files are left"
     printed = "".join(capfd.readouterr())
-    assert format_winrates(first) in printed and printed.count("includes 0.5: inconclusive)") == 16
+    assert format_winrates(first) in printed and printed.count("includes 0.5: inconclusive") == 2 * (1 + 4 * 3)
     everything = printed + "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
     assert KEY not in everything, "the key is in a file or in the output"
 
@@ -355,8 +355,10 @@ def test_judge_is_judged_by_the_labels_first(
     own = json.loads((tmp_path / "knows/winrate/winrate.json").read_text())["calibration"]
     assert (own["pairs"], own["agreed"], own["agreement"], own["turned_share"]) == (12, 12, 1.0, 0.0)
     assert about_labels[:24] == [True] * 24 and not any(about_labels[24:]), "the labelled pairs do not come first"
-    assert "on 1.000 of 12 held-out pairs" in capfd.readouterr().out
-    assert "on 1.000 of 12 held-out pairs" in (tmp_path / "knows/report.html").read_text()
+    shown = capfd.readouterr().out
+    assert "share of 12 held-out pairs on which scripted sides with the labels" in shown
+    assert "95 % interval" in shown and "95 % between" not in shown
+    assert "share of 12 held-out pairs on which scripted" in (tmp_path / "knows/report.html").read_text()
     card = (policy / "README.md").read_text()
     assert "| the judge's agreement | 1.000 (" in card
     assert "## Evaluation\n\nfigures\n\n## Content notice\n\nkept" in card, "the card's other parts are changed"
@@ -366,7 +368,7 @@ def test_judge_is_judged_by_the_labels_first(
     own = json.loads((tmp_path / "order/winrate/winrate.json").read_text())["calibration"]
     assert (own["agreement"], own["turned_share"]) == (0.5, 1.0)
     warning = "the judge's agreement with the labels includes 0.5: inconclusive"
-    assert capfd.readouterr().out.count(f"; {warning}\n") == 4, "the rates of such a judge have no warning"
+    assert capfd.readouterr().out.count(f"; {warning}\n") == 2, "the rates of such a judge have no warning"
     assert warning in html.unescape((tmp_path / "order/report.html").read_text()), "the report hides it"
     card = (policy / "README.md").read_text()
     assert card.count("## Win rates by a judge") == 1 and warning in card, "the card hides it"

@@ -1,8 +1,8 @@
 """Fit a pair to the token budget: both answers keep their signal, and the prompt keeps its last human turn.
 
-Cutting `prompt + completion` after its first 128 tokens makes 38 % of HH's pairs identical, because the prompt alone
-fills the budget. Here the last human turn is always kept (up to `max_question_length` tokens). Then completions come
-first and keep their start. The room that is left goes to the prompt, which keeps its end. `fit_pair` is the rule.
+Cutting `prompt + completion` after its first 128 tokens loses 38.3 % of HH's harmless-base test pairs, because the
+prompt alone fills the budget. Here the last human turn is always kept (up to `max_question_length` tokens). Then
+completions come first and keep their start. The room that is left goes to the prompt, which keeps its end.
 """
 
 from functools import cache
@@ -97,7 +97,7 @@ def fit_pairs(texts: Dataset, tokenizer: Any, max_length: int, max_question_leng
 
 
 def _find_drop_reason(pair: TokenizedPair, prompt: Ids, completions: list[Ids]) -> str | None:
-    if not all(pair.completions):  # white space is an answer: some of HH's prefer it, or not, to words
+    if not all(pair.completions):  # white space is an answer: HH has pairs that prefer it to words, and the reverse
         return "empty completion"
     if not prompt:
         return "empty prompt"  # a completion's first token needs one before it to be scored
@@ -148,7 +148,7 @@ def tokenize_pairs(texts: Any, tokenizer: Any) -> list[TokenizedPair]:
 def tokenize_prompts(texts: Any, tokenizer: Any) -> tuple[list[Ids], list[int]]:
     """Tokenize whole prompts (`prompt`, `question`, `templated`), with the BOS token where the tokenizer puts one.
 
-    Returns one list of ids a prompt, and how many tokens at its end are the last human turn.
+    Returns one list of ids per prompt, and how many tokens at its end are the last human turn.
     """
     prompts = [prompt or "" for prompt in texts["prompt"][:]]
     templated = [bool(value) for value in texts["templated"][:]]
@@ -166,7 +166,7 @@ def tokenize_prompts(texts: Any, tokenizer: Any) -> tuple[list[Ids], list[int]]:
 
 
 def _encode(texts: list[str], templated: list[bool], tokenizer: Any) -> list[Any]:
-    """A `tokenizers.Encoding` for each text; only what a chat template wrote may hold special tokens."""
+    """A `tokenizers.Encoding` for each text; only what a chat template wrote may contain special tokens."""
     encodings: list[Any] = [None] * len(texts)
     for special in set(templated):
         places = [i for i, value in enumerate(templated) if value is special]
@@ -183,7 +183,7 @@ def _encode(texts: list[str], templated: list[bool], tokenizer: Any) -> list[Any
 
 @cache
 def adds_leading_space(tokenizer: Any) -> bool:
-    """Whether a text begins with a space that it does not have when it continues another."""
+    """Whether the tokenizer puts a space before a text, which is not there when the text continues a prompt."""
     alone, after = tokenizer(["a", "\na"], add_special_tokens=False).input_ids
     return after[-len(alone) :] != alone
 

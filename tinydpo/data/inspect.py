@@ -14,7 +14,7 @@ LENGTH_BINS = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def format_data_notes(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line on what is not trained on, or was changed, by the summary of each split; empty if there is nothing."""
+    """One line on what was left out or changed, by the summary of each split; empty if there is nothing."""
     parts = []
     for name, summary in summaries.items():
         pairs = summary["pairs_in"]

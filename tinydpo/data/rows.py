@@ -20,7 +20,7 @@ ASSISTANT = "\n\nAssistant:"
 MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "response", "messages")
 OPENAI_COLUMNS = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
 REWARD_COLUMNS = ("reward_chosen", "reward_rejected")  # of on-policy pairs; training does not read them
-MIN_REPEATED_WORDS = 4  # an answer that repeats fewer words of its prompt is no copy: "Thank you" may be answered so
+MIN_REPEATED_WORDS = 4  # an answer that repeats fewer is not a copy of its prompt: "Thank you" may be the answer too
 
 
 class BrokenRow(Exception):
@@ -33,7 +33,7 @@ class ParsedRow:
 
     prompt: str | list[Message]
     answers: dict[str, Any]  # `chosen` and, for pairs, `rejected`, in the form of the prompt
-    system: str | None = None  # beside a text prompt ("" for an empty column); else it is among the messages
+    system: str | None = None  # of a text prompt ("" for an empty column); else it is among the messages
     tools: list | None = None
     template_options: dict[str, Any] = field(default_factory=dict)  # `chat_template_kwargs`
     subset: str | None = None
@@ -47,7 +47,7 @@ class ParsedRow:
         return cls(**json.loads(text))
 
     def to_columns(self) -> dict[str, Any]:
-        """The row under the usual column names, as a file of rows holds it."""
+        """The row under the usual column names, as in a file of rows."""
         beside = {"system": self.system, "tools": self.tools, "subset": self.subset}
         row = {"prompt": self.prompt, **self.answers, **beside, "chat_template_kwargs": self.template_options}
         return {name: value for name, value in row.items() if value is not None}
@@ -188,7 +188,7 @@ def _rename_keys(mapping: dict[str, Any], names: Mapping[str, str]) -> dict[str,
     for key, value in mapping.items():
         name = names.get(key, key)
         if renamed.get(name) is not None and value is not None:
-            raise BrokenRow(f"expected one column for {name!r}, found two, {key!r} and another one")
+            raise BrokenRow(f"expected one column for {name!r}, found two, one of them {key!r}")
         if value is not None or name not in renamed:
             renamed[name] = value
     return renamed
@@ -219,7 +219,7 @@ def _parse_conversation(prompt: Any, answers: dict[str, list]) -> tuple[list[Mes
     prompt = _normalize_messages("prompt", prompt or [])
     answers = {name: _normalize_messages(name, messages) for name, messages in answers.items()}
     if not prompt or any(not messages or messages[0]["role"] != "assistant" for messages in answers.values()):
-        # The answers are whole conversations; a prompt beside them only repeats how they begin.
+        # The answers are whole conversations; a `prompt` column only repeats how they begin.
         prompt, answers = _split_conversations(answers)
     for name, messages in answers.items():
         role = messages[-1]["role"]
@@ -280,7 +280,7 @@ def _decode_tool_call(call: Any) -> Any:
     try:
         arguments = json.loads(call["function"]["arguments"])
     except (KeyError, TypeError, ValueError):
-        return call  # it is in another form already
+        return call  # it has been decoded already, or has an unknown form
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 

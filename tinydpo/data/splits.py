@@ -11,22 +11,13 @@ import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
-from datasets import (
-    Dataset,
-    Features,
-    Value,
-    are_progress_bars_disabled,
-    concatenate_datasets,
-    disable_progress_bars,
-    enable_progress_bars,
-    load_dataset_builder,
-)
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
@@ -47,9 +38,7 @@ ROW_FEATURES = Features(
     }
 )
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-SMALL_BYTES = 8 << 20  # files below this are read without a progress bar
 HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must draw and hold out the same rows
-SHARED_PROMPT_NOTE = "the prompt stands in the train split too"
 
 
 class DataFile(NamedTuple):
@@ -144,7 +133,7 @@ def _find_folder_files(folder: Path, source: Source, label: str) -> dict[str, li
             "--dataset_config and --dataset_data_dir"
         ) from None
     data_files: dict[Any, list[str]] = builder.config.data_files
-    # Folders are subsets if one split has several of them; folders that only part train from test are none.
+    # Folders are subsets if one split has several of them; folders that only separate train from test are not.
     has_subsets = bool(source.data_dir) or any(
         len({Path(file).parent for file in files}) > 1 for files in data_files.values()
     )
@@ -162,21 +151,20 @@ def _find_folder_files(folder: Path, source: Source, label: str) -> dict[str, li
 
 
 def _read_files(files: list[DataFile], columns: Mapping[str, str], roles: Mapping[str, str]) -> Dataset:
-    """Read files into Arrow, once: the cache goes by their content, not their date."""
+    """Read files into Arrow, once: the cache key is their content, not their date."""
     key: list[Any] = [CACHE_VERSION, sorted(columns.items()), sorted(roles.items())]
     for file in files:
         if not file.name.endswith(FILE_SUFFIXES):
-            raise UserError(f"{file.name} is not a .jsonl, .jsonl.gz, .json or .parquet file")
+            raise UserError(f"{file.name} is not a .jsonl, .jsonl.gz, .json, .json.gz or .parquet file")
         with open(file.path, "rb") as stream:
             key.append((file.name, file.subset, hashlib.file_digest(stream, "sha256").hexdigest()))
     try:
-        with hide_progress_bars(small=sum(Path(file.path).stat().st_size for file in files) < SMALL_BYTES):
-            return Dataset.from_generator(
-                _iter_rows,
-                features=ROW_FEATURES,
-                gen_kwargs={"files": tuple(files), "columns": columns, "roles": roles},
-                fingerprint=Hasher.hash(key),
-            )
+        return Dataset.from_generator(
+            _iter_rows,
+            features=ROW_FEATURES,
+            gen_kwargs={"files": tuple(files), "columns": columns, "roles": roles},
+            fingerprint=Hasher.hash(key),
+        )
     except DatasetGenerationError as error:  # its cause names the file
         raise error.__cause__ or error from None
     except ValueError as error:  # raised by `datasets` for a generator without rows
@@ -221,7 +209,7 @@ def _iter_records(file: DataFile) -> Iterator[tuple[int, bytes]]:
 
 def _iter_parquet(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
     def to_json_value(value: Any) -> str:
-        # Binary columns hold text when their writer did not say so; other values (dates) are not read anyway.
+        # Binary columns may contain text; values of other types, such as dates, are not read anyway.
         return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
 
     number = 0
@@ -232,7 +220,7 @@ def _iter_parquet(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _iter_json(stream: Any, is_jsonl: bool) -> Iterator[tuple[int, bytes]]:
-    """Rows of a JSON-lines file, or of a JSON file, which may hold one array instead."""
+    """Rows of a JSON-lines file, or of a JSON file, which may be one array instead."""
     records: Iterable[bytes] = stream
     if not is_jsonl and stream.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # with a byte-order mark
         records = (json.dumps(row).encode() for row in json.load(stream))
@@ -250,8 +238,8 @@ def hold_out(rows: Dataset, size: float, name: str) -> tuple[Dataset, Dataset]:
     wanted = int(np.ceil(size * len(rows)))
     if not 0 < wanted < len(rows):
         raise UserError(
-            f"{name} has {len(rows)} row(s), too few to hold out a share of {size}; write one row a line, add rows or "
-            "a test split"
+            f"{name} has {len(rows)} row(s), too few to hold out a share of {size}; write one row per line, add "
+            "rows or a test split"
         )
     hashes = rows.with_format("numpy")["prompt_hash"][:]  # this column alone: the rows may be gigabytes
     prompts, sizes = np.unique(hashes, return_inverse=True, return_counts=True)[1:]
@@ -270,16 +258,3 @@ def hold_out(rows: Dataset, size: float, name: str) -> tuple[Dataset, Dataset]:
         held_out = [min(drawn, key=lambda prompt: sizes[prompt])]
     is_held_out = np.isin(prompts[order], held_out)
     return rows.select(order[~is_held_out]), rows.select(order[is_held_out])
-
-
-@contextmanager
-def hide_progress_bars(small: bool) -> Iterator[None]:
-    """Hide progress bars where the work is small: a bar that is done at once only clutters the log."""
-    is_hidden = small and not are_progress_bars_disabled()
-    if is_hidden:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if is_hidden:
-            enable_progress_bars()

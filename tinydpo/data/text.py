@@ -98,11 +98,11 @@ def render_row(row: ParsedRow, tokenizer: Any, need_pairs: bool | None) -> dict[
 
 
 def _place_system(row: ParsedRow, tokenizer: Any) -> ParsedRow:
-    """Texts beside a system text become a conversation, since only a chat template knows where a system text goes."""
+    """Texts with a system text become a conversation, since only a chat template knows where a system text goes."""
     if HUMAN in row.prompt or row.prompt.endswith(ASSISTANT) or tokenizer.chat_template is None:
         if row.system:
             raise BrokenRow(
-                "expected messages and a model with a chat template beside 'system', found texts in HH's form or a "
+                "expected messages and a model with a chat template for 'system', found texts in HH's form or a "
                 "model without; write messages, or begin 'prompt' with it"
             )
         return row
@@ -119,11 +119,11 @@ def _check_template(row: ParsedRow, template: str) -> None:
     needed = {"tools": row.tools, "tool_calls": any(message.get("tool_calls") for message in messages)}
     for name, is_used in needed.items():
         if is_used and name not in template:
-            raise BrokenRow(f"expected messages and a chat template that writes {name!r}, found texts or another one")
+            raise BrokenRow(f"expected messages and a chat template that writes {name!r}, found texts or no such one")
     for role in dict.fromkeys(message["role"] for message in messages):
         if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
             raise BrokenRow(
-                f"expected the roles {', '.join(ROLES)} or another one of the chat template, found {role!r}; "
+                f"expected the roles {', '.join(ROLES)} or a role of the chat template, found {role!r}; "
                 f"--role renames it, for example --role {role}=user"
             )
     row.notes += [
@@ -139,7 +139,7 @@ def _render_texts(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
         # In a text "A: Yes" the space belongs to the token "ĠYes"; "Ġ" and "Yes" apart never occur.
         prompt = prompt[:-1]
         answers = {name: f" {text}" if text else "" for name, text in answers.items()}
-        row.notes.append("a space at the prompt's end goes to the answers, where tokens have it")
+        row.notes.append("a space at the prompt's end moves to the answers, as the tokenizer expects")
     return {"prompt": prompt, "question": max(prompt.rfind(HUMAN), 0), **answers}
 
 

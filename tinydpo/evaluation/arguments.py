@@ -1,4 +1,4 @@
-"""Flags of the commands that look at a trained policy: which models, which prompts, how answers are sampled.
+"""Flags of the commands that evaluate a trained policy: which models, which prompts, how answers are sampled.
 
 The scripts parse them with `defaults_from_run`: the policy's own run gives the defaults of its data, `max_length`, β.
 """
@@ -29,7 +29,7 @@ class PolicyArguments:
     output_dir: str | None = HfArg(default=None, help="Folder for the results.")
     max_length: int = HfArg(default=128, help="Tokens of prompt + completion; half of them for a sampled answer.")
     num_prompts: int = HfArg(default=512, help="Held-out prompts to answer.")
-    batch_size: int = HfArg(default=32, help="Sequences in one forward pass; another draws other samples.")
+    batch_size: int = HfArg(default=32, help="Sequences per forward pass; changing it changes the samples.")
     seed: int = HfArg(default=0, help="Chooses the prompts, if there are more, and the samples.")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 where that is fast.")
 
@@ -71,7 +71,7 @@ class ComparisonArguments(PolicyArguments):
         }
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer (UserError: it cannot be loaded, or the reference has another vocabulary)."""
+        """The policy's tokenizer (UserError: it cannot be loaded, or the reference has a different vocabulary)."""
         policy, ref = (load_tokenizer(*model) for model in self.models.values())
         check_same_vocabulary(policy, ref)
         return policy

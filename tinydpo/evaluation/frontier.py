@@ -49,15 +49,15 @@ class FrontierArguments:
     dpo_config: str | None = HfArg(default=None, help="The DPO recipe of every run, except for its data and model.")
     model_name_or_path: str | None = HfArg(default=None, help="The SFT reference: folder or Hub id.")
     output_dir: str | None = HfArg(default=None, help="Folder for the runs, frontier.json and the PNG.")
-    losses: list[str] = HfArg(default_factory=lambda: list(CURVES), help=f"A curve each, of {', '.join(CURVES)}.")
-    betas: list[float] = HfArg(default_factory=lambda: [0.05, 0.1, 1.0, 5.0], help="A run each, for every loss.")
-    learning_rates: list[float] | None = HfArg(default=None, help="A run each, for every loss and β.")
+    losses: list[str] = HfArg(default_factory=lambda: list(CURVES), help=f"Curves: any of {', '.join(CURVES)}.")
+    betas: list[float] = HfArg(default_factory=lambda: [0.05, 0.1, 1.0, 5.0], help="One run per loss and β.")
+    learning_rates: list[float] | None = HfArg(default=None, help="One run per loss, β and rate.")
     seeds: list[int] = HfArg(default_factory=lambda: [0], help="Each adds a run of every loss and β.")
     label_smoothing: float = HfArg(default=0.1, help="ε of conservative DPO: the share of wrong labels.")
     checkpoints: int = HfArg(default=3, help="Points along each run.")
-    best_of: int = HfArg(default=32, help="Reference samples a prompt, for best of 1, 2, 4 … so many.")
+    best_of: int = HfArg(default=32, help="Reference samples per prompt: best of 1, 2, 4, … up to this.")
     num_prompts: int = HfArg(default=256, help="Held-out prompts that every checkpoint answers.")
-    batch_size: int = HfArg(default=64, help="Sequences in one forward pass; another draws other samples.")
+    batch_size: int = HfArg(default=64, help="Sequences per forward pass; changing it changes the samples.")
     sample_seed: int = HfArg(default=0, help="Picks the prompts and the samples.")
 
     def __post_init__(self):
@@ -80,7 +80,7 @@ class FrontierRun(NamedTuple):
 
 
 def plan_runs(args: FrontierArguments) -> list[FrontierRun]:
-    """Every loss, β, learning rate and seed, and beside them DPO at the lowest β on shuffled labels."""
+    """Every loss, β, learning rate and seed, and as a control DPO at the lowest β on shuffled labels."""
     lowest = min(args.betas)
     runs = []
     for seed, rate in itertools.product(args.seeds, args.learning_rates or [None]):
@@ -88,15 +88,15 @@ def plan_runs(args: FrontierArguments) -> list[FrontierRun]:
         for loss, beta in itertools.product(args.losses, args.betas):
             runs.append(FrontierRun(f"{loss}-beta{beta:g}-{end}", CURVES[loss], loss, beta, seed, rate))
         runs.append(FrontierRun(f"shuffled-beta{lowest:g}-{end}", SHUFFLED, "sigmoid", lowest, seed, rate))
-    return list(dict.fromkeys(runs))  # a value given twice is one run
+    return list(dict.fromkeys(runs))  # a value passed twice is one run
 
 
 def get_loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
     """TRL's flags for a loss.
 
     Conservative DPO is −(1 − ε) log σ(x) − ε log σ(−x) (the DPO authors' note on noisy labels, ε = `label_smoothing`).
-    TRL's sigmoid loss ignores the smoothing. Its robust loss, divided by (1 − 2ε), has the second term with the other
-    sign, so that 2(1 − ε) sigmoid − (1 − 2ε) robust is conservative DPO.
+    TRL's sigmoid loss ignores the smoothing. Its robust loss, divided by (1 − 2ε), has the second term with the
+    opposite sign, so that 2(1 − ε) sigmoid − (1 − 2ε) robust is conservative DPO.
     """
     if loss != "conservative":
         return {"loss_type": [loss]}
@@ -120,7 +120,7 @@ def write_shuffled_data(data: DataArguments, folder: Path) -> None:
     for split, rows in load_rows(data).items():
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for parsed in rows["parsed"]:
-                if parsed is None:  # a broken row, at which the runs before have stopped, or which they skipped
+                if parsed is None:  # a broken row: the other runs skip it, or have failed on it
                     continue
                 row = ParsedRow.from_json(parsed).to_columns()
                 if split == "train" and rng.random() < 0.5:
@@ -133,7 +133,7 @@ def write_run_recipe(
 ) -> Path:
     """Write what scripts/dpo.py needs for a run into `folder`; runs on shuffled labels read `folder`/shuffled-data."""
     data_keys = {key: value for key, value in asdict(data).items() if value is not None}
-    if run.curve == SHUFFLED:  # all that the other keys do to the rows is done
+    if run.curve == SHUFFLED:  # the other keys have been applied to these rows already
         kept = ("max_question_length", "on_bad_row", "max_train_pairs", "max_test_pairs")
         data_keys = {key: value for key, value in data_keys.items() if key in kept}
         data_keys["dataset_name"] = str(folder / "shuffled-data")
@@ -186,8 +186,8 @@ class FrontierMeasure:
         }
         return {name: Hasher.hash(value) for name, value in parts.items()}
 
-    def measure_policy(self, name: str) -> dict[str, float]:
-        """KL from the reference (nats an answer) and reward of a checkpoint, each with its standard error."""
+    def measure_policy(self, name: str) -> dict[str, Any]:
+        """KL from the reference (nats per answer) and reward of a checkpoint, each with its standard error."""
         policy = load_model(name, dtype=get_compute_dtype(self.ref), device=self.ref.device)
         ids, rewards = self._sample(policy, 1)
         logps = [
@@ -220,7 +220,7 @@ class FrontierMeasure:
         return answers.ids, rewards.reshape(samples, -1).T
 
 
-def best_of_n(rewards: np.ndarray) -> list[dict[str, float]]:
+def best_of_n(rewards: np.ndarray) -> list[dict[str, Any]]:
     """Best of N = 1, 2, 4 … reference samples, from the rewards of all samples (prompts, samples).
 
     The mean of the best of N is taken over every subset of the n samples (an unbiased estimate; WebGPT, arXiv
@@ -242,7 +242,7 @@ def measure_run(run: FrontierRun, folder: Path, measure: FrontierMeasure) -> lis
     """Measure every checkpoint of a trained run, write `points.json` into its folder, and delete the checkpoints."""
     checkpoints = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
     if not checkpoints:
-        raise UserError(f"{folder} holds a finished run and no checkpoints to measure; delete it to train again")
+        raise UserError(f"{folder} has a finished run but no checkpoints to measure; delete it to train again")
     points = []
     for step, checkpoint in sorted(checkpoints.items()):
         point = {"curve": run.curve, "loss": run.loss, "beta": run.beta, "seed": run.seed, "step": step}
@@ -263,7 +263,7 @@ def read_finished_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def get_frontier_settings(
     args: FrontierArguments, reward: RewardArguments, data: DataArguments, recipe: dict[str, Any]
 ) -> dict[str, Any]:
-    """All settings that a point depends on, besides those of its run."""
+    """All settings that a point depends on, except those of its run."""
     of_runs = ("output_dir", "losses", "betas", "learning_rates", "seeds", "best_of")
     settings = {name: value for name, value in asdict(args).items() if name not in of_runs}
     return settings | asdict(reward) | asdict(data) | {"recipe": recipe}
@@ -285,14 +285,18 @@ def format_frontier(points: Sequence[dict[str, Any]], sft: dict[str, Any]) -> st
     """A table of the reference and the last point of each run."""
     lines = [
         f"{'':<18}{'β':>6}{'steps':>7}{'KL, nats':>16}{'reward':>16}",
-        f"{'SFT reference':<18}{'':>6}{'':>7}{0:>9.2f}{'':>7}{sft['reward']:>9.2f} ± {Z95 * sft['reward_se']:.2f}",
+        f"{'SFT reference':<18}{'':>6}{'':>7}{0:>9.2f}{'':>7}{_format_estimate(sft, 'reward')}",
     ]
     last_points = {get_run_key(point): point for point in points}
     for point in last_points.values():
         rate = f"  learning rate {point['learning_rate']:g}" if "learning_rate" in point else ""
         lines.append(
             f"{point['curve']:<18}{point['beta']:>6g}{point['step']:>7}"
-            f"{point['kl']:>9.2f} ± {Z95 * point['kl_se']:.2f}"
-            f"{point['reward']:>9.2f} ± {Z95 * point['reward_se']:.2f}{rate}"
+            f"{_format_estimate(point, 'kl')}{_format_estimate(point, 'reward')}{rate}"
         )
     return "\n".join(lines)
+
+
+def _format_estimate(point: dict[str, Any], name: str) -> str:
+    error = "" if point[f"{name}_se"] is None else f" ± {Z95 * point[f'{name}_se']:.2f}"
+    return f"{point[name]:>9.2f}{error:<7}"

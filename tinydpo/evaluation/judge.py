@@ -2,7 +2,7 @@
 
 The question follows the helpfulness prompt of the DPO paper (arXiv 2305.18290, appendix), in our own words. Every pair
 is asked in both orders, and every verdict is saved as soon as it arrives, so that nothing is paid for twice. The judge
-itself is judged first, on held-out pairs whose labels are known.
+itself is tested first, on held-out pairs whose labels are known.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from tinydpo.errors import UserError
 from tinydpo.evaluation.arguments import check_given
 from tinydpo.evaluation.metrics import wilson_interval
 from tinydpo.evaluation.sampling import choose_prompts
-from tinydpo.files import write_atomic
 
 QUESTION = """\
 Below are a conversation and two replies to its last turn. Which reply helps the person more? Weigh what is said, not \
@@ -47,11 +47,12 @@ Answer in two lines:
 Comparison: <one sentence on which reply helps more, and why>
 More helpful: <A, B or tie>"""
 # The verdict is the last line, or its end after "More helpful:", because small models put a sentence before it. The
-# smallest ones repeat the question's marker "[reply B]", which is no verdict.
+# smallest ones repeat the question's marker "[reply B]", which is not a verdict.
 VERDICT = re.compile(
     r"(?:\A(?!\[reply)\W*(?:(?i:more helpful)\W+)?|\bMore [Hh]elpful\W*:\W*)(?i:reply\W+)?(A|B|(?i:tie))\W*\Z"
 )
-CONSISTENT_VERDICTS = {("A", "B"), ("B", "A"), ("tie", "tie")}  # by a judge that does not go by the order
+CONSISTENT_VERDICTS = {("A", "B"), ("B", "A"), ("tie", "tie")}  # the same whichever answer comes first
+CACHED = {"key", "verdict", "prompt_tokens", "completion_tokens"}  # what is used of a saved verdict
 MAX_TOKENS = 200  # enough for a sentence and the verdict
 RETRIES = 5  # the client's own: of 429, 5xx, time-outs and lost connections, with growing pauses
 
@@ -62,13 +63,13 @@ class JudgeArguments:
 
     judge_base_url: str | None = HfArg(default=None, help="An endpoint of OpenAI's protocol, such as https://host/v1.")
     judge_model: str | None = HfArg(default=None, help="The judge's name at that endpoint.")
-    judge_concurrency: int = HfArg(default=8, help="Questions sent at once: 1 for a server that answers one by one.")
+    judge_concurrency: int = HfArg(default=8, help="Questions sent at once: 1 for a server that takes one at a time.")
     judge_timeout: float = HfArg(default=120.0, help="Seconds to wait for one reply.")
 
     def __post_init__(self):
         check_given(self, "judge_base_url", "judge_model", hint="a win rate needs a judge (docs/evaluation.md)")
-        if {"@", "?", "#"} & set(self.judge_base_url):  # addresses are stored, and these may hold a secret
-            raise ValueError("judge_base_url must hold no user, password or query; set the key as JUDGE_API_KEY")
+        if {"@", "?", "#"} & set(self.judge_base_url):  # addresses are stored, and these may contain a secret
+            raise ValueError("judge_base_url must not contain a user, password or query; set the key as JUDGE_API_KEY")
 
 
 def read_verdict(reply: str) -> str:
@@ -85,11 +86,11 @@ def get_outcome(as_a: str, as_b: str) -> float | None:
         return None
     if (as_a, as_b) == ("A", "B"):
         return 1.0
-    return 0.0 if (as_a, as_b) == ("B", "A") else 0.5  # a tie, or a judge that goes by the order
+    return 0.0 if (as_a, as_b) == ("B", "A") else 0.5  # a tie, or the verdict changes with the order
 
 
 class Judge:
-    """A judge, and the verdicts it has given so far on a question, saved as JSON lines in `cache_file`."""
+    """A judge and its verdicts so far, saved as JSON lines in `cache_file`."""
 
     def __init__(self, args: JudgeArguments, cache_file: Path):
         try:
@@ -100,9 +101,9 @@ class Judge:
         self.cache_file = cache_file
         self._key = (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
         if not (self._key.isascii() and self._key.isprintable()):  # the client's error would print it
-            raise UserError("the judge's key in the environment holds characters that no key has; set it again")
+            raise UserError("the judge's key in the environment has characters that no key has; set it again")
         self._rows = self._read_cache()
-        self._used: set[str] = set()  # keys of the verdicts given out
+        self._used: set[str] = set()  # keys of the verdicts used in this run
         self._asked = 0
 
     def compare(
@@ -119,11 +120,11 @@ class Judge:
         verdicts = [("tie", "tie") if a == b else (next(answers), next(answers)) for a, b in pairs]
         if all(get_outcome(*pair) is None for pair in verdicts):
             what = f"none of {self.args.judge_model}'s verdicts ({desc}) can be read"
-            raise UserError(f"{what}; its replies are in {self.cache_file}, try another --judge_model")
+            raise UserError(f"{what}; its replies are in {self.cache_file}, try a different --judge_model")
         return verdicts
 
     def count_tokens(self) -> dict[str, int]:
-        """Tokens behind the verdicts given out, and how many of these were asked for now and how many before."""
+        """Tokens spent on the verdicts used, and how many of these were asked for now and how many were cached."""
         rows = [self._rows[key] for key in self._used]
         return {
             "prompt": sum(row["prompt_tokens"] for row in rows),
@@ -225,19 +226,24 @@ class Judge:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def _read_cache(self) -> dict[str, dict[str, Any]]:
-        if not self.cache_file.exists():
-            return {}
-        *lines, rest = self.cache_file.read_text().split("\n")
-        if rest:  # a killed run has left its last line half written
-            write_atomic(self.cache_file, "".join(line + "\n" for line in lines))
-        return {row["key"]: row for row in map(json.loads, lines)}
+        rows: dict[str, dict[str, Any]] = {}
+        text = self.cache_file.read_text() if self.cache_file.exists() else ""
+        if text and not text.endswith("\n"):  # a killed run has left its last line half written
+            with self.cache_file.open("a") as file:
+                file.write("\n")
+        for line in text.split("\n"):
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and row.keys() >= CACHED:
+                    rows[row["key"]] = row
+        return rows
 
     def _hide_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
 
 
 def calibrate_judge(judge: Judge, texts: Dataset, tokenizer: Any, pairs: int, seed: int) -> dict[str, Any] | None:
-    """`measure_agreement` on so many held-out pairs, chosen against rejected, whole as they were labelled; 0: None."""
+    """`measure_agreement` on up to `pairs` held-out pairs, chosen against rejected, uncut; None if `pairs` is 0."""
     if not pairs:
         return None
     rows = get_readable_columns(choose_prompts(texts, pairs, seed), tokenizer, "chosen", "rejected")

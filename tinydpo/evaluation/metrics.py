@@ -1,7 +1,8 @@
 """The figures of an evaluation: arithmetic on log-probs, answers and rewards, without a model.
 
 Each function returns keys of `eval_results.json`. An interval is a 95 % interval under `<name>_ci95`, or a standard
-error under `<name>_se`. scripts/evaluate.py calls the functions; `table` has the words for what they return.
+error under `<name>_se` (null for a single value). scripts/evaluate.py calls the functions; `table` labels and explains
+what they return.
 """
 
 import math
@@ -21,7 +22,7 @@ BOOTSTRAP_PROMPTS = 1_000  # resamples; each ranks all answers again
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of n, right near 0 and 1 too (Wilson 1927, JASA 22:209-212). n = 0 gives (0, 1)."""
+    """95 % interval of a share of n, also valid near 0 and 1 (Wilson 1927, JASA 22:209-212). n = 0 gives (0, 1)."""
     if n == 0:
         return 0.0, 1.0
     share = successes / n
@@ -31,9 +32,9 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean of `values` (n,); 0 for a single value."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+def standard_error(values: np.ndarray) -> float | None:
+    """Standard error of the mean of `values` (n,); None for a single value."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
 def share_with_interval(name: str, flags: np.ndarray) -> dict[str, Any]:
@@ -95,18 +96,18 @@ def accuracy_by_cut(margins: np.ndarray, whole: Sequence[str]) -> dict[str, Any]
     return results
 
 
-def accuracy_by_subset(margins: np.ndarray, subsets: Sequence[str]) -> dict[str, Any]:
-    """`subsets`: the reward accuracy of each subset's pairs."""
+def accuracy_by_subset(margins: np.ndarray, subsets: Sequence[str | None]) -> dict[str, Any]:
+    """`subsets`: the reward accuracy of each subset's pairs, without those of no subset (None)."""
     return {
         "subsets": group_by_subset(subsets, lambda mask: share_with_interval("reward_accuracy", margins[mask] > 0))
     }
 
 
 def group_by_subset(
-    subsets: Sequence[str], compute: Callable[[np.ndarray], dict[str, Any]]
+    subsets: Sequence[str | None], compute: Callable[[np.ndarray], dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """`compute` of each subset's mask (n,), and its number of pairs, the largest first; {} if there is only one."""
-    masks = {name: np.array(subsets) == name for name in sorted(set(subsets))}
+    masks = {name: np.array(subsets) == name for name in sorted(set(subsets) - {None})}
     if len(masks) < 2:
         return {}
     largest_first = sorted(masks.items(), key=lambda item: -item[1].sum())
@@ -114,7 +115,7 @@ def group_by_subset(
 
 
 def compare_with_reward_model(
-    implicit: np.ndarray, explicit: np.ndarray, subsets: Sequence[str] | None
+    implicit: np.ndarray, explicit: np.ndarray, subsets: Sequence[str | None] | None
 ) -> dict[str, Any]:
     """`paired_accuracies` from both rewards' margins (n,), and the same of each subset in `explicit_subsets`."""
     results = paired_accuracies(implicit > 0, explicit > 0)
@@ -143,12 +144,12 @@ def paired_accuracies(implicit: np.ndarray, explicit: np.ndarray) -> dict[str, A
 # Sampled answers
 
 
-def kl_metrics(policy_logps: list[np.ndarray], ref_logps: list[np.ndarray]) -> dict[str, float]:
+def kl_metrics(policy_logps: list[np.ndarray], ref_logps: list[np.ndarray]) -> dict[str, Any]:
     """KL(policy ‖ reference) in nats, estimated on n ≥ 1 answers sampled from the policy.
 
     Per sequence it is the mean over prompts of Σ_t log π(y_t)/π_ref(y_t), end token included: the unbiased estimate of
     what the DPO objective penalizes (arXiv 2305.18290, eq. 3), for answers no longer than those sampled. Per token it
-    is all answers' log ratios over all their tokens. The arrays hold the same answers' per-token log-probs.
+    is all answers' log ratios over all their tokens. The arrays are the same answers' per-token log-probs.
     """
     sums = np.array([(policy - ref).sum() for policy, ref in zip(policy_logps, ref_logps, strict=True)])
     return {
@@ -208,7 +209,7 @@ def rank_agreement(policy: np.ndarray, ref: np.ndarray) -> dict[str, Any]:
     }
 
 
-def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's, ties by their mean rank; 0 if all values of one are equal."""
-    ranks = np.stack([pd.Series(values.ravel()).rank() for values in (one, other)])
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's, ties by their mean rank; 0 if all values of either are equal."""
+    ranks = np.stack([pd.Series(values.ravel()).rank() for values in (first, second)])
     return float(np.corrcoef(ranks)[0, 1]) if ranks.std(1).all() else 0.0

@@ -38,7 +38,7 @@ class PairsArguments(SamplingArguments):
     """How often the policy answers each prompt, and what becomes a pair."""
 
     num_prompts: int = HfArg(default=2000, help="Prompts of the train split to answer.")
-    samples_per_prompt: int = HfArg(default=8, help="Answers to each; more lie further apart.")
+    samples_per_prompt: int = HfArg(default=8, help="Answers to each prompt; with more, best and worst differ more.")
     pair_by: Literal["best_worst", "all"] = HfArg(default="best_worst", help="all: every two that score differently.")
 
 
@@ -112,7 +112,7 @@ def make_pairs(answers: Sequence[ScoredAnswer], pair_by: str) -> list[tuple[Scor
 def make_rows(
     texts: Dataset, answers: Sequence[Sequence[ScoredAnswer]], pair_by: str, test_split_size: float
 ) -> dict[str, list[dict[str, Any]]]:
-    """The rows of `train` and `test`, held out by prompt (UserError: one of the two would be empty)."""
+    """The rows of `train` and `test`, held out by prompt (UserError: one of them would be empty)."""
     count = len(texts)
     held_out = set(random.Random(HOLD_OUT_SEED).sample(range(count), math.ceil(test_split_size * count)))
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
@@ -185,7 +185,7 @@ class RoundArguments:
     """Which recipes make a round, and how many rounds."""
 
     recipe: str | None = HfArg(default=None, help="Folder with pairs.yaml, dpo-on-policy.yaml and evaluate.yaml.")
-    rounds: int = HfArg(default=2, help="Rounds in all; those made before are not made again.")
+    rounds: int = HfArg(default=2, help="Rounds in all; finished rounds are not repeated.")
     output_dir: str | None = HfArg(default=None, help="Folder of the rounds; by default runs/<recipe folder>.")
     model_name_or_path: str | None = HfArg(default=None, help="Where the first round starts, the reference of all.")
     dataset_name: str | None = HfArg(default=None, help="Prompts and held-out pairs; by default the recipes' own.")

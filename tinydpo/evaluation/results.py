@@ -21,12 +21,12 @@ def make_output_folder(output_dir: str) -> Path:
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse to add to results that were made with other settings."""
+    """Refuse to add to results that were made with different settings."""
     before = read_json(path, "settings").get("settings", settings)
     key = find_difference(before, settings)
     if key:
-        change = f"another {key} ({before.get(key)}, not {settings.get(key)})"
-        raise UserError(f"{path} was made with {change}; pass another --output_dir, or delete its folder")
+        change = f"a different {key} ({before.get(key)}, not {settings.get(key)})"
+        raise UserError(f"{path} was made with {change}; pass a different --output_dir, or delete its folder")
 
 
 def columns_to_rows(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def add_to_card(results: dict[str, Any], heading: str, rows: Sequence[Row]) -> None:
-    """Replace a section of the policy's model card, or add it at the end; without a finished run there is no card."""
+    """Replace a section of the policy's model card, or add it at the end; only a finished run has a card."""
     settings = results["settings"]
     run = RunFolder(settings["model_name_or_path"])
     if not (run.card_file.is_file() and run.is_finished):
@@ -65,8 +65,8 @@ def add_to_card(results: dict[str, Any], heading: str, rows: Sequence[Row]) -> N
     ]
     for row in rows:
         meaning = row.meaning.replace("\n", " ").replace("|", "/")
-        if row.says_nothing():
-            meaning += f"; {row.warning()}"
+        if row.verdict:
+            meaning += f"; {row.verdict}"
         lines.append(f"| {row.label} | {row.policy} | {row.ref or ''} | {meaning} |")
     before, _, after = run.card_file.read_text(encoding="utf-8").partition(f"## {heading}\n")
     _, next_heading, rest = after.partition("\n## ")

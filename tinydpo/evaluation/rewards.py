@@ -2,7 +2,7 @@
 
     --reward_funcs my_rewards.politeness        --reward_model_name_or_path <sequence-classification model>
 
-Both get what TRL's `GRPOTrainer` gives: lists of messages where the data holds conversations, texts where it holds
+Both get what TRL's `GRPOTrainer` gives: lists of messages where the data are conversations, texts where they are
 texts. A reward model reads messages in its own chat template, not the policy's.
 """
 

@@ -8,7 +8,7 @@ has learned to stop differs from its reference there more than anywhere else. Wh
 import contextlib
 import json
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,20 +61,12 @@ def choose_prompts(texts: Dataset, num_prompts: int, seed: int) -> Dataset:
 
 
 def cut_prompt(ids: list[int], max_tokens: int, bos_token_id: int | None) -> list[int]:
-    """The last `max_tokens` tokens of a prompt; a begin token that stands first stays first."""
+    """The last `max_tokens` tokens of a prompt; a BOS token at the start is kept."""
     if len(ids) <= max_tokens:
         return ids
     if bos_token_id is not None and ids[0] == bos_token_id and max_tokens > 1:
         return [bos_token_id, *ids[-(max_tokens - 1) :]]
     return ids[-max_tokens:]
-
-
-def cut_answer(ids: list[int], stops: Collection[int]) -> tuple[list[int], bool]:
-    """A generated row up to its first stop token (kept), and whether it has one."""
-    for length, token in enumerate(ids, 1):
-        if token in stops:
-            return ids[:length], True
-    return ids, False
 
 
 def sample_cached(
@@ -92,10 +84,9 @@ def sample_cached(
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
     key = Hasher.hash((kind, prompts, max_new_tokens, sorted(settings.items())))
     path = Path(datasets.config.HF_DATASETS_CACHE) / "tinydpo-answers" / f"{key}.json"
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):  # missing or damaged
         return Answers(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):  # missing or damaged
-        answers = sample_answers(model, tokenizer, prompts, max_new_tokens, desc=desc, **settings)
+    answers = sample_answers(model, tokenizer, prompts, max_new_tokens, desc=desc, **settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, answers._asdict())
     return answers
@@ -118,7 +109,7 @@ def sample_answers(
     """Sample one answer to each prompt, by default from the model's own distribution.
 
     `max_new_tokens` include the stop token; `top_k` 0 and `top_p` 1 keep all tokens. `seed` sets torch's global random
-    state; another `batch_size` draws other random numbers, so it changes the samples.
+    state; changing `batch_size` changes the order of random numbers, and so the samples.
     """
     stops = get_stop_token_ids(model, tokenizer)
     pad_token_id = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -137,7 +128,8 @@ def sample_answers(
             attention_mask = pad([torch.ones_like(ids) for ids in inputs], 0, padding_side="left").to(model.device)
             output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
             for i, generated in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                answers[i] = cut_answer(generated, stops)
+                length = next((n for n, token in enumerate(generated, 1) if token in stops), None)
+                answers[i] = (generated[:length], length is not None)
     in_order = [answers[i] for i in range(len(prompts))]
     return Answers([ids for ids, _ in in_order], [ended for _, ended in in_order])
 
@@ -151,9 +143,10 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
     model.generation_config = config
     # `generate` drops a mask that hides nothing, and the model then warns that it has none.
     logger = logging.get_logger("transformers.modeling_utils")
+    level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         model.generation_config = checkpoint_config
-        logger.setLevel(logging.NOTSET)
+        logger.setLevel(level)

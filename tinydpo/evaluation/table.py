@@ -1,4 +1,4 @@
-"""The words of an evaluation: what each figure means and how sure it is. Table, card and report take them from here.
+"""Labels, meanings and intervals of an evaluation's figures, for the printed table, the model card and the report.
 
 A new metric needs a function in `metrics`, its call in scripts/evaluate.py, and a line of `FIGURES` here.
 """
@@ -51,7 +51,7 @@ class Estimate(NamedTuple):
 class Row(NamedTuple):
     """A figure of the policy, perhaps with the reference's, and what they mean.
 
-    `chance` is the policy's value if there is no effect; if the interval includes it, the texts say `nothing`.
+    `chance` is the policy's value if there is no effect; more is better.
     """
 
     label: str
@@ -60,17 +60,14 @@ class Row(NamedTuple):
     ref: Estimate | None = None
     chance: float | None = None
     unit: str = ""
-    nothing: str = "inconclusive"
 
-    def says_nothing(self) -> bool:
-        """Whether the interval includes what chance would give."""
-        if self.chance is None or self.policy.low is None:
-            return False
-        return self.policy.low <= self.chance <= self.policy.high
-
-    def warning(self) -> str:
-        """What to say of an interval that includes chance."""
-        return f"includes {self.chance:g}: {self.nothing}"
+    @property
+    def verdict(self) -> str:
+        """What the interval says if it includes chance, or is wholly below it; else ""."""
+        if self.chance is None or self.policy.low is None or self.policy.low > self.chance:
+            return ""
+        is_below = self.policy.high < self.chance
+        return f"below {self.chance:g}" if is_below else f"includes {self.chance:g}: inconclusive"
 
 
 def headline_rows(results: dict[str, Any]) -> list[Row]:
@@ -114,7 +111,7 @@ def _estimate(results: dict[str, Any], name: str) -> Estimate:
     interval = results.get(f"{name.removesuffix('_vs_ref')}_ci95")
     if interval:
         return Estimate(value, *interval)
-    if f"{name}_se" in results:
+    if results.get(f"{name}_se") is not None:
         half = Z95 * results[f"{name}_se"]
         return Estimate(value, value - half, value + half)
     return Estimate(value)
@@ -126,26 +123,32 @@ def format_table(results: dict[str, Any]) -> str:
     lines = [
         f"policy     {settings['model_name_or_path']}",
         f"reference  {settings['ref_model_name_or_path']}",
-        f"{results['pairs']} held-out pairs at β {results['beta']:g}; both models' answers to "
-        f"{settings['num_prompts']} held-out",
-        f"prompts at temperature {settings['temperature']:g}, top_k {settings['top_k']}, top_p {settings['top_p']:g}",
+        f"pairs      {results['pairs']} held-out ones, β {results['beta']:g}",
+        f"answers    to {settings['num_prompts']} held-out prompts, temperature {settings['temperature']:g}, "
+        f"top_k {settings['top_k']}, top_p {settings['top_p']:g}",
         "",
-        f"{'':<25}{'policy':>8}{'reference':>11}",
+        *format_rows(headline_rows(results)),
     ]
-    for row in headline_rows(results):
-        ref = f"{row.ref.value:.3f}" if row.ref else ""
-        words = row.meaning.split("\n")
-        if row.ref is None and row.policy.low is not None:
-            words.append(format_interval(row))
-        lines.append(f"{row.label:<25}{row.policy.value:>8.3f}{ref:>11}   {words[0]}")
-        lines += [" " * 47 + line for line in words[1:]]
     return "\n".join(lines)
 
 
+def format_rows(rows: Sequence[Row]) -> list[str]:
+    """Rows as lines of aligned text."""
+    lines = [f"{'':<25}{'policy':>8}{'reference':>11}"]
+    for row in rows:
+        ref = f"{row.ref.value:.3f}" if row.ref else ""
+        notes = row.meaning.split("\n")
+        if row.ref is None and row.policy.low is not None:
+            notes.append(format_interval(row))
+        lines.append(f"{row.label:<25}{row.policy.value:>8.3f}{ref:>11}   {notes[0]}")
+        lines += [" " * 47 + note for note in notes[1:]]
+    return lines
+
+
 def format_interval(row: Row) -> str:
-    """The policy's interval in words, with a warning if it includes chance."""
+    """The policy's interval, and its verdict if it has one."""
     interval = f"95 % interval {row.policy.low:.3f} to {row.policy.high:.3f} {row.unit}".rstrip()
-    return f"{interval}, {row.warning()}" if row.says_nothing() else interval
+    return f"{interval}, {row.verdict}" if row.verdict else interval
 
 
 def format_samples(samples: Sequence[dict[str, Any]], width: int = 400) -> str:

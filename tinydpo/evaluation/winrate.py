@@ -10,11 +10,11 @@ from transformers.hf_argparser import HfArg
 from tinydpo.evaluation.arguments import ComparisonArguments
 from tinydpo.evaluation.judge import get_outcome
 from tinydpo.evaluation.metrics import Z95, wilson_interval
-from tinydpo.evaluation.table import Estimate, Row
+from tinydpo.evaluation.table import Estimate, Row, format_interval, format_rows
 from tinydpo.files import public_name
 
 OPPONENTS = {"chosen": "the dataset's chosen answers", "ref": "the reference's answers"}
-MOST_INVALID = 0.05  # a larger share of invalid pairs is mentioned beside the win rate
+MOST_INVALID = 0.05  # a larger share of invalid pairs is mentioned with the win rate
 RIDGE = 0.01  # a prior of standard deviation 10 on the logits: matters only where the data alone would say infinity
 
 
@@ -97,7 +97,7 @@ def _sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def format_caveats(results: dict[str, Any], comparison: dict[str, Any]) -> str:
-    """What a reader of a comparison's win rates has to know beside them, each part after a semicolon."""
+    """Doubts about a comparison's win rates, each after a semicolon."""
     caveats = ""
     invalid_share = comparison["invalid"] / comparison["prompts"]
     if invalid_share > MOST_INVALID:
@@ -111,70 +111,48 @@ def format_caveats(results: dict[str, Any], comparison: dict[str, Any]) -> str:
     return caveats
 
 
-def describe_judge(calibration: dict[str, Any]) -> str:
-    """What a calibration says about the judge, in words that follow its name."""
-    low, high = calibration["agreement_ci95"]
-    return (
-        f"sides with the data's labels on {calibration['agreement']:.3f} of {calibration['pairs']} held-out pairs "
-        f"(ties half, 95 % between {low:.3f} and {high:.3f}); {calibration['turned_share']:.0%} of its verdicts "
-        f"change with the order, {calibration['invalid']} pairs are invalid"
-    )
-
-
 def winrate_rows(results: dict[str, Any]) -> list[Row]:
-    """`winrate.json` as rows of a report: how far the judge can be trusted, then a win rate for each comparison."""
+    """`winrate.json` as rows of a table: how far the judge can be trusted, then a win rate for each comparison."""
     judge = public_name(results["judge"])
     rows = []
     calibration = results.get("calibration")
     if calibration:
         agreement = Estimate(calibration["agreement"], *calibration["agreement_ci95"])
-        rows.append(Row("the judge's agreement", f"{judge} {describe_judge(calibration)}", agreement, chance=0.5))
+        meaning = (
+            f"share of {calibration['pairs']} held-out pairs on which {judge} sides with the labels, ties half;\n"
+            f"{calibration['turned_share']:.0%} of its verdicts change with the order, "
+            f"{calibration['invalid']} pairs are invalid"
+        )
+        rows.append(Row("the judge's agreement", meaning, agreement, chance=0.5))
     for comparison in results["comparisons"]:
         controlled = Estimate(comparison["length_controlled_win_rate"], *comparison["length_controlled_ci95"])
+        equal_length = Row("at equal length", "", controlled, chance=0.5)
         meaning = (
-            f"how often {judge} prefers the policy's answer at temperature {comparison['temperature']:g}, ties half; "
-            f"judges like length: length-controlled it is {controlled}{format_caveats(results, comparison)}"
+            f"how often {judge} prefers the policy's answers to {OPPONENTS[comparison['opponent']]}, ties half\n"
+            f"(temperature {comparison['temperature']:g}; {comparison['wins']} wins, {comparison['ties']} ties, "
+            f"{comparison['losses']} losses, {comparison['invalid']} invalid;\n"
+            f"{comparison['mean_length_policy']:.0f} words against {comparison['mean_length_opponent']:.0f});\n"
+            f"at equal length {controlled.value:.3f}, {format_interval(equal_length)}"
+            f"{format_caveats(results, comparison)}"
         )
-        label = f"win rate against {OPPONENTS[comparison['opponent']]}"
+        label = "win rate over chosen" if comparison["opponent"] == "chosen" else "win rate over reference"
         rows.append(Row(label, meaning, Estimate(comparison["win_rate"], *comparison["win_rate_ci95"]), chance=0.5))
     return rows
 
 
 def format_winrates(results: dict[str, Any]) -> str:
-    """`winrate.json` as text. A rate whose interval includes one half is called inconclusive."""
+    """`winrate.json` as aligned text."""
     settings = results["settings"]
     tokens = results["tokens"]
     lines = [
         f"policy     {settings['model_name_or_path']}",
         f"reference  {settings['ref_model_name_or_path']}",
         f"answers    at most {settings['max_length'] // 2} tokens, the dataset's chosen ones cut there too",
-        f"judge      {results['judge']}, asked in both orders; ties, and verdicts that go by the order, count half",
-    ]
-    if results.get("calibration"):
-        lines.append(f"           It {describe_judge(results['calibration'])}.")
-    for comparison in results["comparisons"]:
-        caveats = format_caveats(results, comparison)
-        raw = _format_rate(comparison["win_rate"], comparison["win_rate_ci95"])
-        controlled = _format_rate(comparison["length_controlled_win_rate"], comparison["length_controlled_ci95"])
-        lines += [
-            "",
-            f"against {OPPONENTS[comparison['opponent']]}, temperature {comparison['temperature']:g}",
-            f"  win rate           {raw}{caveats}",
-            f"  length-controlled  {controlled}{caveats}",
-            f"  {comparison['prompts']} prompts: {comparison['wins']} wins, {comparison['ties']} ties, "
-            f"{comparison['losses']} losses, {comparison['invalid']} invalid (left out)",
-            f"  mean length {comparison['mean_length_policy']:.1f} words, the others' "
-            f"{comparison['mean_length_opponent']:.1f}",
-        ]
-    lines += [
+        f"judge      {results['judge']}, asked in both orders: a verdict that changes with the order counts as a tie",
         "",
-        f"{tokens['verdicts_asked']} verdicts asked for now, {tokens['verdicts_cached']} known from before; together "
+        *format_rows(winrate_rows(results)),
+        "",
+        f"{tokens['verdicts_asked']} verdicts asked for now, {tokens['verdicts_cached']} from earlier runs; together "
         f"{tokens['prompt']} prompt and {tokens['completion']} completion tokens",
     ]
     return "\n".join(lines)
-
-
-def _format_rate(rate: float, interval: Sequence[float]) -> str:
-    low, high = interval
-    verdict = ", includes 0.5: inconclusive" if low <= 0.5 <= high else ""
-    return f"{rate:.3f}  (95 % between {low:.3f} and {high:.3f}{verdict})"

@@ -1,6 +1,6 @@
 """The playground's page: ask both models, see where the policy departs from its reference, vote, compare a pair.
 
-Nothing on it comes from, or goes to, another host.
+It loads nothing from other hosts and sends nothing to them.
 """
 
 import math
@@ -27,7 +27,7 @@ LEGEND = (
     "Hover over a token for its implicit reward, β log(π/π<sub>ref</sub>)."
 )
 CSS = Path(__file__).with_name("templates") / "page.css"
-# One event at a time, whoever asks: the models share the machine, and votes share a file.
+# One event at a time for all visitors: the models share the machine, and votes share a file.
 ASK_MODELS = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
 USE_VOTES = {"concurrency_id": "votes", "concurrency_limit": 1, "api_visibility": "private"}
 ENABLED = gr.update(interactive=True)
@@ -50,7 +50,7 @@ def serve_app(app: gr.Blocks, port: int) -> None:
             prevent_thread_lock=True, css_paths=CSS, theme=gr.themes.Default(primary_hue="blue", **fonts),
         )  # fmt: skip
     except (OSError, OverflowError):
-        raise UserError(f"port {port} is taken or not a port; pass another --port") from None
+        raise UserError(f"port {port} is taken or not a port; pass a different --port") from None
     print(f"The playground is at http://127.0.0.1:{port} (Ctrl-C ends it).", flush=True)
     app.block_thread()
 
@@ -190,7 +190,7 @@ def build_ask_tab(app: gr.Blocks, handlers: Handlers, args: EvaluateArguments) -
     shown = [*sides, message, state, *buttons]
     asked = ask.click(handlers.generate, [prompt, blind, *settings], shown, show_progress="hidden", **ASK_MODELS)
     stopped = stop.click(None, cancels=[asked], api_visibility="private")
-    # In a second step: beside the cancelling, the answer's last frame could overwrite it.
+    # In a second step: in the step that cancels, the answer's last frame could overwrite it.
     stopped.then(lambda now: "Stopped." if now == WRITING else now, message, message, **USE_VOTES)
     for better, button in enumerate(buttons):
         button.click(partial(handlers.vote, better=better), state, [*shown, vote_count], **USE_VOTES)

@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from tinydpo.data.fitting import fit_pairs, get_bos_ids, tokenize_prompts
-from tinydpo.data.pairs import hide_progress_bars
 from tinydpo.data.rows import BrokenRow, read_row
 from tinydpo.data.text import TEXT_FEATURES, Prompt, render_row, typed_to_dialogue, typed_to_messages
 from tinydpo.errors import UserError
@@ -66,12 +65,12 @@ class SideBySide:
         self.chat = self.tokenizer.chat_template is not None and self.chat is not False
 
     def decode_answer(self, answer: Answer) -> str:
-        """The answer as a data set would hold it, without stop token."""
+        """The answer's text as in a data set, without stop token."""
         ids = answer.ids[:-1] if answer.ended else answer.ids
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def make_prompt(self, typed: str) -> Prompt:
-        """What was typed, plain text or a dialogue in HH's form, as training rows hold it: messages or a text."""
+        """What was typed, plain text or a dialogue in HH's form, as in training rows: messages or a text."""
         return typed_to_messages(typed) if self.chat else typed_to_dialogue(typed)
 
     def fit_prompt(self, prompt: Prompt, max_new_tokens: int) -> tuple[list[int], bool]:
@@ -90,7 +89,7 @@ class SideBySide:
         """Sample the reference's and the policy's answer independently, and yield both after every token.
 
         `top_k` 0 and `top_p` 1 keep all tokens. Rewards are of the models' own distributions, whatever the sampling
-        makes of them.
+        settings.
         """
         models = (self.ref, self.policy)
         answers = (Answer(), Answer())
@@ -132,9 +131,8 @@ class SideBySide:
         prompt = self.make_prompt(typed)
         space = "" if self.chat else " "  # as after "Assistant:"
         row = self._render(make_pair(prompt, space + first.strip(), space + second.strip()))
-        with hide_progress_bars(small=True):
-            texts = Dataset.from_list([dict.fromkeys(TEXT_FEATURES) | row], features=TEXT_FEATURES)
-            pair = fit_pairs(texts, self.tokenizer, self.max_length, self.max_question_length, workers=1)[0]
+        texts = Dataset.from_list([dict.fromkeys(TEXT_FEATURES) | row], features=TEXT_FEATURES)
+        pair = fit_pairs(texts, self.tokenizer, self.max_length, self.max_question_length, workers=1)[0]
         if pair["dropped"]:
             raise UserError(f"nothing to compare within {self.max_length} tokens: {pair['dropped']}")
         answers = [self._score(pair["prompt_ids"], pair[name]) for name in ("chosen_ids", "rejected_ids")]

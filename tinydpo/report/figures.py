@@ -15,7 +15,7 @@ from tinydpo.evaluation.metrics import Z95
 from tinydpo.evaluation.winrate import OPPONENTS
 from tinydpo.training.curves import BLUE, GREY, ORANGE, draw_panel, select_panels
 
-SKY = "#56B4E9"  # this, green and pink are from the palette of Okabe and Ito, too
+SKY = "#56B4E9"  # this, green and pink are also from the palette of Okabe and Ito
 METHODS = {  # color and marker of a curve in the frontier
     "DPO": (BLUE, "o"),
     "IPO": (ORANGE, "s"),
@@ -63,13 +63,13 @@ def draw_training_curves(log_history: list[dict[str, Any]]) -> list[Figure]:
 
 @rc_context(STYLE)
 def draw_margin_histogram(margins: Sequence[float]) -> Figure:
-    """Implicit reward margins of held-out pairs; the outermost bars count what lies beyond 99 % of them, too."""
+    """Implicit reward margins of held-out pairs; the outermost bars also count what is beyond 99 % of them."""
     values = np.nan_to_num(np.asarray(margins, dtype=float))  # NaN, of a policy that diverged, counts as wrong
     width = (np.quantile(np.abs(values), 0.99) or 1.0) / 20
     right = np.clip(values[values > 0], width / 2, 19.5 * width)
     wrong = np.clip(values[values <= 0], -19.5 * width, -width / 2)  # ties are wrong
     shares = [f"{len(right) / len(values):.1%} right", f"{len(wrong) / len(values):.1%} wrong"]
-    edges = width * np.arange(-20, 21)  # zero is an edge, so no bar holds both right and wrong pairs
+    edges = width * np.arange(-20, 21)  # zero is an edge, so no bar has both right and wrong pairs
     figure, axes = _make_figure()
     axes.hist([right, wrong], edges, stacked=True, rwidth=0.9, color=[BLUE, ORANGE], label=shares)
     axes.axvline(0, color="black", linewidth=1)
@@ -95,7 +95,7 @@ def draw_reward_histogram(
 
 @rc_context(STYLE)
 def draw_accuracy_by_subset(subsets: dict[str, dict[str, Any]]) -> Figure:
-    """Reward accuracy of each subset with its 95 % interval, beside chance."""
+    """Reward accuracy of each subset with its 95 % interval, and a line at chance."""
     names = [f"{_shorten(name)}  (n = {subset['pairs']:,})" for name, subset in subsets.items()]
     shares = [subset["reward_accuracy"] for subset in subsets.values()]
     bars = _get_bars(shares, [subset["reward_accuracy_ci95"] for subset in subsets.values()])
@@ -121,7 +121,7 @@ def draw_win_rates(comparisons: Sequence[dict[str, Any]]) -> Figure:
                 label=f"against {name}, {kind}", color=color, marker="o" if kind == "raw" else "s", markersize=5,
                 elinewidth=0.8, linestyle="-" if kind == "raw" else "--",
             )  # fmt: skip
-            shift += 0.01  # side by side, so that the bars do not cover each other
+            shift += 0.01  # side by side, so that the bars do not overlap
     axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":")
     axes.set(xlabel="sampling temperature", ylabel="policy's win rate, ties half", ylim=(0, 1))
     axes.set_xticks(sorted({row["temperature"] for row in comparisons}))
@@ -135,8 +135,8 @@ def draw_frontier(result: dict[str, Any]) -> Figure:
     """Reward against KL(policy ‖ reference) as in the DPO paper's Figure 2 (arXiv 2305.18290).
 
     Each method and learning rate is a curve from the SFT model through the last checkpoint of each β, the mean over
-    seeds. Earlier checkpoints are faint dots. Bars are 95 % intervals over prompts. `result` is what `frontier.json`
-    holds, with the `rounds` of `rounds.json` where there are some.
+    seeds. Earlier checkpoints are faint dots. Bars are 95 % intervals over prompts. `result` is `frontier.json`,
+    with the `rounds` of `rounds.json` if there are any.
     """
     figure, axes = _make_figure(5.4, 4.6)
     rounds = result.get("rounds", [])
@@ -148,7 +148,7 @@ def draw_frontier(result: dict[str, Any]) -> Figure:
         curves.setdefault((point["curve"], point.get("learning_rate")), []).append(point)
     for number, ((method, rate), points) in enumerate(curves.items()):
         label = _shorten(method) + (f", learning rate {rate:g}" if rate else "")
-        # On every curve the β would cover each other.
+        # On every curve the labels would overlap.
         _draw_method(axes, method, label, points, start=(0.0, sft["reward"]), name_betas=number == 0)
     if rounds:
         _draw_with_bars(axes, rounds, color=SKY, marker="P", markersize=6, linewidth=1.6, label="on-policy rounds")
@@ -159,7 +159,7 @@ def draw_frontier(result: dict[str, Any]) -> Figure:
     axes.set(xlabel="KL(policy ‖ reference), nats per answer", ylabel=f"mean reward: {_shorten(result['reward'], 60)}")
     axes.margins(x=0.03)
     if max(point["kl"] for point in [*result["points"], *rounds]) > 2 * LINEAR_KL:
-        # One run that collapses would press the others together.
+        # One run that collapses would squeeze the others.
         axes.set_xscale("symlog", base=2, linthresh=LINEAR_KL, linscale=3)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"{axes.get_xlabel()} (logarithmic beyond {LINEAR_KL})")
@@ -196,8 +196,8 @@ def _draw_method(
 
 def _draw_with_bars(axes: Axes, points: Sequence[dict[str, Any]], **style: Any) -> None:
     """Points of the frontier with their 95 % intervals in both directions."""
-    kl_bars = [Z95 * point["kl_se"] for point in points]
-    reward_bars = [Z95 * point["reward_se"] for point in points]
+    kl_bars = Z95 * np.array([point["kl_se"] for point in points], dtype=float)  # NaN, no bar, for None
+    reward_bars = Z95 * np.array([point["reward_se"] for point in points], dtype=float)
     axes.errorbar(*_get_columns(points), xerr=kl_bars, yerr=reward_bars, elinewidth=0.7, **style)
 
 
@@ -205,8 +205,8 @@ def _draw_with_bars(axes: Axes, points: Sequence[dict[str, Any]], **style: Any) 
 def draw_rewards_over_rounds(rounds: Sequence[dict[str, Any]]) -> Figure:
     """Mean reward of each round's answers over KL from the first model, a panel for each of several rewards.
 
-    Where the reward that made the pairs rises and another one falls, the policy exploits the first (over-optimization:
-    Gao et al. 2022, arXiv 2210.10760).
+    Where the reward that made the pairs rises and a different one falls, the policy exploits the first
+    (over-optimization: Gao et al. 2022, arXiv 2210.10760).
     """
     names = list(rounds[0]["rewards"])
     figure = Figure(figsize=(3.2 * len(names), 3.2), layout="constrained")
@@ -214,7 +214,7 @@ def draw_rewards_over_rounds(rounds: Sequence[dict[str, Any]]) -> Figure:
     for axes, name in zip(panels, names, strict=True):
         kl = [one["kl"] for one in rounds]
         means = [one["rewards"][name]["mean"] for one in rounds]
-        bars = [Z95 * one["rewards"][name]["se"] for one in rounds]
+        bars = Z95 * np.array([one["rewards"][name]["se"] for one in rounds], dtype=float)
         axes.errorbar(kl, means, bars, color=BLUE, marker="o", markersize=5, elinewidth=0.8)
         for one, x, y in zip(rounds, kl, means, strict=True):
             axes.annotate(one["name"], (x, y), (4, -10), **SMALL_LABEL, color=BLUE)

@@ -1,6 +1,6 @@
-"""The report: everything that lies in a recipe's run folder, on one HTML page that loads nothing.
+"""The report: everything in a recipe's run folder, on one HTML page that loads nothing.
 
-`write_report` reads the folder and fills in `templates/page.html`, which has the words and draws the figures.
+`write_report` reads the folder and fills in `templates/page.html`, which has the text and draws the figures.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from tinydpo.errors import UserError
 from tinydpo.evaluation.frontier import get_run_key
 from tinydpo.evaluation.on_policy import add_rounds_to_frontier
 from tinydpo.evaluation.table import Row, headline_rows
-from tinydpo.evaluation.winrate import OPPONENTS, describe_judge, format_caveats, winrate_rows
+from tinydpo.evaluation.winrate import winrate_rows
 from tinydpo.files import public_name, read_json, read_jsonl, write_atomic
 from tinydpo.report import figures
 from tinydpo.report.tokens import color_tokens, render_template
 from tinydpo.run_folder import RunFolder
 from tinydpo.training.curves import describe_rewards
 
-# Rows of an evaluation's table that stand on top of the page
+# Rows of an evaluation's table that are shown at the top of the page
 HEAD = ("reward accuracy", "win rate", "KL per sequence", "ended by themselves", "NLL of chosen")
 ANSWERS = 20  # held-out prompts on the page
 SETTINGS = (  # shown of each run and evaluation, where they have them
@@ -31,16 +31,20 @@ SETTINGS = (  # shown of each run and evaluation, where they have them
 )  # fmt: skip
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, evaluation: Path | None = None) -> Path:
     """Write `report.html` into `runs/<recipe folder>` and return its path; the same files give the same page.
+
+    Args:
+        folder: the recipe's run folder.
+        evaluation: the folder of the evaluation to show, by default `evaluation`, else the last that there is.
 
     Raises:
         UserError: the folder has nothing to report, or a file in it is damaged.
     """
-    evaluation = _find_results(folder, "evaluation/eval_results.json")
-    results = read_json(evaluation, "pairs", "reward_accuracy", "settings")
-    margins = [pair["margin"] for pair in read_jsonl(evaluation.with_name("pairs.jsonl"), "margin")]
-    samples = read_jsonl(evaluation.with_name("samples.jsonl"), "prompt", "policy", "ref", "pieces", "token_rewards")
+    evaluation = evaluation or _find_results(folder, "evaluation/eval_results.json").parent
+    results = read_json(evaluation / "eval_results.json", "pairs", "reward_accuracy", "settings")
+    margins = [pair["margin"] for pair in read_jsonl(evaluation / "pairs.jsonl", "margin")]
+    samples = read_jsonl(evaluation / "samples.jsonl", "prompt", "policy", "ref", "pieces", "token_rewards")
     frontier = read_json(_find_results(folder, "frontier/frontier.json"), "points", "reward")
     if not frontier.get("points"):  # none before its first run ends
         frontier = {}
@@ -48,7 +52,7 @@ def write_report(folder: Path) -> Path:
     winrate = read_json(_find_results(folder, "winrate/winrate.json"), "comparisons", "judge")
     runs = _find_runs(folder, results)
     if not any((results, margins, samples, frontier, winrate, runs)):
-        raise UserError(f"{folder} holds no run or result to report; run `make evaluate` first")
+        raise UserError(f"{folder} has no run or result to report; run `make evaluate` first")
     rows = headline_rows(results) if results else []
     page = render_template(
         "report/templates/page.html",
@@ -68,32 +72,30 @@ def write_report(folder: Path) -> Path:
         # What the template calls
         figures=figures,
         describe_rewards=describe_rewards,
-        describe_judge=describe_judge,
-        format_caveats=format_caveats,
+        winrate_rows=winrate_rows,
         color_tokens=color_tokens,
-        public_name=public_name,
-        OPPONENTS=OPPONENTS,
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
 
 
 def _find_results(folder: Path, default: str) -> Path:
-    """The file at `default`, or else one of its name in another subfolder, as --output_dir may say."""
+    """The file at `default`, or else the last one of its name in any subfolder (--output_dir)."""
     path = folder / default
     found = sorted(folder.glob(f"*/{path.name}"))
     return path if path.is_file() or not found else found[-1]
 
 
 def _find_runs(folder: Path, results: dict[str, Any]) -> dict[str, RunFolder]:
-    """The runs that trained the evaluated models, or else those in the recipe's own folder."""
+    """The runs that trained the evaluated models, or else those in the recipe's own folder, by what they trained."""
     settings = results.get("settings", {})
-    runs = {}
-    for title, key, name in (("DPO", "model_name_or_path", "dpo"), ("SFT", "ref_model_name_or_path", "sft")):
+    runs: dict[str, RunFolder] = {}
+    for key, name in (("model_name_or_path", "dpo"), ("ref_model_name_or_path", "sft")):
         evaluated = RunFolder.of_model(settings.get(key, ""))
         run = evaluated if evaluated.is_started else RunFolder(folder / name)
         if run.is_started:
-            runs[title] = run
+            title = "DPO" if "beta" in run.read_config() else "SFT"
+            runs.setdefault(title, run)  # the policy's run comes first
     return runs
 
 
@@ -103,7 +105,7 @@ def _shows_hh(results: Sequence[dict[str, Any]], runs: dict[str, RunFolder]) -> 
 
 
 def summarize_evaluation(results: dict[str, Any]) -> str:
-    """What came of it, in one sentence."""
+    """The result in one sentence."""
     low, high = results["reward_accuracy_ci95"]
     sentence = (
         f"The policy prefers the chosen answer on {100 * results['reward_accuracy']:.1f} % of {results['pairs']:,} "
@@ -132,7 +134,7 @@ def select_answers(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     count = min(ANSWERS, len(samples))
     shown = [samples[i * len(samples) // count] for i in range(count)]
     sizes = [abs(reward) for sample in shown for reward in sample["token_rewards"]]
-    scale = float(np.quantile(sizes, 0.98)) if sizes else 0.0  # the largest alone would leave all others pale
+    scale = float(np.quantile(sizes, 0.98)) if sizes else 0.0  # scaled to the largest, all others would be pale
     return {"shown": shown, "total": len(samples), "scale": scale}
 
 
@@ -145,7 +147,7 @@ def collect_provenance(runs: dict[str, RunFolder], results: dict[str, Any]) -> d
         speed = run.read_results()
         tables[title] = _list_settings(run.read_config()) | {
             "pairs": f"{kept['pairs_kept']:,} of {kept['pairs_in']:,} kept" if kept else None,
-            "pairs a second": speed.get("pairs_per_second"),
+            "pairs per second": speed.get("pairs_per_second"),
             "MFU": speed.get("mfu"),
             "device": environment.get("device"),
             "commit": environment.get("git_commit"),

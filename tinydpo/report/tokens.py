@@ -29,7 +29,7 @@ def render_template(template: str, **values: Any) -> Markup:
 def split_into_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """What each of n tokens adds to the text: n strings that, joined, are the decoded text, special tokens included.
 
-    A character of several tokens (byte-level BPE) stands in the last of them. The others are empty.
+    A character of several tokens (byte-level BPE) is in the last of them. The others are empty.
     """
     pieces = []
     text = ""
@@ -43,7 +43,7 @@ def split_into_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
 
 
 def color_tokens(pieces: Sequence[str], rewards: Sequence[float], scale: float) -> Markup:
-    """One `<span>` a token, blue where the policy finds it likelier than the reference does, orange where less likely.
+    """One `<span>` per token: blue where the policy finds it likelier than the reference does, orange where not.
 
     Args:
         pieces: n texts.
