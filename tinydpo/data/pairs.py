@@ -13,7 +13,7 @@ from trl.trainer.utils import global_then_local_main_first
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import count_cores
 from tinydpo.data.fitting import fit_pairs
-from tinydpo.data.splits import count_shared_prompts, draw_rows, load_rows
+from tinydpo.data.splits import count_shared_prompts, draw_rows, hide_progress_bars, load_rows
 from tinydpo.data.text import render_texts
 from tinydpo.errors import UserError
 
@@ -74,12 +74,14 @@ def _fit_split(
     most = data.max_train_pairs if split == "train" else data.max_test_pairs
     if most is not None:
         rows = draw_rows(rows, most)
+    is_large = len(rows) >= MANY_ROWS
     if workers is None:
-        workers = count_cores() if len(rows) >= MANY_ROWS else 1
+        workers = count_cores() if is_large else 1
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    texts = render_texts(rows, tokenizer, need_pairs, data.on_bad_row, workers)
-    fitted = fit_pairs(texts, tokenizer, max_length, data.max_question_length, workers)
+    with hide_progress_bars(small=not is_large):
+        texts = render_texts(rows, tokenizer, need_pairs, data.on_bad_row, workers)
+        fitted = fit_pairs(texts, tokenizer, max_length, data.max_question_length, workers)
     summary = summarize(texts, fitted)
     if len(rows) < len(splits[split]):
         summary["drawn_from"] = len(splits[split])

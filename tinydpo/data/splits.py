@@ -11,13 +11,23 @@ import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset_builder
+from datasets import (
+    Dataset,
+    Features,
+    Value,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
@@ -38,6 +48,7 @@ ROW_FEATURES = Features(
     }
 )
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+SMALL_BYTES = 8 << 20  # files below this are read without a progress bar
 HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must draw and hold out the same rows
 
 
@@ -159,12 +170,13 @@ def _read_files(files: list[DataFile], columns: Mapping[str, str], roles: Mappin
         with open(file.path, "rb") as stream:
             key.append((file.name, file.subset, hashlib.file_digest(stream, "sha256").hexdigest()))
     try:
-        return Dataset.from_generator(
-            _iter_rows,
-            features=ROW_FEATURES,
-            gen_kwargs={"files": tuple(files), "columns": columns, "roles": roles},
-            fingerprint=Hasher.hash(key),
-        )
+        with hide_progress_bars(small=sum(Path(file.path).stat().st_size for file in files) < SMALL_BYTES):
+            return Dataset.from_generator(
+                _iter_rows,
+                features=ROW_FEATURES,
+                gen_kwargs={"files": tuple(files), "columns": columns, "roles": roles},
+                fingerprint=Hasher.hash(key),
+            )
     except DatasetGenerationError as error:  # its cause names the file
         raise error.__cause__ or error from None
     except ValueError as error:  # raised by `datasets` for a generator without rows
@@ -258,3 +270,16 @@ def hold_out(rows: Dataset, size: float, name: str) -> tuple[Dataset, Dataset]:
         held_out = [min(drawn, key=lambda prompt: sizes[prompt])]
     is_held_out = np.isin(prompts[order], held_out)
     return rows.select(order[~is_held_out]), rows.select(order[is_held_out])
+
+
+@contextmanager
+def hide_progress_bars(small: bool) -> Iterator[None]:
+    """Hide progress bars where the work is small: a bar that is done at once only clutters the log."""
+    is_hidden = small and not are_progress_bars_disabled()
+    if is_hidden:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if is_hidden:
+            enable_progress_bars()
