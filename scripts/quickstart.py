@@ -73,7 +73,7 @@ def run(script: ModuleType, *argv: Any) -> None:
 
 def print_table(sft: dict[str, Any], dpo: dict[str, Any]) -> None:
     """Print what two evaluations measured: of the SFT model against its base, of DPO against the SFT model."""
-    print("\n                     gold reward   answers that end  tokens per answer")
+    print("\n                     gold reward   answers that end   tokens per answer")
     for name, results, role in (("base", sft, "ref"), ("SFT", dpo, "ref"), ("DPO", dpo, "policy")):
         reward, ended, length = (results[f"{metric}_{role}"] for metric in ("reward", "ended", "mean_length"))
         print(f"{name:>4}{reward:>28.2f}{ended:>19.0%}{length:>19.1f}")
