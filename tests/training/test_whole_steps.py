@@ -55,3 +55,14 @@ def test_data_smaller_than_a_step_shrinks_the_step(gpt2: str, tiny_tokenizer: An
     assert "6 rows are fewer than the 8 of a step: a step now takes 6." in capsys.readouterr().out
     batches = train_and_record(trainer)
     assert trainer.state.global_step == 2 and [len(batch) for batch in batches] == [3] * 4
+
+
+def test_max_steps_needs_reference_log_probs_of_its_own_pairs_only(gpt2: str, tiny_tokenizer: Any, tmp_path: Path):
+    """A first try of 2 steps on 22 pairs must not wait for the reference pass over all of them."""
+    trainer = build(
+        SharedPrefixDPOTrainer, gpt2, tiny_tokenizer, numbered_pairs(22), tmp_path, per_device_train_batch_size=4,
+        max_steps=2, precompute_ref_log_probs=True,
+    )  # fmt: skip
+    assert len(trainer.train_dataset["ref_chosen_logps"]) == 8, "the reference pass ran on other pairs, too"
+    seen = [pair for batch in train_and_record(trainer) for pair in batch]
+    assert len(set(seen)) == 8 and set(seen) != set(range(8)), "these are the first pairs, not random ones"

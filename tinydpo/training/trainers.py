@@ -49,7 +49,7 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
 
     def __init__(self, *, args: TrainingArguments, train_dataset: Dataset, **kwargs: Any):
         shrink_step(args, len(train_dataset))
-        super().__init__(args=args, train_dataset=train_dataset, **kwargs)
+        super().__init__(args=args, train_dataset=draw_needed_rows(args, train_dataset), **kwargs)
         self.compute_metrics = self.get_eval_metrics
         self.prepare_models()
 
@@ -109,6 +109,17 @@ def shrink_step(args: TrainingArguments, rows: int) -> None:
     args.gradient_accumulation_steps = share // batch
     if args.process_index == 0:
         print(f"{rows} rows are fewer than the {pairs_per_step} of a step: a step now takes {share * processes}.")
+
+
+def draw_needed_rows(args: TrainingArguments, dataset: Dataset) -> Dataset:
+    """As many random rows as `max_steps` trains on, if that is fewer than all: only those need reference log-probs."""
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    needed = args.max_steps * per_step
+    if not 0 < needed < len(dataset):
+        return dataset
+    if args.train_sampling_strategy == "random":
+        dataset = dataset.shuffle(seed=args.seed)
+    return dataset.select(range(needed))
 
 
 def get_completion_logps(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
