@@ -1,10 +1,12 @@
 """Compare a policy with its reference on held-out pairs and on answers they sample.
 
     python scripts/evaluate.py --model_name_or_path runs/<recipe folder>/dpo \
-        --ref_model_name_or_path runs/<recipe folder>/sft --output_dir runs/<recipe folder>/evaluation
+        --output_dir runs/<recipe folder>/evaluation
 
-Data, max_length and β are those of the policy's run unless a flag or the recipe says otherwise. A model without a run
-needs `--dataset_name`. Fewer prompts, your own reward: add `--num_prompts 64 --reward_funcs my_rewards.politeness`.
+Reference, data, max_length and β are those of the policy's run unless a flag or the recipe says otherwise. A model
+without a run needs `--ref_model_name_or_path` and `--dataset_name`.
+
+Fewer prompts, your own reward: add `--num_prompts 64 --reward_funcs my_rewards.politeness`.
 """
 
 import gc
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}
     results["settings"] = asdict(data) | asdict(reward) | asdict(args) | used
     samples = columns_to_rows(samples)
-    print(format_table(results) + "\n" + format_samples(samples[:3]))
+    print(args.describe_reference() + format_table(results) + "\n" + format_samples(samples[:3]))
     save_evaluation(output_dir, results, samples=samples, pairs=columns_to_rows(pairs))
     print(f"Report: {write_report(output_dir.parent, output_dir)}")
 

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         "comparisons": comparisons,
         "tokens": judge.count_tokens(),
     }
-    print(format_winrates(results))
+    print(args.describe_reference() + format_winrates(results))
     write_json(output_dir / "winrate.json", results)
     add_to_card(results, "Win rates by a judge", winrate_rows(results))
     print(f"Report: {write_report(output_dir.parent)}")

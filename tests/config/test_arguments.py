@@ -224,11 +224,12 @@ def test_another_script_may_read_a_training_recipe():
 def policy(tmp_path: Path) -> list[str]:
     """Flags that name a policy whose run has settings of its own."""
     settings = {"dataset_name": "org/own", "dataset_revision": "abc", "test_split_size": 0.2, "column": ["a=prompt"],
-                "max_length": 96, "beta": 0.4, "seed": 7}  # fmt: skip
+                "max_length": 96, "beta": 0.4, "seed": 7, "model_name_or_path": "org/start",
+                "model_revision": "def"}  # fmt: skip
     folder = tmp_path / "policy"
     folder.mkdir()
     (folder / "run_config.yaml").write_text(yaml.safe_dump(settings))
-    return ["--model_name_or_path", str(folder), "--ref_model_name_or_path", "r", "--output_dir", str(tmp_path / "e")]
+    return ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "e")]
 
 
 def evaluated(argv: list[str]) -> tuple[EvaluateArguments, DataArguments]:
@@ -239,11 +240,20 @@ def test_a_policys_run_gives_the_defaults(policy):
     args, data = evaluated(policy)
     assert (data.dataset_name, data.dataset_revision, data.test_split_size) == ("org/own", "abc", 0.2)
     assert (args.max_length, args.beta, data.column) == (96, 0.4, ["a=prompt"])
+    assert args.models["ref"] == ("org/start", "def"), "compared with a model that the policy did not start from"
     assert args.seed == 0, "more than the data settings comes from the run"
     policy[1] += "/checkpoint-3"
     assert evaluated(policy)[1].test_split_size == 0.2, "a checkpoint does not belong to its run"
     policy[1] = "org/hub-model"
-    assert evaluated(policy)[1].test_split_size == 0.05, "a model without a run changes a default"
+    assert evaluated([*policy, "--ref_model_name_or_path", "org/start"])[1].test_split_size == 0.05, (
+        "a model without a run changes a default"
+    )
+
+
+def test_another_reference_is_named(policy):
+    assert evaluated(policy)[0].describe_reference() == ""
+    line = evaluated([*policy, "--ref_model_name_or_path", "org/sft"])[0].describe_reference()
+    assert "org/sft" in line and "was trained from org/start" in line, "KL and rewards look like those of the training"
 
 
 def test_recipe_and_command_line_win_over_the_policys_run(policy, recipe):

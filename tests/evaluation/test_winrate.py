@@ -301,14 +301,15 @@ def policy(task: Path, tiny_model: Path, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "policy"))
     (folder / "README.md").write_text("# Card\n\n## Evaluation\n\nfigures\n\n## Content notice\n\nkept\n")
     (folder / "train_results.json").write_text("{}")
-    settings = {"dataset_name": str(task / "data"), "max_length": 64, "max_question_length": 32}
+    settings = {"model_name_or_path": str(task / "base"), "dataset_name": str(task / "data"), "max_length": 64,
+                "max_question_length": 32}  # fmt: skip
     (folder / "run_config.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
 
-def get_flags(task: Path, policy: Path, out: Path, url: str) -> list[str]:
+def get_flags(policy: Path, out: Path, url: str) -> list[str]:
     flags = {
-        "model_name_or_path": policy, "ref_model_name_or_path": task / "base", "output_dir": out, "num_prompts": 6,
+        "model_name_or_path": policy, "output_dir": out, "num_prompts": 6,
         "judge_base_url": url, "judge_model": "scripted", "calibration_pairs": 12,
     }  # fmt: skip
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
@@ -317,7 +318,7 @@ def get_flags(task: Path, policy: Path, out: Path, url: str) -> list[str]:
 def test_the_script_from_end_to_end(task: Path, policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     out = tmp_path / "run" / "winrate"
     with judge_server(lambda *_: "More helpful: tie") as server:
-        argv = [*get_flags(task, policy, out, server.url), "--temperatures", "0.5", "1.0"]
+        argv = [*get_flags(policy, out, server.url), "--temperatures", "0.5", "1.0"]
         winrate_script.main(argv)
         first = json.loads((out / "winrate.json").read_text())
         asked = len(server.questions)
@@ -348,7 +349,7 @@ def test_judge_is_judged_by_the_labels_first(
         return f"More helpful: {'A' if (a, b) in labels else 'B' if (b, a) in labels else 'tie'}"
 
     with judge_server(prefer_chosen) as server:
-        winrate_script.main([*get_flags(task, policy, tmp_path / "knows/winrate", server.url)])
+        winrate_script.main([*get_flags(policy, tmp_path / "knows/winrate", server.url)])
     about_labels = [
         get_sides(question) in labels or get_sides(question)[::-1] in labels for question in server.questions
     ]
@@ -364,7 +365,7 @@ def test_judge_is_judged_by_the_labels_first(
     assert "## Evaluation\n\nfigures\n\n## Content notice\n\nkept" in card, "the card's other parts are changed"
 
     with judge_server(lambda *_: "More helpful: A") as server:  # goes by the order
-        winrate_script.main([*get_flags(task, policy, tmp_path / "order/winrate", server.url)])
+        winrate_script.main([*get_flags(policy, tmp_path / "order/winrate", server.url)])
     own = json.loads((tmp_path / "order/winrate/winrate.json").read_text())["calibration"]
     assert (own["agreement"], own["turned_share"]) == (0.5, 1.0)
     warning = "the judge's agreement with the labels includes 0.5: inconclusive"

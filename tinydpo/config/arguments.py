@@ -158,3 +158,8 @@ def find_reference(settings: dict[str, Any]) -> Reference | None:
     if name is None or (name, revision or "main") == start:
         return None
     return Reference(name, revision)
+
+
+def get_reference(config: dict[str, Any]) -> Reference:
+    """What a recorded run's rewards are relative to: its reference, by default the model that it started from."""
+    return find_reference(config) or Reference(config["model_name_or_path"], config.get("model_revision"))

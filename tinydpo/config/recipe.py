@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 
 from tinydpo.config import launch
-from tinydpo.config.arguments import DataArguments, as_list, resolve_row_length
+from tinydpo.config.arguments import DataArguments, as_list, get_reference, resolve_row_length
 from tinydpo.errors import UserError
 from tinydpo.files import read_yaml
 from tinydpo.run_folder import RunFolder
@@ -48,8 +48,8 @@ def parse_training_args(
         types: dataclasses whose fields are the flags.
         argv: arguments, by default the process's own.
         ignored: dataclasses whose keys a recipe may hold without effect (a training recipe read by another script).
-        defaults_from_run: a flag that names a model. If that is a local run's, the run's data settings, `max_length`
-            and `beta` are the defaults here.
+        defaults_from_run: a flag that names a model. If that is a local run's, the run's data settings, `max_length`,
+            `beta` and reference are the defaults here.
     """
     parser = _StrictParser(types)
     command_line = parser.parse_given(argv)
@@ -149,12 +149,15 @@ def _parse_json_mapping(text: str) -> str | dict[str, Any]:
 
 
 def _read_run_defaults(given: dict[str, Any], known: dict[str, Any], model: str | None) -> dict[str, Any]:
-    """The data settings, `max_length` and `beta` of the run that made a local model, as far as they are flags here."""
+    """Reference, data settings, `max_length` and `beta` of the run that made a local model, as far as flags here."""
     config = RunFolder.of_model(model).read_config() if model else {}
     keys = {field.name for field in fields(DataArguments)} | {"max_length", "beta"}
     if as_list(given.get("dataset_name", config.get("dataset_name"))) != as_list(config.get("dataset_name")):
         keys -= DATASET_KEYS
-    return {key: config[key] for key in keys & set(known) if config.get(key) is not None}
+    defaults = {key: config[key] for key in keys & set(known) if config.get(key) is not None}
+    if config and "ref_model_name_or_path" in known and "ref_model_name_or_path" not in given:
+        defaults["ref_model_name_or_path"], defaults["ref_model_revision"] = get_reference(config)
+    return defaults
 
 
 def _fill_training_settings(settings: dict[str, Any], path: str | None, command_line: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Flags of the commands that evaluate a trained policy: which models, which prompts, how answers are sampled.
 
-The scripts parse them with `defaults_from_run`: the policy's own run gives the defaults of its data, `max_length`, β.
+The scripts parse them with `defaults_from_run`: the policy's own run gives the defaults of its reference, data,
+`max_length` and β.
 """
 
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from tinydpo.config.arguments import RowArguments, resolve_row_length
+from tinydpo.config.arguments import RowArguments, get_reference, resolve_row_length
+from tinydpo.errors import UserError
 from tinydpo.models.loading import check_same_vocabulary, load_tokenizer
+from tinydpo.run_folder import RunFolder
 
 
 def check_given(args: Any, *names: str, hint: str) -> None:
@@ -55,12 +58,10 @@ class SamplingArguments(PolicyArguments):
 class ComparisonArguments(PolicyArguments):
     """A policy and its reference, which answer the same held-out prompts."""
 
-    ref_model_name_or_path: str | None = HfArg(default=None, help="What the policy was trained from: the SFT model.")
+    ref_model_name_or_path: str | None = HfArg(
+        default=None, help="By default that of the policy's run, often the SFT model."
+    )
     ref_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reference on the Hub.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_given(self, "ref_model_name_or_path", hint="pass the model that the policy was trained from")
 
     @property
     def models(self) -> dict[str, tuple[str, str | None]]:
@@ -70,9 +71,29 @@ class ComparisonArguments(PolicyArguments):
             "ref": (self.ref_model_name_or_path, self.ref_model_revision),
         }
 
+    def describe_reference(self) -> str:
+        """A line on a reference that is not the one of the policy's own run; else ""."""
+        config = RunFolder.of_model(self.model_name_or_path).read_config()
+        if not config or get_reference(config).name == self.ref_model_name_or_path:
+            return ""
+        return (
+            f"The reference here is {self.ref_model_name_or_path}, but {self.model_name_or_path} was trained from "
+            f"{get_reference(config).name}: rewards and KL are not those of its training.\n"
+        )
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer (UserError: it cannot be loaded, or the reference has a different vocabulary)."""
-        policy, ref = (load_tokenizer(*model) for model in self.models.values())
+        """The policy's tokenizer.
+
+        Raises:
+            UserError: it cannot be loaded, there is no reference, or that has a different vocabulary.
+        """
+        policy = load_tokenizer(*self.models["policy"])
+        if not self.ref_model_name_or_path:
+            raise UserError(
+                f"{self.model_name_or_path} has no run_config.yaml, which would name its reference; pass "
+                "--ref_model_name_or_path, the model that it was trained from"
+            )
+        ref = load_tokenizer(*self.models["ref"])
         check_same_vocabulary(policy, ref)
         return policy
 
