@@ -174,7 +174,7 @@ def test_sigterm_saves_once_and_exits_with_143(flags: list[Any], resume: Callabl
     """To the whole group, as Slurm sends it: the data loader's workers must not take their process along."""
     save = ["--save_strategy", "epoch"]
     child = start("dpo", flags, tmp_path, slow_group, *save, "--dataloader_num_workers", "1")
-    wait_for(tmp_path / "log", "'loss'")
+    wait_for(tmp_path / "log", "  loss ")
     os.killpg(child.pid, signal.SIGTERM)
     child.join(60)
     log = (tmp_path / "log").read_text()
@@ -203,7 +203,7 @@ def launched() -> None:
 def test_a_script_without_its_launcher_saves_and_stops(flags: list[Any], resume: Callable, tmp_path: Path):
     """SIGTERM to `accelerate launch` with one process ends the launcher only."""
     launcher = start("dpo", flags, tmp_path, launched)
-    wait_for(tmp_path / "log", "'loss'")
+    wait_for(tmp_path / "log", "  loss ")
     assert "stopped" not in (tmp_path / "log").read_text()
     launcher.kill()
     wait_for(tmp_path / "log", "stopped by the launcher's end after step")

@@ -74,7 +74,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step(recipes: Path):
         command("sft", *flags, "--output_dir", "run"), cwd=recipes, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    next(line for line in launcher.stdout if "'loss'" in line)
+    next(line for line in launcher.stdout if "  loss " in line)
     children = psutil.Process(launcher.pid).children(recursive=True)
     scripts = [child for child in children if str(ROOT / "scripts/sft.py") in child.cmdline()]
     scripts[-1].terminate()

@@ -1,6 +1,7 @@
 """SFT and DPO through their scripts, on a tiny model: what trains, what a run's folder holds, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -166,6 +167,16 @@ def test_a_run_logs_how_fast_it_is(sft: Path, dpo: Path):
 def tokens_per_pair(folder: Path) -> float:
     results = read_results(folder)
     return results["tokens_per_second"] / results["pairs_per_second"]
+
+
+def test_a_log_is_one_short_line(sft: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run("dpo", *dpo_args(sft, task, tmp_path / "dpo"), "--max_steps", "2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    number = r"-?\d+\.\d+"
+    assert re.fullmatch(
+        rf"step 2/2  loss {number}  accuracy \d+%  margin {number}  [\d.,]+ pairs/s  0 s left", lines[1]
+    )
+    assert re.fullmatch(rf"step 2/2  held out:  loss {number}  accuracy \d+%  margin {number}", lines[-1])
 
 
 def test_rates_are_those_of_what_was_packed(sft: Path, task: Path, tiny_tokenizer, tmp_path: Path):

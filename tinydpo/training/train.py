@@ -25,6 +25,7 @@ from tinydpo.training import curves
 from tinydpo.training.callbacks import StopOnDivergence, StopOnSignal
 from tinydpo.training.card import write_card
 from tinydpo.training.checkpoints import find_resume_checkpoint
+from tinydpo.training.progress import show_progress
 from tinydpo.training.setup import PreparedRun, lock_folder, to_yaml_values
 from tinydpo.training.throughput import Throughput
 
@@ -37,6 +38,7 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
     stop = StopOnSignal()
     speed = Throughput(trainer)
     trainer.callback_handler.callbacks.insert(0, speed)  # before those that report a log elsewhere
+    show_progress(trainer)
     trainer.add_callback(stop)
     trainer.add_callback(StopOnDivergence())
     if trainer.is_world_process_zero():
