@@ -2,6 +2,8 @@
 RECIPE     ?= recipes/gpt2-medium-hh
 ACCELERATE ?= accelerate_configs/$(if $(shell command -v nvidia-smi),single_gpu,cpu).yaml
 ARGS       ?=
+# A name for a run with changed numbers, and for its evaluation: make dpo NAME=beta03 ARGS="--beta 0.3"
+NAME       ?=
 # What differs between the machines of one run: "--machine_rank 1 --main_process_ip 10.0.0.1" (docs/scaling.md)
 NODE       ?=
 SEED       ?= 0
@@ -16,7 +18,8 @@ endif
 PROCESSES   = $(or $(shell sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' $(ACCELERATE)),1)
 THREADS     = $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(PROCESSES) \| 1)
 LAUNCH      = .venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE) $(NODE)
-TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE) $(ARGS)
+TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE) $(if $(NAME),--output_dir $(RUNS)/$(NAME)) $(ARGS)
+POLICY      = $(if $(NAME),--model_name_or_path $(RUNS)/$(NAME) --output_dir $(RUNS)/$(subst evaluate,evaluation,$(STAGE))-$(NAME))
 # DeepSpeed is installed for the accelerate files that ask for it.
 LAUNCHER   := $(if $(shell grep -s DEEPSPEED $(ACCELERATE)),.venv/deepspeed,install)
 INSTALL     = $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
@@ -38,7 +41,7 @@ merge:               STAGE = dpo-lora
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo 'Change what runs: RECIPE=recipes/quickstart STAGE=dpo-512 ACCELERATE=accelerate_configs/multi_gpu.yaml'
-	@echo '                  ARGS="--beta 0.3 --max_steps 50"; now: RECIPE=$(RECIPE) ACCELERATE=$(ACCELERATE)'
+	@echo '                  NAME=beta03 ARGS="--beta 0.3 --max_steps 50"; now: RECIPE=$(RECIPE) ACCELERATE=$(ACCELERATE)'
 
 install: .venv/installed ## Create .venv and install; again only when pyproject.toml or constraints.txt changed
 
@@ -71,22 +74,22 @@ round: install ## On-policy rounds (ROUNDS=2): pairs, DPO, evaluation, and a tab
 	$(PYTHON) scripts/round.py --recipe $(RECIPE) --rounds $(ROUNDS) $(ARGS)
 
 merge: install ## Put a LoRA adapter into its base's weights: a plain checkpoint
-	$(PYTHON) scripts/merge.py --model_name_or_path $(RUNS)/$(STAGE) --output_dir $(RUNS)/$(STAGE)-merged $(ARGS)
+	$(PYTHON) scripts/merge.py --model_name_or_path $(RUNS)/$(or $(NAME),$(STAGE)) --output_dir $(RUNS)/$(or $(NAME),$(STAGE))-merged $(ARGS)
 
 evaluate: install ## Compare the policy with its reference: pairs, sampled answers, KL
-	$(PYTHON) scripts/evaluate.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
+	$(PYTHON) scripts/evaluate.py --config $(RECIPE)/$(STAGE).yaml $(POLICY) $(ARGS)
 
 frontier: install ## Reward against KL over losses and betas: the paper's Figure 2
 	$(PYTHON) scripts/frontier.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
 
 winrate: .venv/judge ## Win rates by a judge behind an OpenAI-compatible endpoint
-	$(PYTHON) scripts/winrate.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
+	$(PYTHON) scripts/winrate.py --config $(RECIPE)/$(STAGE).yaml $(POLICY) $(ARGS)
 
 report: install ## Everything measured so far on one page, runs/<recipe folder>/report.html
 	$(PYTHON) scripts/report.py $(RUNS) $(ARGS)
 
 playground: .venv/playground ## Talk to reference and policy side by side in the browser, and vote
-	$(PYTHON) scripts/playground.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
+	$(PYTHON) scripts/playground.py --config $(RECIPE)/$(STAGE).yaml $(POLICY) $(ARGS)
 
 inspect: install ## See what the token budget does to the pairs, before training
 	$(PYTHON) scripts/inspect_data.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)

@@ -4,7 +4,9 @@ import argparse
 import gc
 from pathlib import Path
 
+from tinydpo.config.arguments import as_list
 from tinydpo.errors import UserError, get_rank
+from tinydpo.files import read_yaml
 from tinydpo.run_folder import RunFolder
 
 
@@ -60,7 +62,12 @@ def train_missing_model(
             argv += ["--gradient_accumulation_steps", "1"]  # computed again: there may be more processes now
         state = "unfinished"
     if not get_rank():
-        print(f"{model} is {state}: training it first with {argv[1]} (this command's flags do not apply to it).")
+        start = read_yaml(argv[1])
+        data = ", ".join(as_list(start.get("dataset_name")))
+        print(
+            f"{model} is {state}: first training {start.get('model_name_or_path')} on {data} with {argv[1]} "
+            "(this command's flags do not apply to it)."
+        )
 
     import sft
 

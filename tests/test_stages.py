@@ -27,9 +27,9 @@ def recipes(task: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Mo
     return folder
 
 
-def test_dpo_trains_its_missing_sft_once(recipes: Path, capsys: pytest.CaptureFixture):
+def test_dpo_trains_its_missing_sft_once(recipes: Path, task: Path, tiny_model: Path, capsys: pytest.CaptureFixture):
     dpo.main(["--config", "recipes/mine/dpo.yaml", "--beta", "0.3"])
-    line = "runs/mine/sft is not there: training it first with recipes/mine/sft.yaml"
+    line = f"runs/mine/sft is not there: first training {tiny_model} on {task / 'data'} with recipes/mine/sft.yaml"
     assert capsys.readouterr().out.count(line) == 1
     assert Path("runs/mine/sft/train_results.json").is_file() and Path("runs/mine/dpo/train_results.json").is_file()
     assert "beta: 0.3" in Path("runs/mine/dpo/run_config.yaml").read_text(), "DPO lost its own flags"
