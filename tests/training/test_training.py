@@ -4,17 +4,19 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
 from running import log, run
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError
 from tinydpo.training.packing import pack
-from tinydpo.training.throughput import forward_flop
+from tinydpo.training.throughput import estimate_cpu_hours, forward_flop
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +223,16 @@ def test_flop_are_those_of_the_floor(tied: bool):
     blocks = layers * (4 * width**2 + 3 * width * 64 + 2 * width) + width  # the norms' weights among them
     counted = forward_flop(LlamaForCausalLM(config), tokens=136, scored=83)
     assert counted == 2 * blocks * 136 + 2 * vocabulary * width * 83
+
+
+def test_a_run_of_hours_is_told_before_it_starts(task: Path, tiny_model: Path):
+    """Of a run that is as long as its epochs or steps make it."""
+    pairs = Dataset.from_dict({name: [[1] * 40] * 200 for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
+
+    def estimate(stage: str, **flags: Any) -> float:
+        training = TrainingArguments(use_cpu=True, per_device_train_batch_size=8, **flags)
+        return estimate_cpu_hours(stage, training, str(tiny_model), None, pairs)
+
+    assert estimate("dpo", num_train_epochs=1e9) > 100, "nobody is warned of a run of years"
+    assert estimate("sft", num_train_epochs=1) < 0.1, "a run of seconds is called one of hours"
+    assert estimate("sft", num_train_epochs=1e9, max_steps=2) < 0.1, "--max_steps is not counted"

@@ -27,6 +27,7 @@ from tinydpo.files import find_difference
 from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.loading import check_same_vocabulary, load_tokenizer, refuse_adapter
 from tinydpo.run_folder import RunFolder
+from tinydpo.training.throughput import estimate_cpu_hours
 
 # Where a run executes and how much it logs, not what it trains: these settings may change before it is resumed.
 NOT_COMPARED = {
@@ -68,6 +69,15 @@ def prepare_training(
     notes = format_data_notes(summary)
     if notes and not get_rank():
         print(notes)
+    if training.use_cpu and not get_rank():
+        hours = estimate_cpu_hours(
+            stage, training, model.model_name_or_path, model.model_revision, splits["train"].pairs
+        )
+        if hours > 2:
+            print(
+                f"This takes at least {hours:.0f} hours on this CPU; a GPU takes minutes, and so does a CPU with "
+                "RECIPE=recipes/smollm2-hh and --max_train_pairs 2000."
+            )
     test = None
     if training.eval_strategy != "no":
         test = splits["test"].pairs

@@ -7,9 +7,11 @@ warms up, and what is between steps (evaluation, checkpoints) do not count. A re
 import time
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 
 class Counts(NamedTuple):
@@ -36,6 +38,34 @@ def forward_flop(model: Any, tokens: float, scored: float) -> float:
     if head is not None:
         flop += 2 * scored * count(head)
     return flop
+
+
+def estimate_cpu_hours(stage: str, training: Any, model: str, revision: str | None, pairs: Dataset) -> float:
+    """Hours that a run takes at least on this CPU: its FLOP at the speed of a large matrix product.
+
+    `training` are TRL's arguments; `pairs` are fitted ones, of which SFT computes the chosen answer only.
+    """
+    config = AutoConfig.from_pretrained(model, revision=revision or "main")
+    with torch.device("meta"):  # shapes alone, without weights
+        shapes = AutoModelForCausalLM.from_config(config)
+    names = ["chosen_ids"] if stage == "sft" else ["chosen_ids", "rejected_ids"]
+    table = pairs.with_format("arrow")[:]
+    scored = sum(pc.sum(pc.list_value_length(table[name])).as_py() for name in names)
+    tokens = scored + pc.sum(pc.list_value_length(table["prompt_ids"])).as_py()
+    epochs = training.num_train_epochs
+    if training.max_steps > 0:
+        per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+        epochs = training.max_steps * per_step / len(pairs)
+    passes = 4 if stage == "dpo" else 3  # forward, backward as two, and DPO's reference
+    flop = passes * epochs * forward_flop(shapes, tokens, scored)
+
+    matrix = torch.ones(1024, 1024, dtype=torch.bfloat16 if training.bf16 else torch.float32)
+    matrix @ matrix  # warm up
+    start = time.perf_counter()
+    for _ in range(4):
+        matrix @ matrix
+    flop_per_second = 4 * 2 * 1024**3 / (time.perf_counter() - start) * training.world_size
+    return flop / flop_per_second / 3600
 
 
 class Throughput(TrainerCallback):
