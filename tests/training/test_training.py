@@ -10,7 +10,8 @@ import pytest
 import yaml
 from datasets import Dataset
 from running import log, run
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
+from trl import SFTConfig
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_split
@@ -230,7 +231,7 @@ def test_a_run_of_hours_is_told_before_it_starts(task: Path, tiny_model: Path):
     pairs = Dataset.from_dict({name: [[1] * 40] * 200 for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
 
     def estimate(stage: str, **flags: Any) -> float:
-        training = TrainingArguments(use_cpu=True, per_device_train_batch_size=8, **flags)
+        training = SFTConfig(use_cpu=True, per_device_train_batch_size=8, **flags)
         return estimate_cpu_hours(stage, training, str(tiny_model), None, pairs)
 
     assert estimate("dpo", num_train_epochs=1e9) > 100, "nobody is warned of a run of years"

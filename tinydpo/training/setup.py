@@ -70,20 +70,25 @@ def prepare_training(
     if notes and not get_rank():
         print(notes)
     if training.use_cpu and not get_rank():
-        hours = estimate_cpu_hours(
-            stage, training, model.model_name_or_path, model.model_revision, splits["train"].pairs
-        )
-        if hours > 2:
-            print(
-                f"This takes at least {hours:.0f} hours on this CPU; a GPU takes minutes, and so does a CPU with "
-                "RECIPE=recipes/smollm2-hh and --max_train_pairs 2000."
-            )
+        warn_of_long_run(stage, training, model, splits["train"].pairs)
     test = None
     if training.eval_strategy != "no":
         test = splits["test"].pairs
         if len(test) > run.eval_pairs:  # the same rows in every run
             test = test.shuffle(seed=HOLD_OUT_SEED).select(range(run.eval_pairs))
     return PreparedRun(stage, settings, tokenizer, splits["train"].pairs, test, summary)
+
+
+def warn_of_long_run(stage: str, training: Any, model: Any, pairs: Dataset) -> None:
+    """Print how long a run will take on a CPU, if that is hours."""
+    if (Path(model.model_name_or_path) / "adapter_config.json").exists():
+        return
+    hours = estimate_cpu_hours(stage, training, model.model_name_or_path, model.model_revision, pairs)
+    if hours > 2:
+        print(
+            f"This takes at least {hours:.0f} hours on this CPU; a GPU takes minutes, and so does a CPU with "
+            "RECIPE=recipes/smollm2-hh and --max_train_pairs 2000."
+        )
 
 
 def is_finished(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> bool:

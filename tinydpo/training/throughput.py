@@ -45,9 +45,10 @@ def estimate_cpu_hours(stage: str, training: Any, model: str, revision: str | No
 
     `training` are TRL's arguments; `pairs` are fitted ones, of which SFT computes the chosen answer only.
     """
-    config = AutoConfig.from_pretrained(model, revision=revision or "main")
+    trust = training.trust_remote_code
+    config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=trust)
     with torch.device("meta"):  # shapes alone, without weights
-        shapes = AutoModelForCausalLM.from_config(config)
+        shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     names = ["chosen_ids"] if stage == "sft" else ["chosen_ids", "rejected_ids"]
     table = pairs.with_format("arrow")[:]
     scored = sum(pc.sum(pc.list_value_length(table[name])).as_py() for name in names)
