@@ -1,10 +1,10 @@
-"""Preference-tune a fine-tuned model with DPO; it is its own reference, unless another one is named.
+r"""Preference-tune a fine-tuned model with DPO; it is its own reference, unless another one is named.
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/dpo.py \
         --config recipes/gpt2-medium-hh/dpo.yaml --beta 0.3
 
 `make dpo` runs the same. The SFT model that the recipe starts from is trained first where it is missing. The flags are
-those of TRL's DPOConfig and ModelConfig and our own (--help); a flag known to mislead here is refused.
+those of TRL's DPOConfig and ModelConfig and our own (--help-all); a flag known to mislead here is refused.
 """
 
 from stages import end_processes, get_config_path, train_missing_model

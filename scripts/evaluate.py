@@ -1,4 +1,4 @@
-"""Compare a policy with its reference on held-out pairs and on answers they sample.
+r"""Compare a policy with its reference on held-out pairs and on answers they sample.
 
     python scripts/evaluate.py --model_name_or_path runs/<recipe folder>/dpo \
         --output_dir runs/<recipe folder>/evaluation

@@ -1,4 +1,4 @@
-"""Put a LoRA adapter into its base's weights: a plain checkpoint that needs neither peft nor the base's folder.
+r"""Put a LoRA adapter into its base's weights: a plain checkpoint that needs neither peft nor the base's folder.
 
     python scripts/merge.py --model_name_or_path runs/gpt2-medium-hh/dpo-lora \
         --output_dir runs/gpt2-medium-hh/dpo-lora-merged

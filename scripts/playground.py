@@ -7,36 +7,47 @@ max_length, and where the sampling settings start; votes go to `votes.jsonl` nex
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import disable_progress_bars
+from transformers.hf_argparser import HfArg
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
 from tinydpo.config.recipe import parse_args
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.errors import UserError, report_errors
-from tinydpo.evaluation.arguments import EvaluateArguments
-from tinydpo.evaluation.rewards import RewardArguments
-from tinydpo.models.loading import load_model
-from tinydpo.playground.side_by_side import SideBySide
-from tinydpo.training.setup import check_model
-from tinydpo.training.train import was_trained_on_chat
+from tinydpo.evaluation.arguments import EvaluateArguments, RewardArguments
+
+
+@dataclass
+class PlaygroundArguments:
+    """Where the page is served."""
+
+    port: int = HfArg(default=7860, help="Port of the page on 127.0.0.1.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    try:
-        from tinydpo.playground.app import PlaygroundArguments, build_app, serve_app
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise UserError("the playground needs gradio; run `make playground` or pip install '.[playground]'") from None
-
     kinds = (EvaluateArguments, DataArguments, PlaygroundArguments)
     args, data, page = parse_args(
         *kinds, argv=argv, ignored=(RewardArguments,), defaults_from_run="model_name_or_path"
     )
+
+    # These take seconds to import: only once the flags are known to be right.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    try:
+        from tinydpo.playground.app import build_app, serve_app
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("the playground needs gradio; run `make playground` or pip install '.[playground]'") from None
+    from datasets import disable_progress_bars
+
+    from tinydpo.models.loading import load_model
+    from tinydpo.playground.side_by_side import SideBySide
+    from tinydpo.training.setup import check_model
+    from tinydpo.training.train import was_trained_on_chat
+
     disable_progress_bars()  # each typed pair would show one
     tokenizer = args.load_tokenizer()
     device, dtype = pick_device_and_dtype(args.dtype)

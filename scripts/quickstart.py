@@ -7,20 +7,14 @@ tinydpo/toy_task.py says what the task and its gold reward are.
 """
 
 import argparse
+import importlib
 import shlex
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-import dpo
-import evaluate
-import sft
-from datasets import disable_progress_bars
 
 from tinydpo.errors import report_errors
 from tinydpo.files import read_json
-from tinydpo.toy_task import write_task
 
 RECIPE = "recipes/quickstart"
 
@@ -30,6 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the data, the models and the samples")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     args = parser.parse_args(argv)
+
+    # These take seconds to import: only once the flags are known to be right.
+    from datasets import disable_progress_bars
+
+    from tinydpo.toy_task import write_task
+
     disable_progress_bars()  # with so few rows they only flash by
     start = time.monotonic()
     runs = args.output_dir
@@ -38,20 +38,20 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Writing dialogues to {runs / 'data'} and an untrained GPT-2 to {runs / 'base'} (seed {args.seed}).")
     write_task(runs / "data", runs / "base", args.seed)
     run(
-        sft, "--config", f"{RECIPE}/sft.yaml", "--model_name_or_path", runs / "base",
+        "sft", "--config", f"{RECIPE}/sft.yaml", "--model_name_or_path", runs / "base",
         "--output_dir", runs / "sft", *common,
     )  # fmt: skip
     run(
-        dpo, "--config", f"{RECIPE}/dpo.yaml", "--model_name_or_path", runs / "sft",
+        "dpo", "--config", f"{RECIPE}/dpo.yaml", "--model_name_or_path", runs / "sft",
         "--output_dir", runs / "dpo", *common,
     )  # fmt: skip
     run(
-        evaluate, "--config", f"{RECIPE}/evaluate.yaml", "--model_name_or_path", runs / "sft",
+        "evaluate", "--config", f"{RECIPE}/evaluate.yaml", "--model_name_or_path", runs / "sft",
         "--ref_model_name_or_path", runs / "base", "--output_dir", runs / "evaluation-sft", "--num_prompts", 128,
         *common,
     )  # fmt: skip
     run(
-        evaluate, "--config", f"{RECIPE}/evaluate.yaml", "--model_name_or_path", runs / "dpo",
+        "evaluate", "--config", f"{RECIPE}/evaluate.yaml", "--model_name_or_path", runs / "dpo",
         "--ref_model_name_or_path", runs / "sft", "--output_dir", runs / "evaluation", "--num_prompts", 512,
         *common,
     )  # fmt: skip
@@ -64,11 +64,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"figures and all sampled answers: {runs / 'evaluation'}; everything on one page: {runs / 'report.html'}.")
 
 
-def run(script: ModuleType, *argv: Any) -> None:
+def run(script: str, *argv: Any) -> None:
     """Print a script's command and run it in this process."""
     words = [str(word) for word in argv]
-    print(f"\n$ python scripts/{script.__name__}.py {shlex.join(words)}", flush=True)
-    script.main(words)
+    print(f"\n$ python scripts/{script}.py {shlex.join(words)}", flush=True)
+    importlib.import_module(script).main(words)
 
 
 def print_table(sft: dict[str, Any], dpo: dict[str, Any]) -> None:

@@ -9,13 +9,16 @@ import argparse
 from pathlib import Path
 
 from tinydpo.errors import report_errors
-from tinydpo.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write report.html into a recipe's run folder.", allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="runs/<recipe folder>")
-    print(f"Report: {write_report(parser.parse_args(argv).folder)}")
+    folder = parser.parse_args(argv).folder
+
+    from tinydpo.report.page import write_report  # takes seconds to import
+
+    print(f"Report: {write_report(folder)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Train an explicit reward model on the same pairs, to compare DPO's implicit reward with.
+r"""Train an explicit reward model on the same pairs, to compare DPO's implicit reward with.
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/reward.py \
         --config recipes/gpt2-medium-hh/reward.yaml --learning_rate 5e-6
 
 `make reward` runs the same. The SFT model that the recipe starts from is trained first where it is missing. The flags
-are those of TRL's RewardConfig and ModelConfig and our own (--help); a flag known to mislead here is refused.
+are those of TRL's RewardConfig and ModelConfig and our own (--help-all); a flag known to mislead here is refused.
 Evaluation takes the result as --reward_model_name_or_path.
 """
 

@@ -7,25 +7,25 @@ interruption, run the same command again.
 """
 
 import gc
+import importlib
 from pathlib import Path
-from types import ModuleType
-
-import dpo
-import evaluate
-import sample_pairs
 
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
-from tinydpo.evaluation.on_policy import RoundArguments, add_rounds_to_frontier, collect_rounds, format_rounds
-from tinydpo.evaluation.results import make_output_folder
+from tinydpo.evaluation.arguments import RoundArguments
 from tinydpo.files import read_json, read_yaml, write_json
-from tinydpo.report import figures
 from tinydpo.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_args(RoundArguments, argv=argv)
     first = find_first_model(args)
+
+    # These take seconds to import: only once the flags are known to be right.
+    from tinydpo.evaluation.on_policy import add_rounds_to_frontier, collect_rounds, format_rounds
+    from tinydpo.evaluation.results import make_output_folder
+    from tinydpo.report import figures
+
     data = {"dataset_name": args.dataset_name} if args.dataset_name else {}
     folder = make_output_folder(args.output_dir)
     round_folders = [folder / f"round-{number}" for number in range(1, args.rounds + 1)]
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     for round_folder in round_folders:
         pairs = round_folder / "pairs"
         policy = round_folder / "dpo"
-        run_stage(args, sample_pairs, "pairs", **start, **data, output_dir=pairs)
-        run_stage(args, dpo, "dpo-on-policy", **start, **as_reference(first), dataset_name=pairs, output_dir=policy)
+        run_stage(args, "sample_pairs", "pairs", **start, **data, output_dir=pairs)
+        run_stage(args, "dpo", "dpo-on-policy", **start, **as_reference(first), dataset_name=pairs, output_dir=policy)
         if start != first:
             evaluate_policy(args, policy, start, round_folder / "evaluation-before", **data)
         # Against the first model last: a policy's card keeps its last evaluation.
@@ -78,16 +78,16 @@ def evaluate_policy(args: RoundArguments, policy: Path, reference: dict[str, str
     if results.exists() and results.stat().st_mtime >= RunFolder(policy).results_file.stat().st_mtime:
         return
     models = {"model_name_or_path": policy, **as_reference(reference)}
-    run_stage(args, evaluate, "evaluate", **models, **data, output_dir=folder)
+    run_stage(args, "evaluate", "evaluate", **models, **data, output_dir=folder)
 
 
-def run_stage(args: RoundArguments, script: ModuleType, recipe: str, **flags: object) -> None:
+def run_stage(args: RoundArguments, script: str, recipe: str, **flags: object) -> None:
     argv = ["--config", f"{args.recipe}/{recipe}.yaml"]
     for name, value in flags.items():
         argv += [f"--{name}", str(value)]
     argv += ["--seed", str(args.seed)]
-    print(f"\n$ python scripts/{script.__name__}.py {' '.join(argv)}", flush=True)
-    script.main(argv)
+    print(f"\n$ python scripts/{script}.py {' '.join(argv)}", flush=True)
+    importlib.import_module(script).main(argv)
     gc.collect()  # a trainer's model and optimizer refer to each other
 
 

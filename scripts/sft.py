@@ -1,9 +1,9 @@
-"""Fine-tune a model on the preferred answers: the reference model that DPO starts from.
+r"""Fine-tune a model on the preferred answers: the reference model that DPO starts from.
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml scripts/sft.py \
         --config recipes/gpt2-medium-hh/sft.yaml --learning_rate 2e-5
 
-`make sft` runs the same. The flags are those of TRL's SFTConfig and ModelConfig and our own (--help). A flag
+`make sft` runs the same. The flags are those of TRL's SFTConfig and ModelConfig and our own (--help-all). A flag
 known to mislead here is refused.
 """
 

@@ -1,4 +1,4 @@
-"""Let a judge compare a policy's answers with the dataset's and with its reference's; the judge is tested first.
+r"""Let a judge compare a policy's answers with the dataset's and with its reference's; the judge is tested first.
 
     export JUDGE_API_KEY=…    # a local server needs none
     python scripts/winrate.py --config recipes/<recipe folder>/winrate.yaml \

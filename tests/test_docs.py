@@ -1,7 +1,6 @@
 """Links of the documentation lead somewhere, and its commands are ones that their scripts accept."""
 
 import importlib
-import importlib.util
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -61,8 +60,6 @@ def check_flags(words: list[str]) -> None:
     place = next((i for i, word in enumerate(words) if re.fullmatch(r"(scripts|benchmarks)/\w+\.py", word)), None)
     if place is None or words[place].endswith(("quickstart.py", "report.py", "make_pairs.py")):
         return  # `make test` and the like, and two scripts with one flag each
-    if words[place].endswith("playground.py") and not importlib.util.find_spec("gradio"):
-        return
     script = importlib.import_module(Path(words[place]).stem)
     with pytest.MonkeyPatch.context() as patch:
         for name in {"parse_args", "parse_training_args"} & set(vars(script)):

@@ -12,11 +12,10 @@ from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArgum
 from tinydpo.config.flags import check_flags
 from tinydpo.config.recipe import parse_args, parse_training_args
 from tinydpo.errors import UserError, report_errors
-from tinydpo.evaluation.arguments import EvaluateArguments
+from tinydpo.evaluation.arguments import EvaluateArguments, RewardArguments
 from tinydpo.evaluation.frontier import FrontierArguments
 from tinydpo.evaluation.judge import JudgeArguments
 from tinydpo.evaluation.on_policy import PairsArguments
-from tinydpo.evaluation.rewards import RewardArguments
 from tinydpo.evaluation.winrate import WinrateArguments
 
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
@@ -45,12 +44,14 @@ def mistake(argv: list[str], types: tuple = DPO) -> str:
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [("learning_rat", "learning_rate"), ("pair_per_step", "pairs_per_step")],  # argparse takes the first silently
-)
+    [("learning_rat", "learning_rate"), ("pair_per_step", "pairs_per_step"),  # argparse takes the first silently
+     ("lr", "learning_rate"), ("epochs", "num_train_epochs"), ("batch_size", "per_device_train_batch_size")],
+)  # fmt: skip
 def test_an_unknown_key_is_named_with_the_nearest(recipe, key: str, nearest: str):
     for message in (mistake(recipe({key: 1})), mistake([f"--{key.replace('_', '-')}=1"])):
         assert repr(key) in message and repr(nearest) in message, message
-    assert "did you mean" not in mistake(recipe({"zzz": 1}))
+    for key in ("zzz", "padding_fre"):  # the second is nearest to a flag that is refused
+        assert "did you mean" not in mistake(recipe({key: 1})), "a suggestion that does not help"
     assert "'stray' belongs to no flag" in mistake(["stray"])
 
 

@@ -1,5 +1,7 @@
 """Flags that would mislead are refused before anything is loaded; all others are passed on."""
 
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,20 @@ def test_a_flag_that_has_an_effect_is_passed_on(case: str):
     types = (DataArguments, RunArguments, CONFIGS[stage], ModelConfig, ReferenceArguments)
     _, settings = parse_training_args(*types, argv=["--output_dir", "x", *argv])
     check_flags(stage, settings, CONFIGS[stage], ModelConfig)
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_help_shows_what_matters_first_and_nothing_refused(stage: str, capsys: pytest.CaptureFixture[str]):
+    flags = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            importlib.import_module(stage).main([option])
+        flags[option] = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE))
+    assert {"learning_rate", "max_length", "dataset_name"} < flags["--help"] < flags["--help-all"]
+    assert len(flags["--help"]) <= 17 and "warmup_steps" in flags["--help-all"]
+    refused = {"packing", "padding_free", "bf16_full_eval", "fsdp", "use_liger_kernel"}
+    refused |= {"sft": set(), "dpo": {"label_smoothing_factor"}, "reward": {"use_peft", "lora_r"}}[stage]
+    assert not refused & flags["--help-all"], "a flag is shown that every run refuses"
 
 
 def test_a_reporter_that_is_not_installed_is_named_at_once(tmp_path: Path):

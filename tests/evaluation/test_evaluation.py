@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toys import write_rows
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -211,6 +212,8 @@ def test_evaluate_writes_figures_samples_pairs_report_and_card(
         assert len(sample["pieces"]) == len(sample["token_rewards"])
     card = Path("policy/README.md").read_text()
     assert f"| reward accuracy | {results['reward_accuracy']:.3f} (" in card
+    (measured,) = ModelCard(card).data.eval_results
+    assert (measured.metric_value, measured.dataset_name) == (results["reward_accuracy"], "data")
     assert "of old" not in card and card.endswith("## Content notice\n\nkept\n"), "the card's other parts are changed"
     out = capsys.readouterr().out
     assert format_table(results) in out and format_samples(samples[:3]) in out

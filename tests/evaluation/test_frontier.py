@@ -35,6 +35,7 @@ from tinydpo.evaluation.frontier import (
 from tinydpo.report.figures import draw_frontier
 from tinydpo.training.trainers import FittedDPOTrainer
 
+TOKEN = "hf_secret"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -138,10 +139,11 @@ def test_wrong_arguments_are_named(wrong: dict):
 def argv(task: Path, tiny_model: Path, tmp_path: Path) -> list[str]:
     """A frontier of seconds: two steps of sixteen pairs a run."""
     shutil.copytree(tiny_model, tmp_path / "sft")
-    (tmp_path / "sft/run_config.yaml").write_text(yaml.safe_dump({"dataset_name": str(task / "data")}))
+    shutil.copytree(task / "data", tmp_path / "data")
+    (tmp_path / "sft/run_config.yaml").write_text(yaml.safe_dump({"dataset_name": str(tmp_path / "data")}))
     (tmp_path / "sft/train_results.json").write_text("{}")
     recipe = (ROOT / "recipes/quickstart/dpo.yaml").read_text().replace("num_train_epochs: 1", "max_steps: 2")
-    (tmp_path / "dpo.yaml").write_text(recipe)
+    (tmp_path / "dpo.yaml").write_text(f"{recipe}\nhub_token: {TOKEN}\n")
     return [
         "--dpo_config", str(tmp_path / "dpo.yaml"), "--model_name_or_path", str(tmp_path / "sft"),
         "--output_dir", str(tmp_path / "frontier"), "--reward_funcs", "tinydpo.toy_task.gold_reward",
@@ -150,7 +152,7 @@ def argv(task: Path, tiny_model: Path, tmp_path: Path) -> list[str]:
 
 
 def test_a_frontier_from_end_to_end(
-    argv: list[str], task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     folder = tmp_path / "frontier"
     broken = folder / "sigmoid-beta0.1-seed0"
@@ -172,16 +174,25 @@ def test_a_frontier_from_end_to_end(
         (curve, step) for curve in ("DPO", "shuffled labels") for step in (1, 2)
     ]
     assert all(math.isfinite(point["reward"]) and point["kl_se"] >= 0 for point in result["points"])
-    assert result["settings"]["dataset_name"] == str(task / "data"), "not the data of the reference's run"
+    assert result["settings"]["dataset_name"] == str(tmp_path / "data"), "not the data of the reference's run"
     assert result["sft"]["kl"] == 0 and [point["n"] for point in result["best_of_n"]] == [1, 2]
     assert not result["failed"]
     assert (folder / "frontier.png").stat().st_size > 5_000 and (tmp_path / "report.html").is_file()
     assert not list(folder.glob("*/checkpoint-*")), "measured checkpoints are left on the disk"
+    for path in folder.rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), f"{path.name} gives the Hub token away"
 
     monkeypatch.setattr(dpo, "main", lambda argv: pytest.fail("a finished run is trained again"))
     frontier.main(argv)
     assert "0 runs to make and 2 made before" in capsys.readouterr().out
     assert json.loads((folder / "frontier.json").read_text())["points"] == result["points"], "other runs are lost"
+
+    train = tmp_path / "data/train.jsonl"
+    rows = train.read_text()
+    train.write_text(rows.partition("\n")[2])
+    with pytest.raises(UserError, match="different set of training pairs"):
+        frontier.main([*argv, "--betas", "1"])
+    train.write_text(rows)
 
     weights = tmp_path / "sft/model.safetensors"  # the reference, trained again in the same place
     save_file({name: 1.01 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})

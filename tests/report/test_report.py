@@ -97,7 +97,9 @@ def folder(tmp_path: Path) -> Path:
     write(folder / "frontier/frontier.json", make_frontier())
     write(folder / "winrate/winrate.json", make_winrate())
     write(folder / "dpo/trainer_state.json", {"log_history": log})
-    write(folder / "dpo/environment.json", {"git_commit": "c0ffee", "packages": {"torch": "2.13.0"}})
+    environment = {"git_commit": "c0ffee", "packages": {"torch": "2.13.0"}, "date": "2026-11-27", "device": "EPYC"}
+    write(folder / "dpo/environment.json", environment)
+    write(folder / "dpo/train_results.json", {"train_runtime": 318.0})
     write(
         folder / "dpo/run_config.yaml", {"dataset_name": "my/pairs", "seed": 11, "beta": 0.1, "loss_type": ["sigmoid"]}
     )
@@ -116,6 +118,8 @@ def test_whole_page_loads_nothing_and_shows_every_part(folder: Path, capsys: pyt
     assert "@import" not in raw and "url(" not in raw, "the style loads something"
     for fact in (">11<", "c0ffee", "torch 2.13.0", "abc123", "my/pairs", "ipo-beta5-seed0"):
         assert fact in raw, f"{fact!r} is missing: seeds, versions, data and failures must be on the page"
+    assert "DPO trained on 2026-11-27 in 5.3 minutes on EPYC" in raw, "when, how long and on what is missing"
+    assert "β log π/π<sub>ref</sub>" in raw and "π_ref" not in raw, "a formula is shown as it is typed"
     assert "secret" not in raw, "a local path is on a page that may be shared"
     assert tags.count("article") == 20 and "20 of 30" in raw
     assert write_report(folder).read_text() == raw, "the same files give another page"
@@ -165,6 +169,15 @@ def test_evaluation_of_another_name_is_found(folder: Path):
     assert "of 40 held-out pairs" in write_report(folder).read_text()
 
 
+def test_an_evaluation_of_the_sft_model_does_not_pass_for_dpos(folder: Path):
+    write(folder / "sft/run_config.yaml", {"seed": 12})
+    for name, policy, pairs in (("by-me", "dpo", 42), ("evaluation", "sft", 43), ("evaluation-sft", "sft", 44)):
+        settings = RESULTS["settings"] | {"model_name_or_path": str(folder / policy)}
+        write(folder / name / "eval_results.json", RESULTS | {"pairs": pairs, "settings": settings})
+    raw = write_report(folder).read_text()
+    assert "of 42 held-out pairs" in raw, "the page shows SFT against its base, because of the folder's name or date"
+
+
 def test_report_shows_the_evaluation_that_was_just_made(folder: Path):
     write(folder / "evaluation-512/eval_results.json", RESULTS | {"pairs": 41})
     assert "of 41 held-out pairs" in write_report(folder, folder / "evaluation-512").read_text()
@@ -200,11 +213,13 @@ def test_any_text_is_only_text(tmp_path: Path):
     assert pages == [pages[0]] * 4, "an answer or a name became part of the page"
 
 
-def test_content_notice_only_for_hh(tmp_path: Path):
-    for name, shown in (("my/pairs", False), ("/data/hh-rlhf", True)):
-        results = RESULTS | {"settings": RESULTS["settings"] | {"dataset_name": name}}
+def test_notices_of_hh_and_the_toy_task_are_only_on_their_pages(tmp_path: Path):
+    for name, reward in (("my/pairs", "gold"), ("/data/hh-rlhf", "gold"), ("data", "tinydpo.toy_task.gold_reward")):
+        results = RESULTS | {"settings": RESULTS["settings"] | {"dataset_name": name, "reward_funcs": [reward]}}
         write(tmp_path / "evaluation/eval_results.json", results)
-        assert (CONTENT_NOTICE in write_report(tmp_path).read_text()) == shown
+        raw = write_report(tmp_path).read_text()
+        assert (CONTENT_NOTICE in raw) == ("hh-rlhf" in name)
+        assert ("labels are noisy by design" in raw) == ("toy_task" in reward)
 
 
 def test_doubts_stand_beside_win_rates(tmp_path: Path):

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from running import log, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 from trl import SFTConfig
@@ -23,6 +25,8 @@ from tinydpo.training.throughput import estimate_cpu_hours, forward_flop
 @pytest.fixture(scope="module")
 def sft(task: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "sft"
+    tiny_model = Path(shutil.copytree(tiny_model, folder.with_name("base")))
+    (tiny_model / "README.md").write_text("---\nlicense: mit\nlanguage: en\nbase_model: org/not-this\n---\n# Base\n")
     run("sft", "--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--output_dir", folder,
         "--learning_rate", "3e-3", "--max_steps", "12")  # fmt: skip
     return folder
@@ -70,6 +74,23 @@ def test_folder_holds_what_the_docs_promise(sft: Path, dpo: Path):
         config = yaml.safe_load((folder / "run_config.yaml").read_text())
         assert "hub_token" not in config and config["learning_rate"] == 3e-3
     assert "beta 0.1" in (dpo / "README.md").read_text()
+
+
+def test_the_card_is_one_for_the_hub(dpo: Path):
+    card = ModelCard.load(dpo / "README.md")
+    facts = {"license": "mit", "language": "en", "library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert card.data.to_dict().items() >= facts.items(), "the base's license, or what the Hub needs, is missing"
+    assert card.data.base_model is None, "a model is claimed as base that it was not trained from"
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    namespace: dict = {}
+    exec(code.replace(card.text.split()[1], str(dpo)), namespace)
+    assert namespace["prompt"].endswith("\n\nAssistant:"), "the example is not in the form of the training data"
+    assert "12 steps, 2 epochs" in card.text and f"trl {version('trl')}" in card.text
+    held_out = card.text.partition("## Training")[2]
+    assert "on 16 held-out pairs" in held_out and "| rewards/accuracies |" in held_out
+    assert "None yet." in card.text.partition("## Evaluation")[2].partition("##")[0]
+    assert "runtime" not in card.text and "per_second" not in card.text, "times pass for results"
+    assert "bibtex" in card.text
 
 
 def test_a_finished_run_says_so_and_other_settings_are_refused(sft: Path, dpo: Path, task: Path, capsys):

@@ -3,6 +3,8 @@
 Each refusal says what to do instead. Every flag that is not listed here is passed on to its library as it is.
 """
 
+import difflib
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -17,6 +19,12 @@ SMOOTHED_LOSSES = {"exo_pair", "robust", "aot", "aot_unpaired"}
 ADAPTER_FLAGS = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit",
+)  # fmt: skip
+# What most runs set: a training script's --help shows these alone, and they are suggested for a misspelt flag.
+FIRST_FLAGS = (
+    "model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir", "max_length", "beta", "loss_type",
+    "learning_rate", "num_train_epochs", "max_steps", "pairs_per_step", "per_device_train_batch_size", "use_peft",
+    "bf16", "seed",
 )  # fmt: skip
 Settings = dict[str, Any]  # every key of a run with its value
 
@@ -47,6 +55,32 @@ REFUSED_FOR_PACKED_ROWS = {
     "pad_to_multiple_of": "but packed rows have their own padding; pass --shared_prefix false, or leave it out",
     "neftune_noise_alpha": "but its noise depends on a sequence's length; pass --shared_prefix false, or leave it out",
 }
+
+
+def list_refused_flags(flags: Collection[str]) -> set[str]:
+    """Those that a script with these flags refuses in every run."""
+    refused = set(REFUSED_ALWAYS)
+    if "center_rewards_coefficient" in flags:  # a reward model's
+        refused |= {*ADAPTER_FLAGS, "use_peft"}
+    elif "beta" in flags:
+        refused.add("label_smoothing_factor")
+    return refused
+
+
+def suggest_flag(key: str, flags: Collection[str]) -> str | None:
+    """The flag that an unknown key means, by its words (`epochs`, `lr`, `batch_size`) or its spelling, or None."""
+    allowed = sorted(set(flags) - list_refused_flags(flags))
+    words = _split_words(key)
+    initials = {flag: "".join(word[:1] for word in flag.split("_")) for flag in allowed}
+    fitting = [flag for flag in allowed if words <= _split_words(flag) or key == initials[flag]]
+    first = [flag for flag in FIRST_FLAGS if flag in fitting]
+    if first or len(fitting) == 1:
+        return (first or fitting)[0]
+    return next(iter(difflib.get_close_matches(key, allowed, n=1, cutoff=0.8)), None)
+
+
+def _split_words(flag: str) -> set[str]:
+    return {word.removesuffix("s") for word in flag.split("_")}
 
 
 def check_flags(stage: str, settings: Settings, *configs: Any) -> None:

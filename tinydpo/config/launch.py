@@ -13,8 +13,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import parse_flag_from_env
-
 from tinydpo.errors import UserError
 from tinydpo.files import read_yaml
 from tinydpo.models.precision import has_fast_bf16
@@ -34,6 +32,7 @@ ZERO3_NEEDS = {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}  # or no f
 def fill_defaults(settings: dict[str, Any]) -> None:
     """Fill in `use_cpu`, `bf16`, the batch per device and the accumulation where the user left them unset."""
     import torch
+    from accelerate.utils import parse_flag_from_env
 
     asked = read_yaml(settings["accelerate_config"]) if settings["accelerate_config"] else {}
     on_cpu = settings["use_cpu"] or parse_flag_from_env("ACCELERATE_USE_CPU") or asked.get("use_cpu") is True
@@ -193,6 +192,8 @@ def _get_dtype(training_args: Any) -> str:
 
 def _get_sharding() -> str | None:
     """What splits the model over processes, by the launcher's environment."""
+    from accelerate.utils import parse_flag_from_env
+
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
     return "FSDP2" if parse_flag_from_env("ACCELERATE_USE_FSDP") else None

@@ -4,10 +4,10 @@ A recipe is a YAML file whose keys are flags. Its values are converted as if the
 wins over it. An unknown, misspelt or abbreviated key, or a value of the wrong type, is one sentence that names it.
 """
 
-import difflib
 import json
 import os
-from argparse import Namespace
+import sys
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 from tinydpo.config import launch
 from tinydpo.config.arguments import DataArguments, as_list, get_reference, resolve_row_length
+from tinydpo.config.flags import FIRST_FLAGS, list_refused_flags, suggest_flag
 from tinydpo.errors import UserError
 from tinydpo.files import read_yaml
 from tinydpo.run_folder import RunFolder
@@ -73,7 +74,13 @@ class _StrictParser(HfArgumentParser):
     """transformers' parser, without abbreviations, and with a `UserError` in place of a usage dump."""
 
     def __init__(self, types: Iterable[type]):
-        super().__init__(list(types), allow_abbrev=False)
+        super().__init__(
+            list(types),
+            allow_abbrev=False,
+            usage="%(prog)s [--config RECIPE] [--flag VALUE ...]",
+            description=sys.modules["__main__"].__doc__,  # a script's says what it does, with an example
+            formatter_class=_HelpFormatter,
+        )
         self.add_argument("--config", help="A recipe: a YAML file whose keys are these flags.")
         self.source = "command line"
         self.kinds = {key: _get_kinds(hint) for kind in types for key, hint in get_type_hints(kind).items()}
@@ -87,12 +94,28 @@ class _StrictParser(HfArgumentParser):
         del self.defaults["config"]
         if "logging_nan_inf_filter" in self.defaults:
             self.defaults["logging_nan_inf_filter"] = False  # it hides NaN losses, and waits for the GPU each batch
+        self.help_flag = "--help"
+        if "bf16" in self.defaults:  # a training script: with the libraries' flags --help would be a thousand lines
+            self.help_flag = "--help-all"
+            self.add_argument(self.help_flag, action="help", help="All flags, also the libraries'.")
 
     def error(self, message: str) -> None:
-        raise UserError(f"{self.source}: {message}; --help lists every flag")
+        raise UserError(f"{self.source}: {message}; {self.help_flag} lists every flag")
+
+    def format_help(self) -> str:
+        """The help without refused flags; a training script's `--help` has only those that most runs set."""
+        shown = self.defaults.keys() - list_refused_flags(self.defaults)
+        if self.help_flag == "--help-all" and "--help-all" not in self.argv:
+            shown &= set(FIRST_FLAGS)
+        for action in self._actions:
+            is_opposite = action.option_strings[0].startswith("--no_")
+            if action.dest not in shown | {"config", "help", "help_all"} or is_opposite:
+                action.help = SUPPRESS
+        return super().format_help()
 
     def parse_given(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The flags that `argv` sets, without the defaults of the others."""
+        self.argv = sys.argv if argv is None else argv
         unset = object()
         namespace = Namespace(**dict.fromkeys([*self.defaults, "config"], unset))
         namespace, rest = self.parse_known_args(argv, namespace)
@@ -133,9 +156,13 @@ class _StrictParser(HfArgumentParser):
         return [f"--{key}={value}"]
 
     def refuse_key(self, key: str) -> None:
-        near = difflib.get_close_matches(key, [*self.defaults, "config"], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "--help lists every flag"
+        near = suggest_flag(key, [*self.defaults, "config"])
+        hint = f"did you mean {near!r}?" if near else f"{self.help_flag} lists every flag"
         raise UserError(f"{self.source}: {key!r} is not a known key; {hint}")
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the description's lines as they are."""
 
 
 def _get_kinds(hint: Any) -> set:

@@ -1,10 +1,11 @@
-"""Flags of the commands that evaluate a trained policy: which models, which prompts, how answers are sampled.
+"""Flags of the commands that evaluate a trained policy: which models, prompts and rewards, how answers are sampled.
 
 The scripts parse them with `defaults_from_run`: the policy's own run gives the defaults of its reference, data,
 `max_length` and β.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -107,3 +108,38 @@ class EvaluateArguments(RowArguments, ComparisonArguments, SamplingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.row_length = resolve_row_length(self.max_length, self.row_length) if self.shared_prefix else None
+
+
+@dataclass
+class RewardArguments:
+    """Which rewards are summed."""
+
+    reward_funcs: list[str] | None = HfArg(default=None, help="Rewards as module.function, in TRL's form; summed.")
+    reward_model_name_or_path: str | None = HfArg(default=None, help="A sequence-classification model of one output.")
+    reward_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reward model on the Hub.")
+
+    def names(self) -> list[str]:
+        """Short names: of a function without its module, of a model the last part of its path."""
+        names = [name.rsplit(".", 1)[-1] for name in self.reward_funcs or []]
+        model = self.reward_model_name_or_path
+        return [*names, Path(model).name] if model else names
+
+    def name(self) -> str:
+        """The name of the sum, as the label of an axis."""
+        return " + ".join(self.names())
+
+
+@dataclass
+class RoundArguments:
+    """Which recipes make a round, and how many rounds."""
+
+    recipe: str | None = HfArg(default=None, help="Folder with pairs.yaml, dpo-on-policy.yaml and evaluate.yaml.")
+    rounds: int = HfArg(default=2, help="Rounds in all; finished rounds are not repeated.")
+    output_dir: str | None = HfArg(default=None, help="Folder of the rounds; by default runs/<recipe folder>.")
+    model_name_or_path: str | None = HfArg(default=None, help="Where the first round starts, the reference of all.")
+    dataset_name: str | None = HfArg(default=None, help="Prompts and held-out pairs; by default the recipes' own.")
+    seed: int = HfArg(default=0, help="Of sampling, training and evaluation.")
+
+    def __post_init__(self):
+        check_given(self, "recipe", hint="recipes/quickstart shows what a round needs")
+        self.output_dir = self.output_dir or f"runs/{Path(self.recipe).resolve().name}"

@@ -29,9 +29,9 @@ from tinydpo.data.rows import ParsedRow
 from tinydpo.data.splits import load_rows
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import UserError
-from tinydpo.evaluation.arguments import check_given
+from tinydpo.evaluation.arguments import RewardArguments, check_given
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
-from tinydpo.evaluation.rewards import RewardArguments, score_answers
+from tinydpo.evaluation.rewards import score_answers
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
 from tinydpo.files import read_json, read_yaml, write_atomic, write_json
 from tinydpo.models.loading import load_model, load_tokenizer
@@ -105,12 +105,14 @@ def get_loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
 
 
 def load_dpo_recipe(path: str) -> dict[str, Any]:
-    """The keys that all runs share: a DPO recipe without its data (UserError: it sets no token budget)."""
+    """The keys that all runs share: a DPO recipe without its data and its token (UserError: no token budget)."""
     recipe = read_yaml(path)
     if not isinstance(recipe.get("max_length"), int):
         raise UserError(f"{path} sets no max_length; a frontier needs the token budget of its runs")
-    data_keys = {field.name for field in fields(DataArguments)}
-    return {key: value for key, value in recipe.items() if key not in data_keys}
+    dropped = {field.name for field in fields(DataArguments)} | {
+        "hub_token"
+    }  # a secret: the keys are written to files
+    return {key: value for key, value in recipe.items() if key not in dropped}
 
 
 def write_shuffled_data(data: DataArguments, folder: Path) -> None:
@@ -149,6 +151,7 @@ def write_run_recipe(
         "save_steps": min(0.999999, 1 / args.checkpoints),  # a share of all steps; 1 would mean every step
         "save_total_limit": args.checkpoints + 1,
         "disable_tqdm": True,
+        "push_to_hub": False,
     }
     if run.learning_rate:
         keys["learning_rate"] = run.learning_rate
@@ -169,18 +172,20 @@ class FrontierMeasure:
         self.max_length = recipe["max_length"]
         self.row_length = resolve_row_length(self.max_length, None) if recipe.get("shared_prefix", True) else None
         self.tokenizer = load_tokenizer(args.model_name_or_path)
+        self.training_pairs = load_split(data, self.tokenizer, self.max_length, "train").summary["sha256"]
         held_out = load_split(data, self.tokenizer, self.max_length, "test").texts
         self.texts, self.prompts = prepare_prompts(
             held_out, self.tokenizer, self.max_length, args.num_prompts, args.sample_seed
         )
 
     def get_fingerprint(self) -> dict[str, str]:
-        """What may change behind the names in a recipe: weights, prompts and rewards."""
+        """What may change behind the names in a recipe: weights, pairs, prompts and rewards."""
         chosen = get_readable_columns(self.texts, self.tokenizer)["chosen"]
         ids = self.tokenizer(chosen, add_special_tokens=False, verbose=False).input_ids
         parts = {
             "reference's weights": hash_module(self.ref),
             "dtype or device": (get_compute_dtype(self.ref), self.ref.device.type),
+            "set of training pairs": self.training_pairs,
             "set of prompts": self.prompts,
             "reward": score_answers(self.functions, self.texts, chosen, ids).sum(0).tolist(),
         }

@@ -23,8 +23,8 @@ from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.data.splits import HOLD_OUT_SEED
 from tinydpo.data.text import get_prompts
 from tinydpo.errors import UserError
-from tinydpo.evaluation.arguments import SamplingArguments, check_given
-from tinydpo.evaluation.rewards import RewardArguments, RewardFunction, as_completion, score_answers
+from tinydpo.evaluation.arguments import RewardArguments, SamplingArguments
+from tinydpo.evaluation.rewards import RewardFunction, as_completion, score_answers
 from tinydpo.evaluation.sampling import Answers, sample_cached
 from tinydpo.files import public_name, read_json
 from tinydpo.models.loading import hash_weights
@@ -178,22 +178,6 @@ def render_pairs_card(folder: Path, settings: dict[str, Any], reward: RewardArgu
         notice=CONTENT_NOTICE if is_hh(settings["dataset_name"]) else None,
     )
     return str(card)
-
-
-@dataclass
-class RoundArguments:
-    """Which recipes make a round, and how many rounds."""
-
-    recipe: str | None = HfArg(default=None, help="Folder with pairs.yaml, dpo-on-policy.yaml and evaluate.yaml.")
-    rounds: int = HfArg(default=2, help="Rounds in all; finished rounds are not repeated.")
-    output_dir: str | None = HfArg(default=None, help="Folder of the rounds; by default runs/<recipe folder>.")
-    model_name_or_path: str | None = HfArg(default=None, help="Where the first round starts, the reference of all.")
-    dataset_name: str | None = HfArg(default=None, help="Prompts and held-out pairs; by default the recipes' own.")
-    seed: int = HfArg(default=0, help="Of sampling, training and evaluation.")
-
-    def __post_init__(self):
-        check_given(self, "recipe", hint="recipes/quickstart shows what a round needs")
-        self.output_dir = self.output_dir or f"runs/{Path(self.recipe).resolve().name}"
 
 
 def collect_rounds(folders: Sequence[Path]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import EvalResult, ModelCard
 
+from tinydpo.config.arguments import list_sources
 from tinydpo.errors import UserError
 from tinydpo.evaluation.table import Row, headline_rows
-from tinydpo.files import find_difference, read_json, write_atomic, write_json
+from tinydpo.files import find_difference, public_name, read_json, write_atomic, write_json
 from tinydpo.run_folder import RunFolder
 
 
@@ -71,4 +73,19 @@ def add_to_card(results: dict[str, Any], heading: str, rows: Sequence[Row]) -> N
     before, _, after = run.card_file.read_text(encoding="utf-8").partition(f"## {heading}\n")
     _, next_heading, rest = after.partition("\n## ")
     section = "\n".join([before.rstrip("\n"), "", f"## {heading}", "", *lines, ""])
-    write_atomic(run.card_file, section + next_heading + rest)
+    card = ModelCard(section + next_heading + rest)
+    if "reward_accuracy" in results:  # also in the header, where the Hub looks for it
+        dataset = public_name(list_sources(settings)[0].name)
+        card.data.model_name = run.path.name
+        card.data.eval_results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                metric_type="accuracy",
+                metric_name="reward accuracy",
+                metric_value=results["reward_accuracy"],
+                metric_args={"ci95": results["reward_accuracy_ci95"], "pairs": results["pairs"]},
+            )
+        ]
+    write_atomic(run.card_file, str(card))

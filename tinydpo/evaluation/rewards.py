@@ -9,7 +9,6 @@ texts. A reward model reads messages in its own chat template, not the policy's.
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,17 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
-from transformers.hf_argparser import HfArg
 
 from tinydpo.data.pairs import FittedSplit
 from tinydpo.data.text import Prompt, format_dialogue, get_prompts
 from tinydpo.errors import UserError
+from tinydpo.evaluation.arguments import RewardArguments
 from tinydpo.evaluation.sampling import cut_prompt
 from tinydpo.models.loading import load_pretrained, load_tokenizer
 from tinydpo.models.precision import set_compute_dtype
 from tinydpo.models.stop_tokens import strip_turn_end
 
 RewardFunction = Callable[..., list[float]]
-
-
-@dataclass
-class RewardArguments:
-    """Which rewards are summed."""
-
-    reward_funcs: list[str] | None = HfArg(default=None, help="Rewards as module.function, in TRL's form; summed.")
-    reward_model_name_or_path: str | None = HfArg(default=None, help="A sequence-classification model of one output.")
-    reward_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reward model on the Hub.")
-
-    def names(self) -> list[str]:
-        """Short names: of a function without its module, of a model the last part of its path."""
-        names = [name.rsplit(".", 1)[-1] for name in self.reward_funcs or []]
-        model = self.reward_model_name_or_path
-        return [*names, Path(model).name] if model else names
-
-    def name(self) -> str:
-        """The name of the sum, as the label of an axis."""
-        return " + ".join(self.names())
 
 
 def load_rewards(

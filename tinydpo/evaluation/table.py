@@ -6,8 +6,8 @@ A new metric needs a function in `metrics`, its call in scripts/evaluate.py, and
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from tinydpo.evaluation.arguments import RewardArguments
 from tinydpo.evaluation.metrics import Z95
-from tinydpo.evaluation.rewards import RewardArguments
 
 MOST_SUBSETS = 8  # rows; the report's figure has more, eval_results.json has all
 # Name in eval_results.json (without _policy and _ref), label, value by chance, meaning (line breaks: for the table).

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from transformers.hf_argparser import HfArg
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation.arguments import EvaluateArguments
@@ -32,13 +31,6 @@ ASK_MODELS = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibilit
 USE_VOTES = {"concurrency_id": "votes", "concurrency_limit": 1, "api_visibility": "private"}
 ENABLED = gr.update(interactive=True)
 DISABLED = gr.update(interactive=False)
-
-
-@dataclass
-class PlaygroundArguments:
-    """Where the page is served."""
-
-    port: int = HfArg(default=7860, help="Port of the page on 127.0.0.1.")
 
 
 def serve_app(app: gr.Blocks, port: int) -> None:

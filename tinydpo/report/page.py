@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from tinydpo.config.arguments import list_sources
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
@@ -36,12 +37,12 @@ def write_report(folder: Path, evaluation: Path | None = None) -> Path:
 
     Args:
         folder: the recipe's run folder.
-        evaluation: the folder of the evaluation to show, by default `evaluation`, else the last that there is.
+        evaluation: the folder of the evaluation to show; by default one of a DPO run, by preference `evaluation`.
 
     Raises:
         UserError: the folder has nothing to report, or a file in it is damaged.
     """
-    evaluation = evaluation or _find_results(folder, "evaluation/eval_results.json").parent
+    evaluation = evaluation or _find_evaluation(folder)
     results = read_json(evaluation / "eval_results.json", "pairs", "reward_accuracy", "settings")
     margins = [pair["margin"] for pair in read_jsonl(evaluation / "pairs.jsonl", "margin")]
     samples = read_jsonl(evaluation / "samples.jsonl", "prompt", "policy", "ref", "pieces", "token_rewards")
@@ -59,6 +60,8 @@ def write_report(folder: Path, evaluation: Path | None = None) -> Path:
         name=folder.resolve().name,
         notice=CONTENT_NOTICE if _shows_hh([results, frontier, winrate], runs) else "",
         summary=summarize_evaluation(results) if results else "",
+        made=[describe_training(title, run) for title, run in runs.items() if "date" in run.read_environment()],
+        is_toy_task="tinydpo.toy_task.gold_reward" in (results.get("settings", {}).get("reward_funcs") or ()),
         head=[row for label in HEAD for row in rows if row.label == label] + _select_judged(winrate),
         rows=[row for row in rows if row.label not in HEAD],
         margins=margins,
@@ -73,10 +76,23 @@ def write_report(folder: Path, evaluation: Path | None = None) -> Path:
         figures=figures,
         describe_rewards=describe_rewards,
         winrate_rows=winrate_rows,
+        typeset=typeset,
         color_tokens=color_tokens,
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _find_evaluation(folder: Path) -> Path:
+    """The evaluation to show, by what its results say of the policy: a copied folder has any name and date."""
+
+    def rank(path: Path) -> tuple[bool, bool, Path]:
+        policy = read_json(path).get("settings", {}).get("model_name_or_path", "")
+        is_dpo = "beta" in RunFolder.of_model(policy).read_config()
+        return is_dpo, path.parent.name == "evaluation", path
+
+    found = sorted(folder.glob("*/eval_results.json"), key=rank)
+    return found[-1].parent if found else folder / "evaluation"
 
 
 def _find_results(folder: Path, default: str) -> Path:
@@ -119,6 +135,19 @@ def summarize_evaluation(results: dict[str, Any]) -> str:
     elif high < 0.5:
         sentence += ": worse than chance"
     return f"{sentence}."
+
+
+def describe_training(title: str, run: RunFolder) -> str:
+    """When, how long (unknown if it was resumed) and on what a run was trained."""
+    environment = run.read_environment()
+    seconds = run.read_results().get("train_runtime")
+    duration = f" in {seconds / 60:.1f} minutes" if seconds else ""
+    return f"{title} trained on {environment['date']}{duration} on {environment['device']}"
+
+
+def typeset(text: str) -> Markup:
+    """Text for the page, with π_ref as it is written in formulas."""
+    return escape(text).replace("π_ref", Markup("π<sub>ref</sub>"))
 
 
 def _select_judged(winrate: dict[str, Any]) -> list[Row]:

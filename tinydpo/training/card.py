@@ -1,18 +1,23 @@
-"""The model card of a finished run: where it comes from, how pairs were cut, its results, and HH's content notice."""
+"""The model card of a finished run: where it comes from, how to use it, how pairs were cut, and its results."""
 
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from transformers.utils import cached_file
 
 from tinydpo.config.arguments import list_sources
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
+from tinydpo.data.rows import ASSISTANT
 from tinydpo.files import public_name
 from tinydpo.run_folder import RunFolder
 from tinydpo.training.curves import describe_rewards
 from tinydpo.training.setup import PreparedRun
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md"
+FROM_BASE = ("license", "license_name", "license_link", "language")  # claimed only if the base's card does
+NO_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
 TAGS = {"sft": "sft", "dpo": "dpo", "reward": "reward-model"}
 
 
@@ -26,14 +31,17 @@ def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], l
     if settings.get("ref_model_name_or_path"):
         used.append(settings["ref_model_name_or_path"])
     local = {name for name in used if Path(name).exists()}  # the Hub knows nothing of these
+    base = read_base_metadata(model, settings.get("model_revision"))
     data = ModelCardData(
-        library_name="transformers",
-        base_model=None if model in local else model,
+        library_name="peft" if settings.get("use_peft") else "transformers",
+        base_model=model if model not in local else base.get("base_model") if RunFolder(model).is_started else None,
         datasets=[source.name for source in datasets if source.name not in local] or None,
-        pipeline_tag="text-classification" if prepared.stage == "reward" else None,
+        pipeline_tag="text-classification" if prepared.stage == "reward" else "text-generation",
         tags=["trl", TAGS[prepared.stage], "tinydpo"],
+        **{key: base.get(key) for key in FROM_BASE},
     )
-    figures = {name: value for name, value in results.items() if "per_second" not in name and name != "total_flos"}
+    train = prepared.summary["train"]
+    last_prompt = prepared.tokenizer.decode(prepared.train[-1]["prompt_ids"])
     card = ModelCard.from_template(
         data,
         template_path=TEMPLATE,
@@ -44,13 +52,28 @@ def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], l
         local=local,
         datasets=datasets,
         loss=format_loss(settings) if is_dpo else None,
-        train=prepared.summary["train"],
-        results=figures,
+        train=train,
+        is_chat=2 * train["templated"] > train["pairs_in"],
+        is_dialogue=last_prompt.endswith(ASSISTANT),
+        steps=log[-1],
+        held_out=len(prepared.test or ()),
+        results={
+            name: value for name, value in results.items() if name.startswith("eval_") and name not in NO_METRICS
+        },
+        packages=run.read_environment().get("packages", {}),
         curves=run.curves_file.name if run.curves_file.exists() else None,
         trend=describe_rewards(log, settings["beta"]) if is_dpo else "",
         notice=CONTENT_NOTICE if is_hh(settings["dataset_name"]) else None,
     )
     card.save(run.card_file)
+
+
+def read_base_metadata(name: str, revision: str | None) -> dict[str, Any]:
+    """The header of the card of the model that a run starts from; {} if that has none."""
+    try:
+        return metadata_load(cached_file(name, "README.md", revision=revision)) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # no reason to lose a trained model
+        return {}
 
 
 def format_loss(settings: dict[str, Any]) -> str:

@@ -7,7 +7,9 @@ which marks the run as finished.
 
 import importlib.metadata
 import platform
+import re
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -100,20 +102,27 @@ def find_changed_input(run: RunFolder, prepared: PreparedRun, digests: dict[str,
 
 
 def describe_environment(seed: int) -> dict[str, Any]:
-    """Versions, commit, device and seed of this process."""
+    """Versions, commit, device, day and seed of this process."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    device = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     return {
         "seed": seed,
         "git_commit": commit or None,
-        "device": device,
+        "device": get_device_name(),
+        "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         "packages": {name: installed[name] for name in PACKAGES if name in installed},
     }
+
+
+def get_device_name() -> str:
+    """The GPU's or the processor's name, as its maker writes it if the system tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux, where `platform` knows the architecture alone
+    names = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def save_results(trainer: Any, run: RunFolder, prepared: PreparedRun, results: dict[str, Any]) -> None:
