@@ -225,7 +225,7 @@ def test_another_script_may_read_a_training_recipe():
 def policy(tmp_path: Path) -> list[str]:
     """Flags that name a policy whose run has settings of its own."""
     settings = {"dataset_name": "org/own", "dataset_revision": "abc", "test_split_size": 0.2, "column": ["a=prompt"],
-                "max_length": 96, "beta": 0.4, "seed": 7, "model_name_or_path": "org/start",
+                "chat": True, "max_length": 96, "beta": 0.4, "seed": 7, "model_name_or_path": "org/start",
                 "model_revision": "def"}  # fmt: skip
     folder = tmp_path / "policy"
     folder.mkdir()
@@ -242,6 +242,7 @@ def test_a_policys_run_gives_the_defaults(policy):
     assert (data.dataset_name, data.dataset_revision, data.test_split_size) == ("org/own", "abc", 0.2)
     assert (args.max_length, args.beta, data.column) == (96, 0.4, ["a=prompt"])
     assert args.models["ref"] == ("org/start", "def"), "compared with a model that the policy did not start from"
+    assert data.chat, "a policy that was trained on messages is evaluated on texts"
     assert args.seed == 0, "more than the data settings comes from the run"
     policy[1] += "/checkpoint-3"
     assert evaluated(policy)[1].test_split_size == 0.2, "a checkpoint does not belong to its run"

@@ -22,6 +22,7 @@ from examples import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trl.data_utils import extract_prompt
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
@@ -36,6 +37,7 @@ FORMS = {
     "whole conversations beside a prompt": {"prompt": "Hi!", "chosen": TURNS + GOOD, "rejected": TURNS + BAD},
     "whole conversations beside a null prompt": {"prompt": None, "chosen": TURNS + GOOD, "rejected": TURNS + BAD},
     "one message each": {"messages": TURNS, "chosen": GOOD[0], "rejected": BAD[0]},
+    "messages as JSON strings": {name: json.dumps(value) for name, value in MESSAGES.items()},
     "OpenAI's": {"input": {"messages": TURNS}, "preferred_output": GOOD, "non_preferred_output": BAD},
 }
 
@@ -112,6 +114,27 @@ def test_prompt_that_its_texts_repeat_is_taken_once(tiny_tokenizer: Any):
         assert (pair["chosen"], pair["rejected"]) == (chosen, rejected), f"an answer to {prompt!r} is cut"
 
 
+def test_texts_that_begin_alike_are_read_as_trl_reads_them(tiny_tokenizer: Any, tmp_path: Path):
+    row = {"chosen": "How are you? Well.", "rejected": "How are you? Bad, very bad."}
+    split = load_train(tmp_path, tiny_tokenizer, row)
+    text = split.texts[0]
+    assert {name: text[name] for name in ("prompt", *row)} == extract_prompt(row), "the pair is not the one of TRL"
+    assert split.summary["notes"] == {"there is no prompt: what both texts begin with is taken for it, as TRL does": 1}
+
+
+def test_text_that_is_json_stays_text(tiny_tokenizer: Any):
+    for answer in ('[{"name": "Ann", "role": "cook"}]', '{"from": "Rome", "to": "Oslo"}', "[{'role'"):
+        pair = render({"prompt": "Who?", "chosen": answer, "rejected": "No."}, tiny_tokenizer)
+        assert pair["chosen"] == answer, f"the answer {answer} is taken for messages"
+
+
+def test_the_first_of_many_broken_rows_is_named(tiny_tokenizer: Any, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(encode_lines([{"question": "a"}] * 40))
+    with pytest.raises(UserError, match=r"rows.jsonl row 1: "):
+        load_pairs(DataArguments(dataset_name=str(file)), tiny_tokenizer, 128)
+
+
 def test_columns_under_other_names():
     """The page's table has more of them, with message keys and roles."""
     expected = read_row(MESSAGES)
@@ -141,7 +164,23 @@ BROKEN = {
     "other keys": ({"question": "a", "answer": "b"}, "found 'question', 'answer'; --column names other columns"),
     "no pair": ({"prompt": PROMPT, "completion": " a"}, "found one answer alone, which only SFT can use"),
     "null for a text": ({**HH, "rejected": None}, "expected 'rejected' to be a string, found null"),
-    "no assistant turn": ({"chosen": "Hello", "rejected": "Hello you"}, "found no shared assistant turn"),
+    "no assistant turn": ({**HH, "rejected": "Hello you"}, "found no shared assistant turn"),
+    "texts without a common start": ({"chosen": "Hello ", "rejected": "Bye"}, "found no shared assistant turn"),
+    "an empty text": ({"chosen": "", "rejected": ""}, "found no shared assistant turn"),
+    "messages as Python writes them": (
+        {**MESSAGES, "chosen": str(GOOD)},
+        "'chosen' as a list or as JSON, found \"[{'",
+    ),
+    "an answer that OpenAI would not learn": (
+        {**MESSAGES, "chosen": [{**GOOD[0], "weight": 0}]},
+        "expected an answer to learn, found a message marked 'weight': 0",
+    ),
+    "an answer that axolotl would not learn": (
+        {**MESSAGES, "rejected": [{**BAD[0], "train": False}]},
+        "expected an answer to learn, found a message marked 'train': False",
+    ),
+    "good and bad": ({"question": "a", "good": "b", "bad": "c"}, "--column question=prompt good=chosen bad=rejected;"),
+    "Alpaca's": ({"instruction": "a", "output": "b"}, "for example --column instruction=prompt output=completion;"),
     "a human turn at the end": (
         {**HH, "chosen": HH["chosen"] + "\n\nHuman: Thanks."},
         "expected 'chosen' to end in an assistant turn",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from datasets import Dataset
 from examples import BAD, CHATML, TURNS, encode_lines, with_template
@@ -56,6 +57,7 @@ FILES = {
     "a.json": json.dumps(TEN, indent=2).encode(),
     "bom.json": b"\xef\xbb\xbf" + json.dumps(TEN).encode(),
     "lines.json": encode_lines(TEN),
+    "a.csv": pandas.DataFrame(TEN).to_csv(index=False).encode(),
     "a.parquet": None,
 }
 
@@ -84,6 +86,20 @@ def test_parquet_conversations_and_bytes(tmp_path: Path, tiny_tokenizer: Any):
     assert splits["test"].texts["chosen"][:] == ["é"], "texts in binary columns are garbled"
 
 
+def test_csv_cells_are_texts_or_conversations(tmp_path: Path, tiny_tokenizer: Any):
+    answers = [json.dumps([{"role": "assistant", "content": text}]) for text in ("Yes", "No")]
+    table = {
+        "prompt": [json.dumps(TURNS), "One\nor two?"],
+        "chosen": [answers[0], "12"],
+        "rejected": [answers[1], "NA"],
+    }
+    for split in ("train", "test"):
+        pandas.DataFrame(table).to_csv(tmp_path / f"{split}.csv", index=False)
+    texts = load_pairs(DataArguments(dataset_name=str(tmp_path)), tiny_tokenizer, 128)["train"].texts
+    assert texts["chosen"][:] == [" Yes", "12"] and texts["rejected"][:] == [" No", "NA"], "cells are garbled or lost"
+    assert texts["prompt"][1] == "One\nor two?"
+
+
 CONFIGS = b"---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: a.jsonl}\n---\n"
 # what is read: (content of one file, or files of a folder; part of the message)
 UNREADABLE = {
@@ -92,7 +108,8 @@ UNREADABLE = {
     "short.json": (json.dumps(make_rows(9)).encode()[:-100], "cut or damaged"),
     "empty.jsonl": (b"", "no rows"),
     "one.jsonl": (encode_lines(make_rows(1)), r"has 1 row\(s\), too few to hold out a share of 0.05"),
-    "table.csv": (b"a,b\n", "is not a .jsonl"),
+    "table.tsv": (b"a\tb\n", "is not a .jsonl"),
+    "table.csv": (b"a,b\n\xff,c\n", "cut or damaged"),
     "empty": ({}, "is not a dataset that can be read"),
     "broken_readme": ({"README.md": b"---\nconfigs: [a\n---\n", "train.jsonl": b""}, "(?s)is not a dataset .*README"),
     "configurations": ({"README.md": CONFIGS, "a.jsonl": b""}, r"(?s)\['a', 'b'\].*--dataset_config"),

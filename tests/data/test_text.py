@@ -132,6 +132,51 @@ def test_tool_turns_of_openai(tiny_tokenizer: Any):
     assert (alone["prompt"], alone["chosen"]) == (pair["prompt"], pair["chosen"]), "SFT reads tool turns differently"
 
 
+def test_answer_that_calls_a_tool_needs_no_content(tiny_tokenizer: Any):
+    """As TRL and OpenAI write it."""
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}],
+    }
+    pair = render({**MESSAGES, "chosen": [call]}, with_template(tiny_tokenizer, THINKING))
+    assert pair["chosen"] == '<call>{"name": "weather", "arguments": {}}</call>', "an answer that calls a tool is lost"
+
+
+@pytest.mark.parametrize("name", ["chat_template", "messages", "eos_token", "tokenize", "add_generation_prompt"])
+def test_a_row_cannot_replace_the_template_or_its_arguments(name: str, tiny_tokenizer: Any):
+    thinking = with_template(tiny_tokenizer, THINKING)
+    row = {**MESSAGES, "chat_template_kwargs": {name: "{{ messages }}", "enable_thinking": False}}
+    pair = render(row, thinking)
+    expected = render({**MESSAGES, "chat_template_kwargs": {"enable_thinking": False}}, thinking)
+    assert pair.pop("notes") == [f"column 'chat_template_kwargs.{name}' is not read"]
+    assert expected.pop("notes") == [] and pair == expected, f"{name} of a row changes what the model reads"
+
+
+def test_options_of_a_row_are_checked_for_special_tokens(tiny_tokenizer: Any):
+    tokenizer = with_template(tiny_tokenizer, "{{ date }}" + CHATML)
+    with pytest.raises(BrokenRow, match=r"without special tokens, found '<\|endoftext\|>'"):
+        render({**MESSAGES, "chat_template_kwargs": {"date": tokenizer.eos_token}}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "row", [TEXTS, {**HH, "prompt": PROMPT, "chosen": " Well.", "rejected": " Bad, very bad."}, HH]
+)
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_chat_writes_texts_as_messages(row: dict[str, str], template: str | None, tiny_tokenizer: Any, tmp_path: Path):
+    tokenizer = with_template(tiny_tokenizer, template)
+    turns = [TURNS[2]] if row is TEXTS else TURNS
+    split = load_train(tmp_path, tokenizer, row, chat=True)
+    text = split.texts[0]
+    expected = render({**MESSAGES, "prompt": turns}, tokenizer)
+    assert {name: text[name] for name in expected} == expected, "texts do not become the conversation that they are"
+    plain = load_train(tmp_path, tokenizer, row)
+    noted = {"a text is not put into the model's chat template, --chat true does that": 1}
+    assert plain.summary["notes"] == (noted if row is TEXTS and template else {}), (
+        "texts are trained on without a word"
+    )
+    assert plain.texts[0]["prompt"] == row.get("prompt", PROMPT), "texts change although nobody asked for it"
+
+
 def test_space_at_the_prompts_end_goes_to_the_answers(gpt2_tokenizer: Any, tmp_path: Path):
     prompt = "Q: What is the capital of France?\nA: "
     row = {"prompt": prompt, "chosen": "Paris", "rejected": "Rome is."}

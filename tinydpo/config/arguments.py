@@ -27,8 +27,8 @@ class DataArguments:
 
     dataset_name: OneOrMore = HfArg(
         default=None,
-        help="Hub id, local folder, or a .jsonl, .jsonl.gz, .json or .parquet file. Several are read in turn; the "
-        "flags below then hold for all of them, or have one value for each.",
+        help="Hub id, local folder, or a .jsonl, .jsonl.gz, .json, .csv or .parquet file. Several are read in turn; "
+        "the flags below then hold for all of them, or have one value for each.",
     )
     dataset_config: OneOrMore = HfArg(default=None, help="Name of the dataset's configuration.")
     dataset_revision: OneOrMore = HfArg(default=None, help="Commit, tag or branch on the Hub.")
@@ -44,6 +44,7 @@ class DataArguments:
         help="Columns, or keys of messages: THEIRS=OURS, such as conversations=messages from=role value=content.",
     )
     role: list[str] | None = HfArg(default=None, help="Roles in messages: THEIRS=OURS, such as gpt=assistant.")
+    chat: bool = HfArg(default=False, help="Write text prompts and answers as user and assistant messages.")
     max_question_length: int = HfArg(default=64, help="Tokens of the last human turn that the prompt always keeps.")
     on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="skip: a broken row is dropped and counted.")
 

@@ -80,7 +80,7 @@ def _fit_split(
     if workers > 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     with hide_progress_bars(small=not is_large):
-        texts = render_texts(rows, tokenizer, need_pairs, data.on_bad_row, workers)
+        texts = render_texts(rows, tokenizer, need_pairs, data.on_bad_row, workers, data.chat)
         fitted = fit_pairs(texts, tokenizer, max_length, data.max_question_length, workers)
     summary = summarize(texts, fitted)
     if len(rows) < len(splits[split]):

@@ -4,12 +4,13 @@ docs/your-own-data.md has the table of forms. What cannot be read is a `BrokenRo
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trl.data_utils import common_prefix_length
+from trl.data_utils import common_prefix_length, extract_prompt
 
 from tinydpo.config.arguments import MESSAGE_KEYS
 
@@ -19,6 +20,13 @@ HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
 MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "response", "messages")
 OPENAI_COLUMNS = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+USUAL_NAMES = {
+    "question": "prompt", "instruction": "prompt", "good": "chosen", "bad": "rejected", "output": "completion",
+    "answer": "completion", "conversations": "messages",
+}  # fmt: skip
+# A conversation that was exported as a string begins with two keys of a message; JSON's quotes, or Python's.
+MESSAGE_KEY = r"""["'](role|content|from|value)["']\s*:"""
+EXPORTED = re.compile(rf"\s*\[?\s*\{{\s*{MESSAGE_KEY}.*{MESSAGE_KEY}", re.DOTALL)
 REWARD_COLUMNS = ("reward_chosen", "reward_rejected")  # of on-policy pairs; training does not read them
 MIN_REPEATED_WORDS = 4  # an answer that repeats fewer is not a copy of its prompt: "Thank you" may be the answer too
 
@@ -88,7 +96,7 @@ def read_row(
             prompt = [{"role": "system", "content": system}, *prompt]
         system = None
     else:
-        prompt, answers = _parse_texts(row, answers)
+        prompt, answers = _parse_texts(row, answers, notes)
         is_long = HUMAN in prompt or len(prompt.split()) >= MIN_REPEATED_WORDS
         if "prompt" in row and is_long and all(text.startswith(prompt) for text in answers.values()):
             answers = {name: text[len(prompt) :] for name, text in answers.items()}
@@ -161,9 +169,7 @@ def _unwrap_openai_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rename(row: dict[str, Any], columns: Mapping[str, str], roles: Mapping[str, str]) -> dict[str, Any]:
-    """The row with the names that are used here, in its messages too."""
-    if not columns and not roles:
-        return row
+    """The row with the names that are used here, in its messages too, which may have been exported as strings."""
     message_keys = {theirs: ours for theirs, ours in columns.items() if ours in MESSAGE_KEYS}
     row = _rename_keys(row, {theirs: ours for theirs, ours in columns.items() if ours not in MESSAGE_KEYS})
 
@@ -176,11 +182,20 @@ def _rename(row: dict[str, Any], columns: Mapping[str, str], roles: Mapping[str,
         return message
 
     for name in MESSAGE_COLUMNS:
+        if isinstance(row.get(name), str) and EXPORTED.match(row[name]):
+            row[name] = _decode_conversation(name, row[name])
         if isinstance(row.get(name), list):
             row[name] = [rename_message(message) for message in row[name]]
         elif isinstance(row.get(name), dict):
             row[name] = rename_message(row[name])
     return row
+
+
+def _decode_conversation(column: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise BrokenRow(f"expected the messages of {column!r} as a list or as JSON, found {text[:40]!r}") from None
 
 
 def _rename_keys(mapping: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -206,9 +221,10 @@ def _find_answers(row: dict[str, Any]) -> dict[str, Any]:
         names = ["messages"]
     else:
         found = ", ".join(map(repr, list(row)[:6])) or "no keys"
+        renames = [f"{name}={USUAL_NAMES[name]}" for name in row if name in USUAL_NAMES] or ["question=prompt"]
         raise BrokenRow(
             "expected the keys 'chosen' and 'rejected' (for SFT also 'prompt' and 'completion', or 'messages'), "
-            f"found {found}; --column names other columns, for example --column question=prompt"
+            f"found {found}; --column names other columns, for example --column {' '.join(renames)}"
         )
     return {name: [row[name]] if isinstance(row[name], dict) else row[name] for name in names}
 
@@ -284,14 +300,19 @@ def _decode_tool_call(call: Any) -> Any:
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
-def _parse_texts(row: dict[str, Any], answers: dict[str, Any]) -> tuple[str, dict[str, str]]:
+def _parse_texts(row: dict[str, Any], answers: dict[str, Any], notes: list[str]) -> tuple[str, dict[str, str]]:
     texts = {"prompt": row["prompt"], **answers} if "prompt" in row else answers
     for name, text in texts.items():
         if not isinstance(text, str):
             raise BrokenRow(f"expected {name!r} to be a string, found {describe_type(text)}")
     if "prompt" in row:
         return row["prompt"], answers
-    return split_dialogues(answers)
+    has_turns = any(HUMAN in text or ASSISTANT in text for text in answers.values())
+    if has_turns or len(answers) == 1 or not common_prefix(answers.values()):
+        return split_dialogues(answers)
+    notes.append("there is no prompt: what both texts begin with is taken for it, as TRL does")
+    parts = extract_prompt(answers)
+    return parts.pop("prompt"), parts
 
 
 def _decode_json_column(row: dict[str, Any], name: str, kind: type) -> Any:

@@ -4,8 +4,10 @@
 row number, and rows of one file may have different forms. Without a test split, whole prompts are held out.
 """
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 import logging
 import re
@@ -47,7 +49,7 @@ ROW_FEATURES = Features(
         "broken": Value("string"),  # what is wrong with a broken row, else null
     }
 )
-FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 SMALL_BYTES = 8 << 20  # files below this are read without a progress bar
 HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must draw and hold out the same rows
 
@@ -166,7 +168,7 @@ def _read_files(files: list[DataFile], columns: Mapping[str, str], roles: Mappin
     key: list[Any] = [CACHE_VERSION, sorted(columns.items()), sorted(roles.items())]
     for file in files:
         if not file.name.endswith(FILE_SUFFIXES):
-            raise UserError(f"{file.name} is not a .jsonl, .jsonl.gz, .json, .json.gz or .parquet file")
+            raise UserError(f"{file.name} is not a .jsonl, .jsonl.gz, .json, .json.gz, .csv or .parquet file")
         with open(file.path, "rb") as stream:
             key.append((file.name, file.subset, hashlib.file_digest(stream, "sha256").hexdigest()))
     try:
@@ -211,9 +213,11 @@ def _iter_records(file: DataFile) -> Iterator[tuple[int, bytes]]:
         with open_file(file.path, "rb") as stream:
             if file.name.endswith(".parquet"):
                 yield from _iter_parquet(stream)
+            elif file.name.endswith(".csv"):
+                yield from _iter_csv(stream)
             else:
                 yield from _iter_json(stream, is_jsonl=".jsonl" in Path(file.name).suffixes)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
         raise UserError(
             f"{file.name} cannot be read, it may be cut or damaged ({error}); download or write it again"
         ) from None
@@ -229,6 +233,13 @@ def _iter_parquet(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         for row in batch.to_pylist():
             number += 1
             yield number, json.dumps(row, default=to_json_value).encode()
+
+
+def _iter_csv(stream: Any) -> Iterator[tuple[int, bytes]]:
+    # Not by pandas: "NA" and "12" are texts, and a row that has a cell too many keeps its columns.
+    rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+    for number, row in enumerate(rows, 1):
+        yield number, json.dumps(row).encode()
 
 
 def _iter_json(stream: Any, is_jsonl: bool) -> Iterator[tuple[int, bytes]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from tinydpo.data import CACHE_VERSION
 from tinydpo.data.rows import ASSISTANT, HUMAN, BrokenRow, Message, ParsedRow, common_prefix, keep_last_turn
@@ -24,6 +25,7 @@ Prompt = str | list[Message]
 
 ROLES = ("system", "user", "assistant")  # others need a chat template
 TURN_NAMES = {HUMAN: "user", ASSISTANT: "assistant"}
+SPECIAL_TOKEN_FOUND = "expected text without special tokens, found {!r}, which the model would read as that token"
 TEXT_FEATURES = Features(
     {
         "prompt": Value("string"),
@@ -39,79 +41,98 @@ TEXT_FEATURES = Features(
 )
 
 
-def render_texts(rows: Dataset, tokenizer: Any, need_pairs: bool | None, on_bad_row: str, workers: int) -> Dataset:
+def render_texts(
+    rows: Dataset, tokenizer: Any, need_pairs: bool | None, on_bad_row: str, workers: int, chat: bool
+) -> Dataset:
     """Render parsed rows (columns of `splits.ROW_FEATURES`) as text pairs (`TEXT_FEATURES`), in the same order.
 
     With `on_bad_row="stop"` the first broken row is a UserError that names its file and number; with `"skip"` it
-    becomes an empty row with the reason in `broken`. For `need_pairs` see `render_row`.
+    becomes an empty row with the reason in `broken`. For `need_pairs` and `chat` see `render_row`.
     """
 
     def render_batch(batch: dict[str, list]) -> dict[str, list]:
         texts: dict[str, list] = {name: [] for name in TEXT_FEATURES}
+        broken_rows = []
         for i, broken in enumerate(batch["broken"]):
             text: dict[str, Any] = {}
             if not broken:
                 try:
-                    text = render_row(ParsedRow.from_json(batch["parsed"][i]), tokenizer, need_pairs)
+                    text = render_row(ParsedRow.from_json(batch["parsed"][i]), tokenizer, need_pairs, chat)
                 except BrokenRow as error:
                     broken = str(error)
-            if broken and on_bad_row == "stop":
-                place = f"{batch['file'][i]} row {batch['row'][i]}"
-                raise UserError(f"{place}: {broken}; fix it or pass --on_bad_row skip")
+            if broken:
+                broken_rows.append((batch["file"][i], batch["row"][i], broken))
             text |= {"subset": batch["subset"][i], "broken": broken}
             for name in TEXT_FEATURES:
                 texts[name].append(text.get(name))
+        if broken_rows and on_bad_row == "stop":
+            file, number, reason = min(broken_rows)  # holding out shuffles rows
+            raise UserError(f"{file} row {number}: {reason}; fix it or pass --on_bad_row skip")
         return texts
 
-    tokenizer_key = (tokenizer.chat_template, tokenizer.special_tokens_map, find_turn_end(tokenizer))
-    key = (rows._fingerprint, *tokenizer_key, _merges_leading_space(tokenizer), need_pairs, on_bad_row, CACHE_VERSION)
+    vocabulary = _spells_special_tokens(tokenizer) and tokenizer.backend_tokenizer.to_str()
+    tokenizer_key = (tokenizer.chat_template, tokenizer.special_tokens_map, find_turn_end(tokenizer), vocabulary)
+    options = (_merges_leading_space(tokenizer), need_pairs, chat, on_bad_row)
+    key = (rows._fingerprint, *tokenizer_key, *options, CACHE_VERSION)
     return rows.map(
         render_batch, batched=True, remove_columns=rows.column_names, features=TEXT_FEATURES,
         num_proc=workers if workers > 1 else None, new_fingerprint=Hasher.hash(key), desc="Reading pairs",
     )  # fmt: skip
 
 
-def render_row(row: ParsedRow, tokenizer: Any, need_pairs: bool | None) -> dict[str, Any]:
+def render_row(row: ParsedRow, tokenizer: Any, need_pairs: bool | None, chat: bool = False) -> dict[str, Any]:
     """Render a row as texts: the columns of `TEXT_FEATURES` but `subset` and `broken`.
 
     With `need_pairs` the row must have two answers (DPO, evaluation). False, for SFT: only the chosen answer's last
-    turn is learned. None takes pairs as DPO does, and rows with one answer too. What cannot be used is a BrokenRow.
+    turn is learned. None takes pairs as DPO does, and rows with one answer too. `chat` makes messages of texts. What
+    cannot be used is a BrokenRow.
     """
     if need_pairs and "rejected" not in row.answers:
         raise BrokenRow("expected 'chosen' and 'rejected', found one answer alone, which only SFT can use")
     if need_pairs is False:
         row = keep_last_turn(row)
-    if isinstance(row.prompt, str) and row.system is not None:
-        row = _place_system(row, tokenizer)
+    if isinstance(row.prompt, str):
+        row = _choose_form(row, tokenizer, chat)
     template = ""
     if isinstance(row.prompt, list) and tokenizer.chat_template:
         template = tokenizer.get_chat_template(tools=row.tools)
-    _check_template(row, template)
+    _check_template(row, template, tokenizer)
     if isinstance(row.prompt, str):
         text = _render_texts(row, tokenizer)
     elif not template:
         text = _render_hh_dialogue(row)
     else:
         text = _render_conversation(row, tokenizer)
+    if not template:
+        _reject_special_ids(text, tokenizer)
     messages = None if isinstance(row.prompt, str) else json.dumps(row.prompt)
     return {"rejected": None, **text, "templated": bool(template), "messages": messages, "notes": row.notes}
 
 
-def _place_system(row: ParsedRow, tokenizer: Any) -> ParsedRow:
-    """Texts with a system text become a conversation, since only a chat template knows where a system text goes."""
-    if HUMAN in row.prompt or row.prompt.endswith(ASSISTANT) or tokenizer.chat_template is None:
+def _choose_form(row: ParsedRow, tokenizer: Any, chat: bool) -> ParsedRow:
+    """Texts become a conversation with `chat`, or beside a system text: only a chat template knows where that goes."""
+    is_hh = HUMAN in row.prompt or row.prompt.endswith(ASSISTANT)
+    if not chat and (row.system is None or is_hh or tokenizer.chat_template is None):
         if row.system:
             raise BrokenRow(
                 "expected messages and a model with a chat template for 'system', found texts in HH's form or a "
-                "model without; write messages, or begin 'prompt' with it"
+                "model without; write messages, pass --chat true, or begin 'prompt' with it"
             )
+        if tokenizer.chat_template and not is_hh:
+            row.notes.append("a text is not put into the model's chat template, --chat true does that")
         return row
+    if HUMAN in row.prompt:
+        start = row.prompt.rstrip().removesuffix(ASSISTANT) + ASSISTANT
+        prompt = typed_to_messages(start)
+        answers = {name: typed_to_messages(start + text)[len(prompt) :] for name, text in row.answers.items()}
+    else:
+        prompt = [{"role": "user", "content": row.prompt}]
+        answers = {name: [{"role": "assistant", "content": text}] for name, text in row.answers.items()}
     system = [{"role": "system", "content": row.system}] if row.system else []
-    answers = {name: [{"role": "assistant", "content": text}] for name, text in row.answers.items()}
-    return replace(row, prompt=[*system, {"role": "user", "content": row.prompt}], answers=answers)
+    return replace(row, prompt=[*system, *prompt], answers=answers)
 
 
-def _check_template(row: ParsedRow, template: str) -> None:
+def _check_template(row: ParsedRow, template: str, tokenizer: Any) -> None:
     """Refuse what the chat template ("" for none) would silently leave out, and note options that it does not read."""
     messages: list[Message] = []
     if not isinstance(row.prompt, str):
@@ -126,9 +147,18 @@ def _check_template(row: ParsedRow, template: str) -> None:
                 f"expected the roles {', '.join(ROLES)} or a role of the chat template, found {role!r}; "
                 f"--role renames it, for example --role {role}=user"
             )
-    row.notes += [
-        f"column 'chat_template_kwargs.{name}' is not read" for name in row.template_options if name not in template
-    ]
+    for message in messages[len(row.prompt) :]:
+        for mark in ("weight", "train"):  # OpenAI's and axolotl's
+            if message.get(mark) == 0:  # or false
+                raise BrokenRow(f"expected an answer to learn, found a message marked {mark!r}: {message[mark]}")
+    if row.template_options:
+        # Not every argument of `apply_chat_template`, which takes another template too: what this template asks for
+        given = {"messages", "tools", "add_generation_prompt", *tokenizer.special_tokens_map}
+        asked = _get_template_variables(template) - given
+        row.notes += [
+            f"column 'chat_template_kwargs.{name}' is not read" for name in row.template_options if name not in asked
+        ]
+        row.template_options = {name: value for name, value in row.template_options.items() if name in asked}
 
 
 def _render_texts(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
@@ -165,12 +195,12 @@ def _render_conversation(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
     whole_texts = {name: render([*row.prompt, *messages]) for name, messages in row.answers.items()}
     prompt = common_prefix([render(row.prompt, add_generation_prompt=True), *whole_texts.values()])
     first = row.prompt[0]
-    if first["role"] == "system" and (first["content"] or "").strip() not in prompt:
+    if first["role"] == "system" and (first.get("content") or "").strip() not in prompt:
         raise BrokenRow("expected a chat template that writes system messages, the model's leaves them out")
     answers = {}
     for name, messages in row.answers.items():
         # A template may end turns with text of its own: an answer without words is empty all the same.
-        has_words = any(message["content"] or message.get("tool_calls") for message in messages)
+        has_words = any(message.get("content") or message.get("tool_calls") for message in messages)
         # The token that ends a turn is stripped; fitting adds it again where the answer stays whole.
         answers[name] = strip_turn_end(tokenizer, whole_texts[name][len(prompt) :]) if has_words else ""
     return {"prompt": prompt, "question": _find_question(render, row.prompt, prompt), **answers}
@@ -178,12 +208,33 @@ def _render_conversation(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
 
 def _reject_special_tokens(row: ParsedRow, tokenizer: Any) -> None:
     """Refuse text that the model, between the template's own tokens, would read as one of its special tokens."""
-    found = _get_special_tokens(tokenizer).search(json.dumps([row.prompt, row.answers, row.tools], ensure_ascii=False))
+    given = [row.prompt, row.answers, row.tools, row.template_options]
+    found = _get_special_tokens(tokenizer).search(json.dumps(given, ensure_ascii=False))
     if found:
-        raise BrokenRow(
-            f"expected messages without special tokens, found {found.group()!r} in the text, which the model would "
-            "read as that token"
-        )
+        raise BrokenRow(SPECIAL_TOKEN_FOUND.format(found.group()))
+
+
+def _reject_special_ids(text: dict[str, Any], tokenizer: Any) -> None:
+    """Refuse plain text that gives a special token although no special token is looked for in it."""
+    if _spells_special_tokens(tokenizer):
+        texts = [text.get(name) or "" for name in ("prompt", "chosen", "rejected")]
+        found = _find_special_ids(texts, tokenizer)
+        if found:
+            raise BrokenRow(SPECIAL_TOKEN_FOUND.format(tokenizer.convert_ids_to_tokens(min(found))))
+
+
+@cache
+def _spells_special_tokens(tokenizer: Any) -> bool:
+    """Whether plain text may give special tokens, since they stand in the model's own vocabulary, as in Unigram's."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return bool(tokens and _find_special_ids([f"a {token}" for token in tokens], tokenizer))
+
+
+def _find_special_ids(texts: list[str], tokenizer: Any) -> set[int]:
+    """The ids of special tokens in plain texts, except for unknown characters."""
+    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special.intersection(chain.from_iterable(ids)) - {tokenizer.unk_token_id}
 
 
 @cache

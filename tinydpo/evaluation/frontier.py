@@ -136,7 +136,7 @@ def write_run_recipe(
     """Write what scripts/dpo.py needs for a run into `folder`; runs on shuffled labels read `folder`/shuffled-data."""
     data_keys = {key: value for key, value in asdict(data).items() if value is not None}
     if run.curve == SHUFFLED:  # the other keys have been applied to these rows already
-        kept = ("max_question_length", "on_bad_row", "max_train_pairs", "max_test_pairs")
+        kept = ("chat", "max_question_length", "on_bad_row", "max_train_pairs", "max_test_pairs")
         data_keys = {key: value for key, value in data_keys.items() if key in kept}
         data_keys["dataset_name"] = str(folder / "shuffled-data")
     keys = recipe | data_keys | get_loss_flags(run.loss, args.label_smoothing)
