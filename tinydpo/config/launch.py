@@ -209,8 +209,17 @@ def count_cores() -> int:
     return max(1, min(allowed, math.ceil(quota / period)))
 
 
+def get_dtype(settings: dict[str, Any]) -> str:
+    """What a run with these settings computes in, by torch's names; "auto" where they leave it to the machine."""
+    if settings.get("fp16"):
+        return "float16"
+    if settings.get("bf16") is None:
+        return "auto"
+    return "bfloat16" if settings["bf16"] else "float32"
+
+
 def pick_device_and_dtype(dtype: str) -> tuple[str, Any]:
-    """Where evaluation runs, and what it computes in: "float32", "bfloat16", or "auto" for what training would use."""
+    """Where evaluation runs, and what it computes in: a dtype's name, or "auto" for what training would use."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
