@@ -64,9 +64,8 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
     schedule = settings["lr_scheduler_type"]
     if schedule in SCHEDULES_WITHOUT_WARMUP:
         refused["warmup_steps"] = f"but the schedule {schedule} does not warm up; pass --warmup_steps 0"
-    if settings["save_strategy"] == "steps" and settings["save_steps"] != (
-        settings["eval_steps"] or settings["logging_steps"]
-    ):
+    eval_steps = settings["eval_steps"] or settings["logging_steps"]
+    if settings["save_strategy"] == "steps" and settings["save_steps"] != eval_steps:
         refused["load_best_model_at_end"] = "but the best evaluation may have no checkpoint; pass --save_strategy best"
     if stage == "dpo":
         refused |= _refuse_for_dpo(settings)

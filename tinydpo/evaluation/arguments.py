@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from tinydpo.config.arguments import RowArguments, resolve_row_length
-from tinydpo.models.loading import check_same_vocabulary, load_tokenizer
+from tinydpo.models.loading import check_model, check_same_vocabulary, load_tokenizer
 
 
 def check_given(args: Any, *names: str, hint: str) -> None:
@@ -31,7 +31,9 @@ class PolicyArguments:
     num_prompts: int = HfArg(default=512, help="Held-out prompts to answer.")
     batch_size: int = HfArg(default=32, help="Sequences per forward pass; changing it changes the samples.")
     seed: int = HfArg(default=0, help="Chooses the prompts, if there are more, and the samples.")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 where that is fast.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
+        default="auto", help="By default that of the policy's run, without one auto: bfloat16 where that is fast."
+    )
 
     def __post_init__(self):
         check_given(self, "model_name_or_path", "output_dir", hint="pass a policy and an output folder")
@@ -71,9 +73,11 @@ class ComparisonArguments(PolicyArguments):
         }
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer (UserError: it cannot be loaded, or the reference has a different vocabulary)."""
+        """The policy's tokenizer, after a check that policy, reference and `max_length` fit together (UserError)."""
         policy, ref = (load_tokenizer(*model) for model in self.models.values())
         check_same_vocabulary(policy, ref)
+        for model in self.models.values():
+            check_model(*model, policy, self.max_length)
         return policy
 
 
