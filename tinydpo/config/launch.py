@@ -147,7 +147,7 @@ def check_launch(training_args: Any, accelerate_config: str | None) -> None:
         raise UserError(f"{file} asks for FSDP, which does not shard on CPUs; use accelerate_configs/multi_cpu.yaml")
     _check_sharding(training_args, file)
     precision = _get_mixed_precision(asked)
-    dtype = _get_dtype(training_args)
+    dtype = get_dtype(vars(training_args))
     if precision and DTYPES.get(precision, precision) != dtype:
         raise UserError(
             f"{file} asks for mixed_precision {precision} and this run uses {dtype}; take mixed_precision out of the "
@@ -179,16 +179,10 @@ def describe_launch(training_args: Any) -> str:
     line = f"{processes} process" if processes == 1 else f"{processes} processes"
     if sharding:
         line += f" ({sharding})"
-    line += f" on {training_args.device.type}, {_get_dtype(training_args)}"
+    line += f" on {training_args.device.type}, {get_dtype(vars(training_args))}"
     if training_args.use_cpu and training_args.bf16 and not has_fast_bf16("cpu"):
         line += " (slow on this CPU; --bf16 false is faster)"
     return f"{line}, {processes * batch * accumulation} pairs per step ({batch} at a time x {accumulation})"
-
-
-def _get_dtype(training_args: Any) -> str:
-    if training_args.bf16:
-        return "bfloat16"
-    return "float16" if training_args.fp16 else "float32"
 
 
 def _get_sharding() -> str | None:
