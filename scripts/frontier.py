@@ -13,7 +13,7 @@ import dpo
 from stages import train_missing_model
 
 from tinydpo.config.arguments import DataArguments
-from tinydpo.config.launch import pick_device_and_dtype
+from tinydpo.config.launch import get_dtype, pick_device_and_dtype
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import frontier
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     types = (frontier.FrontierArguments, RewardArguments, DataArguments)
     args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     recipe = frontier.load_dpo_recipe(args.dpo_config)
-    device, dtype = pick_device_and_dtype("float32" if recipe.get("bf16") is False else "auto")  # as the runs compute
+    device, dtype = pick_device_and_dtype(get_dtype(recipe))  # as the runs compute
     functions = load_rewards(reward, device, args.batch_size, dtype, required=True)
     if train_missing_model(args.model_name_or_path, args.dpo_config):
         args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")

@@ -16,6 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
+from tinydpo.files import write_json
 from tinydpo.models.loading import ADAPTER_CONFIG, find_adapter, load_tokenizer, merge_adapter
 from tinydpo.models.stop_tokens import reset_generation_config
 from tinydpo.run_folder import RunFolder
@@ -54,11 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        # The run's settings and summary: evaluation and playground read them; its results: training asks for them.
-        run = RunFolder(adapter)
-        for file in (run.config_file, run.summary_file, run.results_file):
+        # The run's settings and summary, which evaluation and playground read.
+        run = RunFolder.of_model(adapter)
+        for file in (run.config_file, run.summary_file):
             if file.is_file():
                 shutil.copy(file, unfinished)
+        if run.is_started:  # what marks the model as whole; a checkpoint has no results of its own
+            write_json(RunFolder(unfinished).results_file, RunFolder(adapter).read_results())
         os.replace(unfinished, output)
     except OSError as error:
         raise UserError(f"--output_dir {output}: {error.strerror or error}; choose another folder") from None

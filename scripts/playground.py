@@ -45,7 +45,6 @@ def main(argv: list[str] | None = None) -> None:
 
     from tinydpo.models.loading import load_model
     from tinydpo.playground.side_by_side import SideBySide
-    from tinydpo.training.setup import check_model
     from tinydpo.training.train import was_trained_on_chat
 
     disable_progress_bars()  # each typed pair would show one
@@ -53,7 +52,6 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = pick_device_and_dtype(args.dtype)
     models = []
     for name, revision in args.models.values():
-        check_model(name, revision, tokenizer, args.max_length)
         models.append(load_model(name, revision, dtype=dtype, device=device))
     chat = was_trained_on_chat(args.model_name_or_path)
     side_by_side = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length, chat)

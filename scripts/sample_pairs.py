@@ -17,7 +17,7 @@ from tinydpo.evaluation.results import check_settings, make_output_folder, write
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
 from tinydpo.evaluation.sampling import prepare_prompts
 from tinydpo.files import write_atomic, write_json
-from tinydpo.models.loading import load_model, load_tokenizer
+from tinydpo.models.loading import check_model, load_model, load_tokenizer
 from tinydpo.report.figures import draw_reward_histogram
 
 
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     functions = load_rewards(reward, device, args.batch_size, dtype, required=True)
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
+    check_model(args.model_name_or_path, args.model_revision, tokenizer, args.max_length)
     train_texts = load_split(data, tokenizer, args.max_length, "train").texts
     texts, prompts = prepare_prompts(train_texts, tokenizer, args.max_length, args.num_prompts, args.seed)
     model = load_model(args.model_name_or_path, args.model_revision, dtype=dtype, device=device)

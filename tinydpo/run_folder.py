@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from tinydpo.files import read_json, read_yaml
 
 
@@ -38,6 +40,15 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         return self.results_file.is_file()
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process on this machine trains into the folder."""
+        try:
+            with FileLock(self.lock_file, timeout=0):
+                return False
+        except OSError as error:  # or nothing can be locked there
+            return isinstance(error, Timeout)
 
     def read_config(self) -> dict[str, Any]:
         return read_yaml(self.config_file) if self.is_started else {}

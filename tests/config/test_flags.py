@@ -44,6 +44,11 @@ dpo  --loss_type sigmoid exo_pair
 dpo  --label_smoothing 0.1
 dpo  --label_smoothing_factor 0.1
 dpo  --use_weighting true --loss_type aot
+dpo  --use_weighting true --loss_type hinge
+dpo  --use_weighting true --loss_type sigmoid sft --loss_weights 1 1
+dpo  --warmup_steps 5 --lr_scheduler_type constant
+dpo  --warmup_steps 5 --lr_scheduler_type reduce_lr_on_plateau
+dpo  --load_best_model_at_end true --eval_steps 2 --save_steps 4
 dpo  --sync_ref_model true --precompute_ref_log_probs true
 dpo  --sync_ref_model true --use_peft true
 dpo  --sync_ref_model true --ref_model_name_or_path no/other
@@ -55,6 +60,10 @@ dpo  --lora_r 4 --use_peft true
 dpo  --loss_type exo_pair --label_smoothing 1e-3
 dpo  --loss_type sigmoid robust --label_smoothing 0.1
 dpo  --sync_ref_model true
+dpo  --use_weighting true --loss_type ipo
+dpo  --warmup_steps 5 --lr_scheduler_type constant_with_warmup
+dpo  --load_best_model_at_end true --eval_strategy steps --eval_steps 4 --save_steps 4
+dpo  --load_best_model_at_end true --eval_strategy steps --eval_steps 4 --save_strategy best
 """.strip().splitlines()
 
 

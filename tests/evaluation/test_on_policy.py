@@ -160,6 +160,7 @@ def test_messages_stay_messages(template: str | None, policy: Path, tmp_path: Pa
     answers = {"chosen": [say("assistant", "Yes.")], "rejected": [say("assistant", "No.")]}
     data = write_rows(tmp_path / "data", [{"prompt": prompt, **answers} for prompt in asked])
     (policy / "run_config.yaml").write_text(yaml.safe_dump({"dataset_name": str(data)}))
+    (policy / "train_results.json").write_text("{}")
     rows = sample(policy, None, tmp_path / "pairs", "--reward_funcs", "my_rewards.words")  # the policy's own data
     for row in (*rows["train"], *rows["test"]):
         assert row["prompt"] in asked, "a conversation became a text"

@@ -74,6 +74,6 @@ def test_reward_model_computes_blocks_in_bf16_and_scores_in_float32(tmp_path: Pa
 
 def test_model_that_was_not_trained_to_reward_is_refused(tmp_path: Path, task: Path, tiny_tokenizer: Any):
     save_classifier(tmp_path, tiny_tokenizer, labels=2)
-    for name, message in ((tmp_path, "2 outputs"), (task / "base", "no trained head")):
+    for name, message in ((tmp_path, "2 outputs"), (task / "base", "lacks score.weight")):
         with pytest.raises(UserError, match=message):
             load_rewards(RewardArguments(reward_model_name_or_path=str(name)), "cpu", batch_size=2)

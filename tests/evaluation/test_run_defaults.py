@@ -22,7 +22,7 @@ def test_policy_is_evaluated_on_the_held_out_rows_of_its_run(tiny_model: Path, t
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("dpo", "--model_name_or_path", tiny_model, "--dataset_name", tmp_path / "rows.jsonl",
         "--column", "question=prompt", "--test_split_size", "0.3", "--max_length", "96", "--beta", "0.4",
-        "--max_steps", "1", "--eval_strategy", "no", "--output_dir", tmp_path / "dpo")  # fmt: skip
+        "--max_steps", "1", "--bf16", "true", "--eval_strategy", "no", "--output_dir", tmp_path / "dpo")  # fmt: skip
     models = ["--model_name_or_path", str(tmp_path / "dpo"), "--ref_model_name_or_path", str(tiny_model)]
     evaluate.main([*models, "--output_dir", str(tmp_path / "out")])
     data = DataArguments(str(tmp_path / "rows.jsonl"), column=["question=prompt"], test_split_size=0.3)
@@ -32,6 +32,9 @@ def test_policy_is_evaluated_on_the_held_out_rows_of_its_run(tiny_model: Path, t
     results = json.loads((tmp_path / "out/eval_results.json").read_text())
     assert results["pairs"] == len(held_out) == 12
     assert (results["beta"], results["settings"]["max_length"]) == (0.4, 96)
+    assert results["settings"]["dtype"] == "bfloat16", "evaluation computes in another precision than the run"
+    with pytest.raises(UserError, match=r"max_length is 4096.*192 positions"):
+        evaluate.main([*models, "--output_dir", str(tmp_path / "out"), "--max_length", "4096"])
 
 
 def test_model_without_a_run_needs_a_dataset(tiny_model: Path, tmp_path: Path):

@@ -14,8 +14,10 @@ from running import log, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, set_seed
 
+from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError
-from tinydpo.models.loading import hash_weights, load_model, merge_adapter
+from tinydpo.evaluation.arguments import EvaluateArguments
+from tinydpo.models.loading import hash_weights, load_model, load_tokenizer, merge_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["--dataloader_num_workers", "0", "--warmup_steps", "0"]
@@ -59,7 +61,7 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lora(base: Path, task: Path) -> Any:
     """A trained adapter's trainer; its folder is `args.output_dir`."""
-    return dpo(base, task, base.parent / "lora", *LORA, "--learning_rate", "1e-2")
+    return dpo(base, task, base.parent / "lora", *LORA, "--learning_rate", "1e-2", "--beta", "0.3")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,14 @@ def test_merged_is_a_plain_checkpoint_that_trains_on(adapter: Path, base: Path, 
     assert log(tmp_path / "run", "loss")[0] == pytest.approx(0.6931, abs=1e-3), "the reference is not the merged model"
 
 
+def test_a_merged_checkpoint_keeps_the_settings_of_its_run(adapter: Path, tmp_path: Path):
+    merge("--model_name_or_path", adapter / "checkpoint-2", "--output_dir", tmp_path / "merged")
+    argv = ["--model_name_or_path", tmp_path / "merged", "--ref_model_name_or_path", "r", "--output_dir", "o"]
+    (args,) = parse_args(EvaluateArguments, argv=[*map(str, argv)], defaults_from_run="model_name_or_path")
+    assert (args.beta, args.max_length) == (0.3, 128), "evaluation would use its own defaults"
+    load_tokenizer(str(tmp_path / "merged"))  # not refused as an unfinished run
+
+
 def retrain(adapter: Path, base: Path) -> None:
     set_seed(1)
     GPT2LMHeadModel(GPT2Config.from_pretrained(base)).save_pretrained(base)
@@ -106,6 +116,7 @@ def quantize(adapter: Path, base: Path) -> None:
 
 
 def pickle(adapter: Path, base: Path) -> None:
+    (adapter / "run_config.yaml").unlink()
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
 
 

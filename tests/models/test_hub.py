@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 from hub import Handler, HubError, Server
-from running import run
+from running import ROOT, run
+from safetensors.torch import load_file, save_file
+from toys import write_reward_model
 
 from tinydpo.errors import UserError
 from tinydpo.models.hub import download_dataset
 from tinydpo.models.loading import load_model, load_tokenizer
+from tinydpo.run_folder import RunFolder
+from tinydpo.training.setup import lock_folder
 
 MODEL, MODEL_SHA = "openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"
 DATA, DATA_SHA = "Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
@@ -154,13 +158,78 @@ def test_code_of_a_models_own_is_not_run(folder: Path):
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text("raise AssertionError('code of a model was run')")
-    assert "brings its own code" in sentence(lambda: load_model(str(folder)))
+    message = sentence(lambda: load_model(str(folder)))
+    assert "brings its own code, which only training runs" in message, (
+        "a flag is advised that evaluation does not have"
+    )
 
 
 def test_pickled_weights_are_refused(folder: Path):
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
     assert "could not be loaded" in sentence(lambda: load_model(str(folder)))
+
+
+@pytest.mark.parametrize("shard", ["weights.bin", "../weights.safetensors"])
+def test_an_index_that_names_a_pickle_or_a_file_elsewhere_is_refused(shard: str, folder: Path):
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "weights.bin")
+    (folder / "model.safetensors").rename(folder.parent / "weights.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for load in (lambda: load_model(str(folder)), lambda: start_training("sft", folder)):
+        assert f"names {shard}, no safetensors file beside it" in sentence(load)
+
+
+def start_training(stage: str, model: Path, *flags: str | Path) -> None:
+    argv = ["--model_name_or_path", model, "--dataset_name", "no.jsonl", "--output_dir", model.parent / "run"]
+    run(stage, *argv, *flags)
+
+
+@pytest.mark.parametrize("missing", ["lm_head.weight", "transformer.h.1.mlp.c_fc.weight"])
+def test_missing_weights_are_named_and_not_drawn_at_random(missing: str, folder: Path, tiny_model: Path):
+    weights = load_file(folder / "model.safetensors")
+    if weights.pop(missing, None) is None:  # it is the embedding, until they are untied
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    starts = {
+        "a model to evaluate": lambda: load_model(str(folder)),
+        "SFT's start": lambda: start_training("sft", folder),
+        "DPO's reference": lambda: start_training("dpo", tiny_model, "--ref_model_name_or_path", folder),
+    }
+    if missing != "lm_head.weight":
+        starts["a reward model's start"] = lambda: start_training("reward", folder)
+    for start, load in starts.items():
+        assert missing.removeprefix("transformer.") in sentence(load), f"{start} has random weights"
+
+
+def test_a_reward_model_is_no_policy(tiny_model: Path, folder: Path):
+    write_reward_model(tiny_model, folder, None)
+    assert "is a reward model" in sentence(lambda: load_model(str(folder)))
+
+
+def test_a_run_without_its_model_says_what_it_is(folder: Path):
+    run = RunFolder(folder)
+    run.config_file.touch()
+    (folder / "checkpoint-50").mkdir()
+    for load in (lambda: load_model(str(folder)), lambda: load_tokenizer(str(folder))):
+        with lock_folder(run):
+            assert f"is still training; wait until it has finished, or pass {folder}/checkpoint-50" in sentence(load)
+        assert "was stopped; the command that started it finishes it" in sentence(load)
+    run.results_file.write_text("{}")
+    load_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    assert "is a finished run, but its weights (*.safetensors) are missing" in sentence(
+        lambda: load_model(str(folder))
+    )
+
+
+def test_a_missing_model_names_the_command_that_makes_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    for name, command in (("dpo", ""), ("dpo-512", " STAGE=dpo-512")):
+        message = sentence(lambda name=name: load_tokenizer(f"runs/gpt2-medium-hh/{name}"))
+        assert f"`make dpo RECIPE=recipes/gpt2-medium-hh{command}`" in message
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(folder: Path):

@@ -66,6 +66,7 @@ def test_folder_holds_what_the_docs_promise(sft: Path, dpo: Path):
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert AutoTokenizer.from_pretrained(folder).eos_token_id == model.generation_config.eos_token_id
         assert model.generation_config.top_k == 0, "sampling from the saved model cuts the distribution at 50 tokens"
+        assert model.config.use_cache, "the saved model generates without a cache"
         environment = json.loads((folder / "environment.json").read_text())
         assert environment["seed"] == 0 and {"torch", "trl"} <= set(environment["packages"])
         card = (folder / "README.md").read_text()

@@ -26,6 +26,7 @@ FIRST_FLAGS = (
     "learning_rate", "num_train_epochs", "max_steps", "pairs_per_step", "per_device_train_batch_size", "use_peft",
     "bf16", "seed",
 )  # fmt: skip
+SCHEDULES_WITHOUT_WARMUP = {"constant", "reduce_lr_on_plateau", "greedy"}
 Settings = dict[str, Any]  # every key of a run with its value
 
 REFUSED_ALWAYS = {
@@ -94,6 +95,12 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
         refused |= REFUSED_FOR_PACKED_ROWS
     if settings["train_sampling_strategy"] in ("group_by_length", "batch_rebalance"):
         refused["train_sampling_strategy"] = "but steps would hold fewer pairs at an epoch's end; leave it out"
+    schedule = settings["lr_scheduler_type"]
+    if schedule in SCHEDULES_WITHOUT_WARMUP:
+        refused["warmup_steps"] = f"but the schedule {schedule} does not warm up; pass --warmup_steps 0"
+    eval_steps = settings["eval_steps"] or settings["logging_steps"]
+    if settings["save_strategy"] == "steps" and settings["save_steps"] != eval_steps:
+        refused["load_best_model_at_end"] = "but the best evaluation may have no checkpoint; pass --save_strategy best"
     if stage == "dpo":
         refused |= _refuse_for_dpo(settings)
     for flag, reason in refused.items():
@@ -123,10 +130,9 @@ def _refuse_for_dpo(settings: Settings) -> dict[str, str]:
         refused["loss_type"] = "but exo_pair needs label smoothing; pass --label_smoothing 1e-3 or the like"
     if not losses & SMOOTHED_LOSSES:
         refused["label_smoothing"] = f"but {', '.join(sorted(losses))} ignores it; for robust DPO see docs/losses.md"
-    if losses & {"aot", "aot_unpaired"}:
-        refused["use_weighting"] = (
-            "but the aot losses sort answers, so that weights would go to the wrong pairs; drop one"
-        )
+    unweighted = losses & {"aot", "aot_unpaired", "hinge", "sft"}
+    if unweighted:  # the aot losses sort answers; the gradients of the others fail in TRL 1.16
+        refused["use_weighting"] = f"but TRL cannot weight {', '.join(sorted(unweighted))}; drop one"
     if settings["precompute_ref_log_probs"]:
         refused["sync_ref_model"] = "but the reference is fixed; pass --precompute_ref_log_probs false as well"
     elif settings["use_peft"] or settings.get("ref_model_name_or_path"):

@@ -146,7 +146,7 @@ def check_launch(training_args: Any, accelerate_config: str | None) -> None:
         raise UserError(f"{file} asks for FSDP, which does not shard on CPUs; use accelerate_configs/multi_cpu.yaml")
     _check_sharding(training_args, file)
     precision = _get_mixed_precision(asked)
-    dtype = _get_dtype(training_args)
+    dtype = get_dtype(vars(training_args))
     if precision and DTYPES.get(precision, precision) != dtype:
         raise UserError(
             f"{file} asks for mixed_precision {precision} and this run uses {dtype}; take mixed_precision out of the "
@@ -178,16 +178,10 @@ def describe_launch(training_args: Any) -> str:
     line = f"{processes} process" if processes == 1 else f"{processes} processes"
     if sharding:
         line += f" ({sharding})"
-    line += f" on {training_args.device.type}, {_get_dtype(training_args)}"
+    line += f" on {training_args.device.type}, {get_dtype(vars(training_args))}"
     if training_args.use_cpu and training_args.bf16 and not has_fast_bf16("cpu"):
         line += " (slow on this CPU; --bf16 false is faster)"
     return f"{line}, {processes * batch * accumulation} pairs per step ({batch} at a time x {accumulation})"
-
-
-def _get_dtype(training_args: Any) -> str:
-    if training_args.bf16:
-        return "bfloat16"
-    return "float16" if training_args.fp16 else "float32"
 
 
 def _get_sharding() -> str | None:
@@ -210,8 +204,17 @@ def count_cores() -> int:
     return max(1, min(allowed, math.ceil(quota / period)))
 
 
+def get_dtype(settings: dict[str, Any]) -> str:
+    """What a run with these settings computes in, by torch's names; "auto" where they leave it to the machine."""
+    if settings.get("fp16"):
+        return "float16"
+    if settings.get("bf16") is None:
+        return "auto"
+    return "bfloat16" if settings["bf16"] else "float32"
+
+
 def pick_device_and_dtype(dtype: str) -> tuple[str, Any]:
-    """Where evaluation runs, and what it computes in: "float32", "bfloat16", or "auto" for what training would use."""
+    """Where evaluation runs, and what it computes in: a dtype's name, or "auto" for what training would use."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

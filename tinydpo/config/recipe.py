@@ -50,7 +50,7 @@ def parse_training_args(
         argv: arguments, by default the process's own.
         ignored: dataclasses whose keys a recipe may hold without effect (a training recipe read by another script).
         defaults_from_run: a flag that names a model. If that is a local run's, the run's data settings, `max_length`,
-            `beta` and reference are the defaults here.
+            `beta`, precision and reference are the defaults here.
     """
     parser = _StrictParser(types)
     command_line = parser.parse_given(argv)
@@ -176,13 +176,16 @@ def _parse_json_mapping(text: str) -> str | dict[str, Any]:
 
 
 def _read_run_defaults(given: dict[str, Any], known: dict[str, Any], model: str | None) -> dict[str, Any]:
-    """Reference, data settings, `max_length` and `beta` of the run that made a local model, as far as flags here."""
+    """The settings of the run that made a local model which `parse_training_args` names, as far as they are flags."""
     config = RunFolder.of_model(model).read_config() if model else {}
-    keys = {field.name for field in fields(DataArguments)} | {"max_length", "beta"}
+    if not config:
+        return {}
+    config["dtype"] = launch.get_dtype(config)  # in training, `dtype` is that of the weights
+    keys = {field.name for field in fields(DataArguments)} | {"max_length", "beta", "dtype"}
     if as_list(given.get("dataset_name", config.get("dataset_name"))) != as_list(config.get("dataset_name")):
         keys -= DATASET_KEYS
     defaults = {key: config[key] for key in keys & set(known) if config.get(key) is not None}
-    if config and "ref_model_name_or_path" in known and "ref_model_name_or_path" not in given:
+    if "ref_model_name_or_path" in known and "ref_model_name_or_path" not in given:
         defaults["ref_model_name_or_path"], defaults["ref_model_revision"] = get_reference(config)
     return defaults
 

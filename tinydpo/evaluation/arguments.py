@@ -13,7 +13,7 @@ from transformers.hf_argparser import HfArg
 
 from tinydpo.config.arguments import RowArguments, get_reference, resolve_row_length
 from tinydpo.errors import UserError
-from tinydpo.models.loading import check_same_vocabulary, load_tokenizer
+from tinydpo.models.loading import check_model, check_same_vocabulary, load_tokenizer
 from tinydpo.run_folder import RunFolder
 
 
@@ -35,7 +35,9 @@ class PolicyArguments:
     num_prompts: int = HfArg(default=512, help="Held-out prompts to answer.")
     batch_size: int = HfArg(default=32, help="Sequences per forward pass; changing it changes the samples.")
     seed: int = HfArg(default=0, help="Chooses the prompts, if there are more, and the samples.")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 where that is fast.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
+        default="auto", help="By default that of the policy's run, without one auto: bfloat16 where that is fast."
+    )
 
     def __post_init__(self):
         check_given(self, "model_name_or_path", "output_dir", hint="pass a policy and an output folder")
@@ -83,11 +85,7 @@ class ComparisonArguments(PolicyArguments):
         )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer.
-
-        Raises:
-            UserError: it cannot be loaded, there is no reference, or that has a different vocabulary.
-        """
+        """The policy's tokenizer, after a check that policy, reference and `max_length` fit together (UserError)."""
         policy = load_tokenizer(*self.models["policy"])
         if not self.ref_model_name_or_path:
             raise UserError(
@@ -96,6 +94,8 @@ class ComparisonArguments(PolicyArguments):
             )
         ref = load_tokenizer(*self.models["ref"])
         check_same_vocabulary(policy, ref)
+        for model in self.models.values():
+            check_model(*model, policy, self.max_length)
         return policy
 
 

@@ -34,7 +34,7 @@ from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
 from tinydpo.evaluation.rewards import score_answers
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
 from tinydpo.files import read_json, read_yaml, write_atomic, write_json
-from tinydpo.models.loading import load_model, load_tokenizer
+from tinydpo.models.loading import check_model, load_model, load_tokenizer
 from tinydpo.models.precision import get_compute_dtype
 from tinydpo.training.logps import token_logps
 
@@ -172,6 +172,7 @@ class FrontierMeasure:
         self.max_length = recipe["max_length"]
         self.row_length = resolve_row_length(self.max_length, None) if recipe.get("shared_prefix", True) else None
         self.tokenizer = load_tokenizer(args.model_name_or_path)
+        check_model(args.model_name_or_path, None, self.tokenizer, self.max_length)
         self.training_pairs = load_split(data, self.tokenizer, self.max_length, "train").summary["sha256"]
         held_out = load_split(data, self.tokenizer, self.max_length, "test").texts
         self.texts, self.prompts = prepare_prompts(

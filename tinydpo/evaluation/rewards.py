@@ -60,9 +60,7 @@ class RewardModel:
     def __init__(self, name: str, revision: str | None, device: str, batch_size: int, dtype: Any = None):
         """Load it; its blocks compute in `dtype` if its head is one linear layer, else in float32."""
         tokenizer = load_tokenizer(name, revision)
-        model, loading = load_pretrained(AutoModelForSequenceClassification, name, revision, device=device)
-        if loading["missing_keys"]:
-            raise UserError(f"--reward_model_name_or_path {name} has no trained head; pass a trained reward model")
+        model = load_pretrained(AutoModelForSequenceClassification, name, revision).to(device=device)
         if model.config.num_labels != 1:
             raise UserError(f"--reward_model_name_or_path {name} has {model.config.num_labels} outputs; it needs one")
         if dtype and isinstance(getattr(model, "score", None), torch.nn.Linear):

@@ -10,7 +10,6 @@ from pathlib import Path
 from tinydpo.errors import UserError, is_disk_full, iter_causes
 
 OFFLINE_HINT = "check the name and the network, give a local path, or run `make quickstart`, which needs neither"
-TRAIN_FIRST = "check the name, or train it first: `make sft`, `make dpo`, `make reward` or `make quickstart`"
 
 
 @contextmanager
@@ -45,7 +44,9 @@ def _explain(error: Exception, kind: str, name: str, revision: str | None) -> st
         return f"{kind} {name} is gated: accept its terms on the Hub and log in with `hf auth login`"
     if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) and not Path(name).exists():
         # What cannot be a Hub id, such as runs/recipe/sft, was meant as a path.
-        advice = TRAIN_FIRST if kind == "model" and caused_by(hub.HFValidationError) else OFFLINE_HINT
+        advice = OFFLINE_HINT
+        if kind == "model" and caused_by(hub.HFValidationError):
+            advice = f"check the name, or train it first: {get_make_command(name)}"
         return f"there is no {kind} {name!r} on the Hub and no such local path; {advice}"
     if caused_by(hub.RevisionNotFoundError):
         return f"{kind} {name} has no revision {revision!r}; check --{kind}_revision"
@@ -54,9 +55,20 @@ def _explain(error: Exception, kind: str, name: str, revision: str | None) -> st
     if caused_by(safetensors.SafetensorError):
         return f"{kind} {name}: a weights file is cut or damaged ({error}); download or save it again"
     if "trust_remote_code" in str(error):
-        return f"{kind} {name} brings its own code; read it, and pass --trust_remote_code true if you trust it"
+        return f"{kind} {name} brings its own code, which only training runs, with --trust_remote_code true"
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return f"{kind} {name} could not be loaded ({reason}); {OFFLINE_HINT}"
+
+
+def get_make_command(model: str) -> str:
+    """The command that makes a local model such as runs/gpt2-medium-hh/dpo-512; without a recipe all of them."""
+    path = Path(model)
+    recipe = Path("recipes", path.parent.name, f"{path.name}.yaml")
+    if path.parent.name == "quickstart" or not recipe.is_file():
+        return "`make sft`, `make dpo`, `make reward` or `make quickstart`"
+    target = path.name.split("-")[0]
+    stage = "" if path.name == target else f" STAGE={path.name}"
+    return f"`make {target} RECIPE={recipe.parent}{stage}`"
 
 
 def download_dataset(name: str, revision: str | None, data_dir: str | None) -> Path:

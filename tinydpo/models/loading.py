@@ -1,4 +1,4 @@
-"""Load models and tokenizers: safetensors only, and a model's own code only with `--trust_remote_code`.
+"""Load models and tokenizers: safetensors only, all of a model's weights, and its own code only in training, if asked.
 
 A LoRA adapter counts as a model: it is merged into its base's weights as it is loaded.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydpo.errors import UserError
+from tinydpo.files import read_json
 from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.precision import set_compute_dtype
 from tinydpo.run_folder import RunFolder
@@ -33,27 +34,86 @@ def load_model(name: str, revision: str | None = None, dtype: Any = None, device
     if adapter:
         model = merge_adapter(adapter).to(device=device)
     else:
-        model, _ = load_pretrained(AutoModelForCausalLM, name, revision, device)
+        model = load_pretrained(AutoModelForCausalLM, name, revision).to(device=device)
     return set_compute_dtype(model, dtype or torch.float32)
 
 
 def load_pretrained(
-    architecture: Any, name: str, revision: str | None, device: Any = None
-) -> tuple[Any, dict[str, Any]]:
-    """Load a model in float32 and eval mode, and transformers' report of missing and unexpected weights.
+    architecture: Any, name: str, revision: str | None, device_map: Any = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a model in float32 and eval mode; `architecture` is one of transformers' auto classes.
 
-    `architecture` is one of transformers' auto classes; the rest is as in `load_model`.
+    A model without all of its weights is a UserError: transformers would draw the missing ones at random.
     """
     import torch
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading, over in a moment
+    logging.get_logger("transformers.modeling_utils").addFilter(_is_no_load_report)
     with explain_load_errors("model", name, revision):
+        _check_shards(name, revision)
         model, report = architecture.from_pretrained(
-            name, revision=revision or "main", dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True,
+            name, revision=revision or "main", dtype=torch.float32, device_map=device_map, use_safetensors=True,
+            trust_remote_code=trust_remote_code, output_loading_info=True,
         )  # fmt: skip
-    return model.to(device or "cpu").eval(), report
+    saved_as = (model.config.architectures or [""])[0]
+    if architecture is AutoModelForCausalLM and saved_as.endswith("ForSequenceClassification"):
+        raise UserError(f"{name} is a reward model ({saved_as}), not a language model; pass one of those")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        kind = type(model).__name__
+        raise UserError(f"model {name} lacks {missing[0]}, which {kind} needs; pass a whole model of this kind")
+    return model.eval()
+
+
+def _is_no_load_report(record: Any) -> bool:
+    """Hide transformers' table of missing weights, which are refused, and of superfluous ones, which do no harm."""
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _check_shards(name: str, revision: str | None) -> None:
+    """Refuse an index that names other files than safetensors beside it: transformers would unpickle them."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+    try:
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+    except OSError:  # there is none: one file holds all weights, or loading will say what is wrong
+        return
+    for shard in read_json(Path(index), "weight_map")["weight_map"].values():
+        if not shard.endswith(".safetensors") or shard != Path(shard).name:
+            raise UserError(f"model {name}: {SAFE_WEIGHTS_INDEX_NAME} names {shard}, no safetensors file beside it")
+
+
+def check_model(
+    name: str, revision: str | None, tokenizer: Any, max_length: int, architecture: Any = None, trust: bool = False
+) -> None:
+    """Refuse a model, or an adapter's base, that lacks weights, positions or embeddings; no weights are read.
+
+    `architecture` is the auto class that will load it, by default a causal language model's; `trust` runs its code.
+    """
+    from peft import PeftConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    folder = find_adapter(name, revision)
+    if folder:
+        adapter = PeftConfig.from_pretrained(folder)
+        name = adapter.base_model_name_or_path
+        revision = adapter.revision
+    with explain_load_errors("model", name, revision):
+        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust)
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(f"max_length is {max_length}, but model {name} has {positions} positions; lower --max_length")
+    tokens = text_config.vocab_size
+    if len(tokenizer) > tokens:
+        raise UserError(f"model {name} embeds {tokens} tokens, its tokenizer has {len(tokenizer)}; they do not match")
+    needs_values = is_deepspeed_zero3_enabled() or hasattr(config, "quantization_config")
+    device_map = None if needs_values else "meta"  # shapes only
+    architecture = architecture or AutoModelForCausalLM
+    load_pretrained(architecture, name, revision, device_map=device_map, trust_remote_code=trust)
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -63,6 +123,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
     if not name:
         raise UserError("model_name_or_path is not set; give a Hub id or a local folder")
+    check_run(RunFolder(name))
     with explain_load_errors("model", name, revision):
         folder = name
         if not Path(name).exists():
@@ -75,6 +136,23 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name}: its tokenizer has no end token (eos_token); add one and save it again")
     return tokenizer
+
+
+def check_run(run: RunFolder) -> None:
+    """Refuse the folder of a run without its model: it trains, was stopped, or has lost its weights (UserError)."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if not run.is_started:
+        return
+    if run.is_finished:
+        if not any(run.path.glob("*.safetensors")):
+            raise UserError(f"{run.path} is a finished run, but its weights (*.safetensors) are missing; restore them")
+        return
+    checkpoint = get_last_checkpoint(run.path)
+    alternative = f", or pass {checkpoint}" if checkpoint else ""
+    if run.is_locked:
+        raise UserError(f"{run.path} is still training; wait until it has finished{alternative}")
+    raise UserError(f"{run.path} was stopped; the command that started it finishes it{alternative}")
 
 
 def check_same_vocabulary(policy: Any, ref: Any) -> None:
@@ -92,6 +170,7 @@ def find_adapter(name: str, revision: str | None = None) -> Path | None:
     """The local folder of an adapter, downloaded if need be; None where `name` is something else."""
     from transformers.utils import cached_file, find_adapter_config_file
 
+    check_run(RunFolder(name))
     with explain_load_errors("model", name, revision):
         config = find_adapter_config_file(name, revision=revision)
         if config is None:
@@ -122,7 +201,7 @@ def merge_adapter(folder: Path, base: str | None = None) -> Any:
             f"base {base} has different weights from those that adapter {folder} was trained on; train the adapter "
             "again"
         )
-    model, _ = load_pretrained(AutoModelForCausalLM, base, adapter.revision if base == own_base else None)
+    model = load_pretrained(AutoModelForCausalLM, base, adapter.revision if base == own_base else None)
     if getattr(model.config, "quantization_config", None):
         raise UserError(f"base {base} is quantized; merge adapter {folder} into the same weights in full precision")
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft uses transformers' older names

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from tinydpo.config.arguments import DataArguments, RunArguments, find_reference
 from tinydpo.config.flags import check_flags, check_reporters
@@ -25,7 +25,7 @@ from tinydpo.data.splits import HOLD_OUT_SEED
 from tinydpo.errors import UserError, get_rank
 from tinydpo.files import find_difference
 from tinydpo.models.hub import explain_load_errors
-from tinydpo.models.loading import check_same_vocabulary, load_tokenizer, refuse_adapter
+from tinydpo.models.loading import check_model, check_same_vocabulary, load_tokenizer, refuse_adapter
 from tinydpo.run_folder import RunFolder
 from tinydpo.training.throughput import estimate_cpu_hours
 
@@ -62,7 +62,7 @@ def prepare_training(
     prepare_process(training, model, run.accelerate_config)
     if is_finished(RunFolder(training.output_dir), settings, (data, run, training, model)):
         return None
-    tokenizer = load_and_check_models(training, model, settings)
+    tokenizer = load_and_check_models(stage, training, model, settings)
     need_pairs = stage != "sft"  # SFT does without rejected answers
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs, training.dataset_num_proc)
     summary = {name: split.summary for name, split in splits.items()}
@@ -144,16 +144,17 @@ def lock_folder(run: RunFolder) -> AbstractContextManager:
         raise UserError(message) from None
 
 
-def load_and_check_models(training: Any, model: Any, settings: dict[str, Any]) -> Any:
+def load_and_check_models(stage: str, training: Any, model: Any, settings: dict[str, Any]) -> Any:
     """The tokenizer, after a check that model, reference and tokenizer fit together."""
     trust = training.trust_remote_code
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, trust)
     apply_tokenizer_flags(tokenizer, training)
-    check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length, trust)
+    architecture = AutoModel if stage == "reward" else AutoModelForCausalLM  # a reward model gets a new head
+    check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length, architecture, trust)
     reference = find_reference(settings)
     if reference:
         check_same_vocabulary(tokenizer, load_tokenizer(*reference, trust))
-        check_model(*reference, tokenizer, training.max_length, trust)
+        check_model(*reference, tokenizer, training.max_length, architecture, trust)
     return tokenizer
 
 
@@ -174,27 +175,6 @@ def apply_tokenizer_flags(tokenizer: Any, training: Any) -> None:
                 "chat_template.jinja), whose special tokens the model must know, as they are not added"
             )
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-
-
-def check_model(
-    name: str, revision: str | None, tokenizer: Any, max_length: int, trust_remote_code: bool = False
-) -> None:
-    """Refuse a model whose run has not finished, that has too few positions, or fewer embeddings than tokens."""
-    run = RunFolder(name)
-    if run.is_started and not run.is_finished:
-        raise UserError(f"{name} holds a run that has not finished; rerun the command that started it to resume")
-    if (run.path / "adapter_config.json").exists():
-        return
-    with explain_load_errors("model", name, revision):
-        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
-    config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and max_length > positions:
-        raise UserError(f"max_length is {max_length}, but model {name} has {positions} positions; lower --max_length")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"model {name} embeds {config.vocab_size} tokens, its tokenizer has {len(tokenizer)}; they do not match"
-        )
 
 
 def load_reference(settings: dict[str, Any], training: Any, quantization_config: Any = None) -> Any:

@@ -130,6 +130,7 @@ def save_results(trainer: Any, run: RunFolder, prepared: PreparedRun, results: d
     if trainer.eval_dataset is not None:
         results |= trainer.evaluate()
     model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True  # transformers has turned it off for training
     if model.can_generate():  # a reward model cannot
         reset_generation_config(model, trainer.processing_class)
     trainer.save_model(_internal_call=True)  # or it would push to the Hub before card and results exist
