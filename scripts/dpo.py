@@ -7,11 +7,12 @@ r"""Preference-tune a fine-tuned model with DPO; it is its own reference, unless
 those of TRL's DPOConfig and ModelConfig and our own (--help-all); a flag known to mislead here is refused.
 """
 
-from stages import end_processes, get_config_path, train_missing_model
+from stages import end_processes, get_config_path, suggest_command, train_missing_model
 
 from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArguments
 from tinydpo.config.recipe import parse_training_args
-from tinydpo.errors import report_errors
+from tinydpo.errors import get_rank, report_errors
+from tinydpo.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,6 +51,18 @@ def main(argv: list[str] | None = None) -> None:
             **kwargs,
         )
     train(trainer, prepared)
+    if not get_rank():
+        print_verdict(training.output_dir, len(prepared.test or ()))
+
+
+def print_verdict(output_dir: str, held_out: int) -> None:
+    """Print how the policy does on the pairs that were held out in training, if any, and what to do next."""
+    from tinydpo.evaluation.table import summarize_accuracy
+
+    accuracy = RunFolder(output_dir).read_results().get("eval_rewards/accuracies")
+    if accuracy is not None:
+        print(summarize_accuracy(accuracy, held_out))
+    print(f"Next, measure it on all held-out pairs and on its answers: {suggest_command('evaluate', output_dir)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from datasets import Dataset
+from stages import suggest_command
 from transformers import PreTrainedTokenizerBase
 
 from tinydpo.config.arguments import DataArguments
@@ -28,7 +29,7 @@ from tinydpo.evaluation.arguments import EvaluateArguments
 from tinydpo.evaluation.results import columns_to_rows, make_output_folder, save_evaluation
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards, score_answers, score_pairs
 from tinydpo.evaluation.sampling import Answers, prepare_prompts, sample_cached
-from tinydpo.evaluation.table import format_samples, format_table
+from tinydpo.evaluation.table import format_samples, format_table, summarize_results
 from tinydpo.models.loading import load_model
 from tinydpo.report.page import write_report
 from tinydpo.report.tokens import split_into_pieces
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     samples = columns_to_rows(samples)
     print(args.describe_reference() + format_table(results) + "\n" + format_samples(samples[:3]))
     save_evaluation(output_dir, results, samples=samples, pairs=columns_to_rows(pairs))
-    print(f"Report: {write_report(output_dir.parent, output_dir)}")
+    print(f"\n{summarize_results(results)}\nReport: {write_report(output_dir.parent, output_dir)}")
+    print(f"Next, talk to it: {suggest_command('playground', args.model_name_or_path)}")
 
 
 def run_models(

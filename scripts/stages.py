@@ -78,6 +78,16 @@ def train_missing_model(
     return True
 
 
+def suggest_command(target: str, model: str) -> str:
+    """The `make` command for a model in runs/<recipe folder>/<name>; where no such recipe is, the script's."""
+    folder = Path(model)
+    recipe = Path("recipes") / folder.parent.name
+    if folder.parts != ("runs", recipe.name, folder.name) or not (recipe / "evaluate.yaml").is_file():
+        return f"python scripts/{target}.py --model_name_or_path {model} --output_dir {model}-evaluation"
+    name = "" if folder.name == "dpo" else f" NAME={folder.name}"
+    return f"make {target} RECIPE={recipe}{name}"
+
+
 def end_processes() -> None:
     """Leave the group of processes, at the very end of a script: they could not form a second group."""
     import torch.distributed as dist

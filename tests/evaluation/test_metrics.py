@@ -17,7 +17,7 @@ from tinydpo.evaluation.metrics import (
     reward_metrics,
     wilson_interval,
 )
-from tinydpo.evaluation.table import Estimate, Row, format_interval, make_row
+from tinydpo.evaluation.table import Estimate, Row, format_interval, make_row, summarize_results
 from tinydpo.training.logps import PairLogps
 
 
@@ -118,3 +118,22 @@ def test_single_answer_has_no_interval():
     assert kl["kl_per_sequence_se"] is None, "one answer is printed as if it were certain"
     row = make_row(kl, "kl_per_sequence", "KL", "")
     assert str(row.policy) == "2.000"
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "pairs", "expected"),
+    [(0.754, 500, "75.4% of 500 held-out pairs (95 % interval 71.4% to 79.0%): better than chance."),
+     (9 / 14, 14, "includes 50 %: inconclusive. About 48 pairs would tell; --test_split_size"),
+     (0.5, 14, "inconclusive. It is"), (0.3, 100, "worse than chance.")],
+    ids=["better", "too few pairs", "no difference", "worse"],
+)  # fmt: skip
+def test_the_summary_says_whether_it_worked(accuracy: float, pairs: int, expected: str):
+    sampling = {"temperature": 1, "top_k": 0, "top_p": 1}
+    results = {"reward_accuracy": accuracy, "pairs": pairs, "kl_per_sequence": 3.0, "settings": sampling,
+               "ended_policy": 0.11, "ended_ref": 0.56}  # fmt: skip
+    summary = summarize_results(results)
+    assert expected in summary and "It is 3.0 nats from its reference." in summary
+    assert "11% of its answers end by themselves (of the reference's: 56%). To keep answers ending" in summary
+    assert "To keep" not in summarize_results(results | {"ended_policy": 0.5})
+    reshaped = results | {"settings": sampling | {"top_k": 50}}
+    assert "nats" not in summarize_results(reshaped), "samples that are not the policy's give no KL"

@@ -3,11 +3,12 @@
 A new metric needs a function in `metrics`, its call in scripts/evaluate.py, and a line of `FIGURES` here.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tinydpo.evaluation.arguments import RewardArguments
-from tinydpo.evaluation.metrics import Z95
+from tinydpo.evaluation.metrics import Z95, wilson_interval
 
 MOST_SUBSETS = 8  # rows; the report's figure has more, eval_results.json has all
 # Name in eval_results.json (without _policy and _ref), label, value by chance, meaning (line breaks: for the table).
@@ -130,6 +131,37 @@ def format_table(results: dict[str, Any]) -> str:
         *format_rows(headline_rows(results)),
     ]
     return "\n".join(lines)
+
+
+def summarize_results(results: dict[str, Any]) -> str:
+    """What an evaluation says: has the policy learned, how far is it from its reference, do its answers end?"""
+    sentences = [summarize_accuracy(results["reward_accuracy"], results["pairs"])]
+    settings = results["settings"]
+    if (settings["temperature"], settings["top_k"], settings["top_p"]) == (1, 0, 1):  # else the samples give no KL
+        sentences.append(f"It is {results['kl_per_sequence']:.1f} nats from its reference.")
+    policy, ref = (results[f"ended_{role}"] for role in ("policy", "ref"))
+    sentences.append(f"{policy:.0%} of its answers end by themselves (of the reference's: {ref:.0%}).")
+    if policy < ref - 0.15:
+        sentences.append("To keep answers ending, raise beta or add the chosen answers' NLL (docs/losses.md).")
+    return " ".join(sentences)
+
+
+def summarize_accuracy(accuracy: float, pairs: int) -> str:
+    """A sentence on the reward accuracy over held-out pairs, and whether that many can tell it from chance."""
+    low, high = wilson_interval(accuracy * pairs, pairs)
+    sentence = (
+        f"The policy prefers the chosen answer on {accuracy:.1%} of {pairs:,} held-out pairs "
+        f"(95 % interval {low:.1%} to {high:.1%})"
+    )
+    if high < 0.5:
+        return f"{sentence}: worse than chance."
+    if low > 0.5:
+        return f"{sentence}: better than chance."
+    sentence += ", which includes 50 %: inconclusive."
+    if accuracy > 0.5:
+        needed = math.ceil((Z95 / (2 * accuracy - 1)) ** 2)  # at which the interval of this share ends at one half
+        sentence += f" About {needed:,} pairs would tell; --test_split_size, in every stage, holds out more."
+    return sentence
 
 
 def format_rows(rows: Sequence[Row]) -> list[str]:

@@ -15,7 +15,7 @@ from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.errors import UserError
 from tinydpo.evaluation.frontier import get_run_key
 from tinydpo.evaluation.on_policy import add_rounds_to_frontier
-from tinydpo.evaluation.table import Row, headline_rows
+from tinydpo.evaluation.table import Row, headline_rows, summarize_results
 from tinydpo.evaluation.winrate import winrate_rows
 from tinydpo.files import public_name, read_json, read_jsonl, write_atomic
 from tinydpo.report import figures
@@ -59,7 +59,7 @@ def write_report(folder: Path, evaluation: Path | None = None) -> Path:
         "report/templates/page.html",
         name=folder.resolve().name,
         notice=CONTENT_NOTICE if _shows_hh([results, frontier, winrate], runs) else "",
-        summary=summarize_evaluation(results) if results else "",
+        summary=summarize_results(results) if results else "",
         made=[describe_training(title, run) for title, run in runs.items() if "date" in run.read_environment()],
         is_toy_task="tinydpo.toy_task.gold_reward" in (results.get("settings", {}).get("reward_funcs") or ()),
         head=[row for label in HEAD for row in rows if row.label == label] + _select_judged(winrate),
@@ -118,23 +118,6 @@ def _find_runs(folder: Path, results: dict[str, Any]) -> dict[str, RunFolder]:
 def _shows_hh(results: Sequence[dict[str, Any]], runs: dict[str, RunFolder]) -> bool:
     settings = [one.get("settings", {}) for one in results] + [run.read_config() for run in runs.values()]
     return any(is_hh(source.name) for one in settings for source in list_sources(one))
-
-
-def summarize_evaluation(results: dict[str, Any]) -> str:
-    """The result in one sentence."""
-    low, high = results["reward_accuracy_ci95"]
-    sentence = (
-        f"The policy prefers the chosen answer on {100 * results['reward_accuracy']:.1f} % of {results['pairs']:,} "
-        f"held-out pairs (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    )
-    settings = results["settings"]
-    if (settings["temperature"], settings["top_k"], settings["top_p"]) == (1, 0, 1):  # else the samples give no KL
-        sentence += f" and is {results['kl_per_sequence']:.1f} nats from its reference"
-    if low <= 0.5 <= high:
-        sentence += ": inconclusive, because the interval includes 50 %"
-    elif high < 0.5:
-        sentence += ": worse than chance"
-    return f"{sentence}."
 
 
 def describe_training(title: str, run: RunFolder) -> str:
