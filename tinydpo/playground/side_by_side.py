@@ -22,11 +22,22 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.fitting import fit_pairs, get_bos_ids, tokenize_prompts
+from tinydpo.data.pairs import load_split
 from tinydpo.data.rows import BrokenRow, read_row
-from tinydpo.data.text import TEXT_FEATURES, Prompt, render_row, typed_to_dialogue, typed_to_messages
+from tinydpo.data.text import (
+    TEXT_FEATURES,
+    Prompt,
+    format_dialogue,
+    format_prompt,
+    get_prompts,
+    render_row,
+    typed_to_dialogue,
+    typed_to_messages,
+)
 from tinydpo.errors import UserError
-from tinydpo.evaluation.sampling import cut_prompt
+from tinydpo.evaluation.sampling import choose_prompts, cut_prompt
 from tinydpo.models.stop_tokens import get_stop_token_ids
 from tinydpo.training.logps import token_logps
 
@@ -149,6 +160,17 @@ class SideBySide:
             return render_row(read_row(row), self.tokenizer, need_pairs=True)
         except BrokenRow as error:
             raise UserError(f"this cannot be read: {error}") from None
+
+
+def choose_examples(data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> list[str]:
+    """Five held-out prompts as one would type them, single questions first; none if the data cannot be read."""
+    try:
+        texts = load_split(data, tokenizer, max_length, "test").texts
+    except UserError:  # the models answer without their data
+        return []
+    dialogues = [typed_to_messages(format_prompt(prompt)) for prompt in get_prompts(choose_prompts(texts, 50, seed))]
+    dialogues = sorted(dialogues, key=len)[:5]
+    return [each[0]["content"] if len(each) == 1 else format_dialogue(each, "").strip() for each in dialogues]
 
 
 def make_pair(prompt: Prompt, chosen: str, rejected: str) -> dict[str, Any]:
