@@ -19,7 +19,7 @@ from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation.arguments import EvaluateArguments
 from tinydpo.evaluation.rewards import RewardArguments
 from tinydpo.models.loading import load_model
-from tinydpo.playground.side_by_side import SideBySide, choose_examples
+from tinydpo.playground.side_by_side import SideBySide
 from tinydpo.training.setup import check_model
 from tinydpo.training.train import was_trained_on_chat
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     side_by_side = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length, chat)
     votes = Path(args.output_dir).parent / "votes.jsonl"
     notice = CONTENT_NOTICE if is_hh(data.dataset_name) else ""
-    examples = choose_examples(data, tokenizer, args.max_length, args.seed)
+    examples = side_by_side.choose_examples(data, args.seed)
     serve_app(build_app(side_by_side, args, votes, notice, examples), page.port)
 
 

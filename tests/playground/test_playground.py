@@ -28,7 +28,7 @@ from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
 from tinydpo.errors import UserError
 from tinydpo.models.loading import load_model
-from tinydpo.playground.side_by_side import SideBySide, choose_examples, save_vote, typed_to_dialogue
+from tinydpo.playground.side_by_side import SideBySide, save_vote, typed_to_dialogue
 from tinydpo.training.logps import token_logps
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
@@ -153,13 +153,13 @@ def test_with_a_chat_template_prompts_and_votes_are_messages(models: SideBySide,
 
 def test_example_prompts_are_held_out_ones(task: Path, models: SideBySide):
     data = DataArguments(dataset_name=str(task / "data"), max_question_length=32)
-    examples = choose_examples(data, models.tokenizer, 64, seed=0)
+    examples = models.choose_examples(data, seed=0)
     rows = [json.loads(line) for line in (task / "data/test.jsonl").read_text().splitlines()]
     held_out = {row["chosen"].rpartition("Assistant:")[0] + "Assistant:" for row in rows}
     assert len(examples) == 5 and not any("Human:" in text for text in examples), "questions are not as one types them"
     assert {models.make_prompt(text) for text in examples} <= held_out
     gone = DataArguments(dataset_name=str(task / "gone"))
-    assert choose_examples(gone, models.tokenizer, 64, seed=0) == [], "without its data a policy cannot be asked"
+    assert models.choose_examples(gone, seed=0) == [], "without its data a policy cannot be asked"
 
 
 @pytest.fixture

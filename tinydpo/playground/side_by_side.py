@@ -80,6 +80,16 @@ class SideBySide:
         ids = answer.ids[:-1] if answer.ended else answer.ids
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def choose_examples(self, data: DataArguments, seed: int) -> list[str]:
+        """Five held-out prompts as one would type them, single questions first; none if the data cannot be read."""
+        try:
+            texts = load_split(data, self.tokenizer, self.max_length, "test").texts
+        except UserError:  # the models answer without their data
+            return []
+        prompts = get_prompts(choose_prompts(texts, 50, seed))
+        dialogues = sorted((typed_to_messages(format_prompt(prompt)) for prompt in prompts), key=len)[:5]
+        return [each[0]["content"] if len(each) == 1 else format_dialogue(each, "").strip() for each in dialogues]
+
     def make_prompt(self, typed: str) -> Prompt:
         """What was typed, plain text or a dialogue in HH's form, as in training rows: messages or a text."""
         return typed_to_messages(typed) if self.chat else typed_to_dialogue(typed)
@@ -160,17 +170,6 @@ class SideBySide:
             return render_row(read_row(row), self.tokenizer, need_pairs=True)
         except BrokenRow as error:
             raise UserError(f"this cannot be read: {error}") from None
-
-
-def choose_examples(data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> list[str]:
-    """Five held-out prompts as one would type them, single questions first; none if the data cannot be read."""
-    try:
-        texts = load_split(data, tokenizer, max_length, "test").texts
-    except UserError:  # the models answer without their data
-        return []
-    dialogues = [typed_to_messages(format_prompt(prompt)) for prompt in get_prompts(choose_prompts(texts, 50, seed))]
-    dialogues = sorted(dialogues, key=len)[:5]
-    return [each[0]["content"] if len(each) == 1 else format_dialogue(each, "").strip() for each in dialogues]
 
 
 def make_pair(prompt: Prompt, chosen: str, rejected: str) -> dict[str, Any]:
