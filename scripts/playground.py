@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     side_by_side = SideBySide(*models, tokenizer, args.beta, args.max_length, data.max_question_length, chat)
     votes = Path(args.output_dir).parent / "votes.jsonl"
     notice = CONTENT_NOTICE if is_hh(data.dataset_name) else ""
-    serve_app(build_app(side_by_side, args, votes, notice), page.port)
+    examples = side_by_side.choose_examples(data, args.seed)
+    serve_app(build_app(side_by_side, args, votes, notice, examples), page.port)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class Server(ThreadingHTTPServer):
         self.script = script
         self.lock = threading.Lock()
         self.questions: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.at_once = 0
         self.most_at_once = 0
@@ -34,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers with `Server.script(question, times it was asked before)`.
 
     A text is the judge's reply, a dict the JSON body (and its `status`), bytes a body that is not JSON, a number an
-    HTTP status, with an error message that repeats the key.
+    HTTP status, with an error message that repeats the key, an iterator the pieces of a body as they come.
     """
 
     protocol_version = "HTTP/1.1"
@@ -46,6 +47,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             before = server.questions.count(question)
             server.questions.append(question)
+            server.bodies.append(body)
             server.keys.add(self.headers.get("Authorization"))
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
@@ -60,11 +62,17 @@ class Handler(BaseHTTPRequestHandler):
             answer = {"error": {"message": f"scripted, asked with {self.headers.get('Authorization')}"}}
         elif isinstance(answer, dict):
             status = answer.get("status", 200)
-        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
         self.send_header("retry-after-ms", "5")  # otherwise the client waits half a second or more
+        if isinstance(answer, Iterator):
+            self.send_header("Connection", "close")  # the body's length is not known
+            self.end_headers()
+            for piece in answer:
+                self.wfile.write(piece)
+            return
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 

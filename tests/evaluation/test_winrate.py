@@ -1,5 +1,6 @@
 """Win rates: no verdict is paid for twice, no secret leaks, and rates are no surer than the data."""
 
+import gc
 import html
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,12 @@ def test_verdicts_are_read_from_the_last_line(reply: str, verdict: str):
     assert read_verdict(reply) == verdict
 
 
+def test_verdicts_are_read_at_once():
+    began = time.monotonic()
+    assert read_verdict("More helpful" + ":" * 30_000 + "x") == "invalid"
+    assert time.monotonic() - began < 2, "a hostile reply keeps the reader busy"
+
+
 @pytest.mark.parametrize(
     "reply",
     [
@@ -144,6 +152,40 @@ def test_a_lasting_fault_keeps_what_was_paid_for(tmp_path: Path):
         assert len(server.questions) == 3, "a half-written line spoils the ones written after it"
 
 
+@pytest.mark.parametrize(("usage", "counted"), [({"prompt_tokens": "7", "completion_tokens": [1]}, 42), ("many", 0)])
+def test_nonsense_in_usage_loses_no_verdict(usage: Any, counted: int, tmp_path: Path):
+    with judge_server(lambda question, _: make_reply(judge_honestly(question)) | {"usage": usage}) as server:
+        judge = make_judge(server.url, tmp_path)
+        assert ask_about(judge) == HONEST
+    tokens = judge.count_tokens()
+    assert (tokens["prompt"], tokens["completion"]) == (counted, 0), "what is no number is counted"
+
+
+def test_refused_settings_are_left_out_from_then_on(tmp_path: Path, capsys: pytest.CaptureFixture):
+    def refuse_like_a_reasoning_model(question: str, before: int) -> Any:
+        for name in ("max_tokens", "temperature"):
+            if name in server.bodies[-1]:
+                message = f"Unsupported: '{name}' does not work with this model."
+                return {"status": 400, "error": {"message": message, "param": name, "code": "unsupported_value"}}
+        return judge_honestly(question)
+
+    with judge_server(refuse_like_a_reasoning_model) as server:
+        assert ask_about(make_judge(server.url, tmp_path, judge_concurrency=1)) == HONEST
+    assert len(server.questions) == 2 + 6, "what was refused once is sent again"
+    assert server.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
+    err = capsys.readouterr().err
+    for name in ("max_tokens", "temperature"):
+        assert err.count(f"scripted refuses {name}; asking with") == 1, f"{name} is changed without a line"
+
+
+def trickle(*_: Any) -> Iterator[bytes]:
+    """A valid reply after a second of blanks, none of which comes late."""
+    for _ in range(50):
+        time.sleep(0.02)
+        yield b" "
+    yield json.dumps(make_reply("A")).encode()
+
+
 @pytest.mark.parametrize(
     ("script", "sentence"),
     [
@@ -153,11 +195,13 @@ def test_a_lasting_fault_keeps_what_was_paid_for(tmp_path: Path):
         (lambda *_: b"<html>", "does not answer in OpenAI's chat protocol"),
         (lambda *_: {"choices": []}, "does not answer in OpenAI's chat protocol"),
         (lambda *_: time.sleep(0.5) or "A", "no reply within 0.05 s, 2 times; raise --judge_timeout"),
+        (trickle, "no reply within 0.05 s, 2 times"),
+        (lambda *_: b" " * 1_100_000, "sent more than 1000000 bytes"),
         (None, "cannot be reached"),
     ],
 )
 def test_lasting_faults_are_one_sentence(
-    script: Script | None, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    script: Script | None, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: Any
 ):
     monkeypatch.setattr(judge_module, "RETRIES", 1)
     with judge_server(script) as server:
@@ -168,6 +212,8 @@ def test_lasting_faults_are_one_sentence(
     assert sentence in err and err.count("\n") == 1, f"the fault is not one sentence: {err}"
     assert KEY not in err, "the key is printed"
     assert "0 verdicts are saved" in err, "a failure is stored as a verdict"
+    gc.collect()
+    assert not caplog.text, "tracebacks of the other questions stand below the sentence"
 
 
 def test_ctrl_c_is_one_sentence_at_once_and_keeps_the_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -8,7 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +151,17 @@ def test_with_a_chat_template_prompts_and_votes_are_messages(models: SideBySide,
     assert isinstance(replace(chat, chat=False).make_prompt("Hi?"), str), "the model was trained on HH's form"
 
 
+def test_example_prompts_are_held_out_ones(task: Path, models: SideBySide):
+    data = DataArguments(dataset_name=str(task / "data"), max_question_length=32)
+    examples = models.choose_examples(data, seed=0)
+    rows = [json.loads(line) for line in (task / "data/test.jsonl").read_text().splitlines()]
+    held_out = {row["chosen"].rpartition("Assistant:")[0] + "Assistant:" for row in rows}
+    assert len(examples) == 5 and not any("Human:" in text for text in examples), "questions are not as one types them"
+    assert {models.make_prompt(text) for text in examples} <= held_out
+    gone = DataArguments(dataset_name=str(task / "gone"))
+    assert models.choose_examples(gone, seed=0) == [], "without its data a policy cannot be asked"
+
+
 @pytest.fixture
 def port() -> int:
     with socket.socket() as stream:
@@ -162,6 +176,40 @@ def test_a_taken_port_is_one_sentence(port: int):
     taken = pytest.raises(UserError, match=f"port {port} is taken")
     with gradio.Blocks() as app, socket.create_server(("127.0.0.1", port)), taken:
         serve_app(app, port)
+
+
+def test_only_this_machine_is_served_and_nothing_is_stored(port: int, monkeypatch: pytest.MonkeyPatch):
+    gradio = pytest.importorskip("gradio", reason="needs the extra 'playground'")
+    from tinydpo.playground.app import serve_app
+
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    with gradio.Blocks() as app:
+        gradio.Textbox()
+    threading.Thread(target=serve_app, args=(app, port), daemon=True).start()
+
+    def ask(path: str, host: str, body: bytes | None = None) -> int:
+        headers = {"Host": host, "Content-Type": "multipart/form-data; boundary=b"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, headers)
+        try:
+            return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    for _ in range(200):
+        with socket.socket() as stream:
+            if getattr(app, "is_running", False) and not stream.connect_ex(("127.0.0.1", port)):
+                break
+        time.sleep(0.1)
+    upload = b'--b\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\nx\r\n--b--\r\n'
+    try:
+        assert ask("/", f"127.0.0.1:{port}") == ask("/", f"localhost:{port}") == 200, (
+            "a proxy keeps the page from starting"
+        )
+        assert ask("/", "rebound.example") == 400, "another site's name for this machine reads models and votes"
+        assert ask("/gradio_api/upload", "localhost", upload) == 413, "the page takes files that it never needs"
+    finally:
+        app.close()
 
 
 @pytest.fixture
@@ -224,7 +272,17 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     tokens.nth(5).hover()
     shown = tokens.nth(5).evaluate("token => getComputedStyle(token, '::after').content")
     assert math.isfinite(float(shown.strip('"'))), "hovering over a token does not show its implicit reward"
-    press("Left is better")
+    boxes = [page.locator(".answer h3").nth(i).bounding_box() for i in range(2)]
+    assert boxes[0]["y"] == boxes[1]["y"]
+    page.set_viewport_size({"width": 390, "height": 800})
+    boxes = [page.locator(".answer h3").nth(i).bounding_box() for i in range(2)]
+    assert boxes[0]["y"] < boxes[1]["y"], "on a phone the answers share its width"
+    press("About the same")
+    wait_for("no pair is saved")
+    assert not (tmp_path / "votes.jsonl").exists(), "a tie becomes a preference pair"
+    press("Generate")
+    wait_for("Seed 1")
+    press("First is better")
     wait_for("You preferred SFT")
     wait_for("Votes so far: 1")
 
@@ -233,7 +291,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     press("Generate")
     wait_for("Seed 2")
     assert tokens.count() == 0, "colours give away a blind answer"
-    press("Right is better")
+    press("Second is better")
     wait_for("You preferred (SFT|DPO)")
     assert tokens.count() == 24, "after a blind vote the rewards stay hidden"
     page.reload()

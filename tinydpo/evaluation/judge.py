@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from tinydpo.data.text import get_readable_columns
-from tinydpo.errors import UserError
+from tinydpo.errors import UserError, print_stderr
 from tinydpo.evaluation.arguments import check_given
 from tinydpo.evaluation.metrics import wilson_interval
 from tinydpo.evaluation.sampling import choose_prompts
@@ -49,11 +49,14 @@ More helpful: <A, B or tie>"""
 # The verdict is the last line, or its end after "More helpful:", because small models put a sentence before it. The
 # smallest ones repeat the question's marker "[reply B]", which is not a verdict.
 VERDICT = re.compile(
-    r"(?:\A(?!\[reply)\W*(?:(?i:more helpful)\W+)?|\bMore [Hh]elpful\W*:\W*)(?i:reply\W+)?(A|B|(?i:tie))\W*\Z"
+    r"(?:\A(?!\[reply)\W*(?:(?i:more helpful)\W+)?|\bMore [Hh]elpful[^\w:]*:\W*)(?i:reply\W+)?(A|B|(?i:tie))\W*\Z"
 )
 CONSISTENT_VERDICTS = {("A", "B"), ("B", "A"), ("tie", "tie")}  # the same whichever answer comes first
 CACHED = {"key", "verdict", "prompt_tokens", "completion_tokens"}  # what is used of a saved verdict
 MAX_TOKENS = 200  # enough for a sentence and the verdict
+# What some models refuse, and what they are asked with then; those that rename the limit count their thoughts too.
+INSTEAD: dict[str, dict[str, int]] = {"temperature": {}, "max_tokens": {"max_completion_tokens": 4000}}
+MAX_REPLY_BYTES = 1_000_000
 RETRIES = 5  # the client's own: of 429, 5xx, time-outs and lost connections, with growing pauses
 
 
@@ -64,7 +67,7 @@ class JudgeArguments:
     judge_base_url: str | None = HfArg(default=None, help="An endpoint of OpenAI's protocol, such as https://host/v1.")
     judge_model: str | None = HfArg(default=None, help="The judge's name at that endpoint.")
     judge_concurrency: int = HfArg(default=8, help="Questions sent at once: 1 for a server that takes one at a time.")
-    judge_timeout: float = HfArg(default=120.0, help="Seconds to wait for one reply.")
+    judge_timeout: float = HfArg(default=120.0, help="Seconds that one whole reply may take.")
 
     def __post_init__(self):
         check_given(self, "judge_base_url", "judge_model", hint="a win rate needs a judge (docs/evaluation.md)")
@@ -105,6 +108,7 @@ class Judge:
         self._rows = self._read_cache()
         self._used: set[str] = set()  # keys of the verdicts used in this run
         self._asked = 0
+        self._options: dict[str, Any] = {"temperature": 0, "max_tokens": MAX_TOKENS}
 
     def compare(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], desc: str
@@ -127,8 +131,8 @@ class Judge:
         """Tokens spent on the verdicts used, and how many of these were asked for now and how many were cached."""
         rows = [self._rows[key] for key in self._used]
         return {
-            "prompt": sum(row["prompt_tokens"] for row in rows),
-            "completion": sum(row["completion_tokens"] for row in rows),
+            "prompt": sum(read_count(row["prompt_tokens"]) for row in rows),
+            "completion": sum(read_count(row["completion_tokens"]) for row in rows),
             "verdicts_asked": self._asked,
             "verdicts_cached": len(rows) - self._asked,
         }
@@ -158,11 +162,18 @@ class Judge:
             api_key=self._key or "none",  # a local server needs none, but the client insists on one
             timeout=self.args.judge_timeout,
             max_retries=RETRIES,
+            http_client=make_http_client(self.args.judge_timeout),
         )
         limit = asyncio.Semaphore(self.args.judge_concurrency)
-        asked = [self._ask_one(client, limit, key, question) for key, question in questions.items()]
         async with client:
-            await tqdm.gather(*asked, desc=desc, leave=False, disable=None)  # after a failure nothing more is asked
+            tasks = [asyncio.create_task(self._ask_one(client, limit, *each)) for each in questions.items()]
+            try:
+                for task in tqdm(asyncio.as_completed(tasks), desc, len(tasks), leave=False, disable=None):
+                    await task
+            finally:  # after a failure nothing more is asked, and the failures that followed are not shown
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask_one(self, client: Any, limit: asyncio.Semaphore, key: str, question: str) -> None:
         async with limit:
@@ -170,8 +181,8 @@ class Judge:
         row = {
             "key": key,
             "verdict": verdict,
-            "prompt_tokens": getattr(usage, "prompt_tokens", None) or 0,  # some servers do not count
-            "completion_tokens": getattr(usage, "completion_tokens", None) or 0,
+            "prompt_tokens": getattr(usage, "prompt_tokens", None),  # some servers do not count
+            "completion_tokens": getattr(usage, "completion_tokens", None),
             "judge": self.args.judge_model,
             "question": question,
             "reply": self._hide_key(reply),
@@ -186,12 +197,7 @@ class Judge:
         import openai
 
         try:
-            completion = await client.chat.completions.create(
-                model=self.args.judge_model,
-                messages=[{"role": "user", "content": question}],
-                temperature=0,
-                max_tokens=MAX_TOKENS,
-            )
+            completion = await self._create_completion(client, question)
             choice = completion.choices[0]
             reply = str(choice.message.content or choice.message.refusal or "")
             is_cut = choice.finish_reason == "length"  # then whatever comes last is not the verdict
@@ -202,6 +208,26 @@ class Judge:
             raise
         except (ValueError, AttributeError, IndexError, TypeError):
             raise UserError("does not answer in OpenAI's chat protocol; check --judge_base_url") from None
+
+    async def _create_completion(self, client: Any, question: str) -> Any:
+        """Ask with the settings of `INSTEAD`; one that the judge refuses is replaced from then on."""
+        import openai
+
+        messages = [{"role": "user", "content": question}]
+        while True:
+            options = dict(self._options)
+            try:
+                return await client.chat.completions.create(model=self.args.judge_model, messages=messages, **options)
+            except openai.BadRequestError as error:
+                complaint = f"{error.param} {error.message}"
+                refused = next((name for name in INSTEAD if name in options and name in complaint), None)
+                if refused is None:
+                    raise
+                if refused in self._options:  # else another question has met the same refusal
+                    del self._options[refused]
+                    self._options |= INSTEAD[refused]
+                    instead = ", ".join(INSTEAD[refused]) or "its default"
+                    print_stderr(f"{self.args.judge_model} refuses {refused}; asking with {instead} instead.")
 
     def _describe_error(self, error: Exception) -> str:
         """What went wrong, as the rest of a sentence that begins with the judge."""
@@ -240,6 +266,42 @@ class Judge:
 
     def _hide_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
+
+
+def make_http_client(timeout: float) -> Any:
+    """Limit time (seconds) and size of a whole reply in the HTTP client of `openai`.
+
+    Its own timeout starts again with every byte, and it reads a body of any size.
+    """
+    import httpx2
+    import openai
+
+    class LimitedClient(openai.DefaultAsyncHttpxClient):
+        async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+            body = b""
+            try:
+                async with (
+                    asyncio.timeout(timeout),
+                    aclosing(await super().send(request, **options | {"stream": True})) as response,
+                ):
+                    async for chunk in response.aiter_bytes():
+                        body += chunk
+                        if len(body) > MAX_REPLY_BYTES:
+                            raise UserError(f"sent more than {MAX_REPLY_BYTES} bytes; check --judge_base_url")
+            except TimeoutError:
+                raise httpx2.ReadTimeout(f"no whole reply within {timeout:g} s") from None
+            headers = {name: value for name, value in response.headers.items() if name != "content-encoding"}
+            return httpx2.Response(response.status_code, headers=headers, content=body, request=request)
+
+    return LimitedClient()
+
+
+def read_count(value: Any) -> int:
+    """A token count as an endpoint gave it, maybe as text; 0 if it is none."""
+    try:
+        return max(0, int(value))
+    except (ValueError, TypeError, OverflowError):
+        return 0
 
 
 def calibrate_judge(judge: Judge, texts: Dataset, tokenizer: Any, pairs: int, seed: int) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ It loads nothing from other hosts and sends nothing to them.
 """
 
 import math
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tinydpo.errors import UserError
 from tinydpo.evaluation.arguments import EvaluateArguments
@@ -29,21 +32,26 @@ CSS = Path(__file__).with_name("templates") / "page.css"
 # One event at a time for all visitors: the models share the machine, and votes share a file.
 ASK_MODELS = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
 USE_VOTES = {"concurrency_id": "votes", "concurrency_limit": 1, "api_visibility": "private"}
-ENABLED = gr.update(interactive=True)
-DISABLED = gr.update(interactive=False)
+VOTES = {"First is better": 0, "About the same": None, "Second is better": 1}  # a button's words: the better answer
+ENABLED = [gr.update(interactive=True)] * len(VOTES)
+DISABLED = [gr.update(interactive=False)] * len(VOTES)
 
 
 def serve_app(app: gr.Blocks, port: int) -> None:
-    """Serve the page on 127.0.0.1 until Ctrl-C (UserError: the port is taken)."""
+    """Serve the page on 127.0.0.1, to browsers that ask for that address, until Ctrl-C (UserError: a taken port)."""
+    os.environ["no_proxy"] = "*"  # gradio looks at the page before it goes on, and nothing here asks another host
+    local_only = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])  # no DNS rebinding
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to download
     try:
         app.launch(
             server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, footer_links=[], quiet=True,
             prevent_thread_lock=True, css_paths=CSS, theme=gr.themes.Default(primary_hue="blue", **fonts),
+            max_file_size=0, app_kwargs={"middleware": [local_only]},
         )  # fmt: skip
     except (OSError, OverflowError):
         raise UserError(f"port {port} is taken or not a port; pass a different --port") from None
-    print(f"The playground is at http://127.0.0.1:{port} (Ctrl-C ends it).", flush=True)
+    remote = f"from another machine first ssh -L {port}:127.0.0.1:{port} HOST"
+    print(f"The playground is at http://127.0.0.1:{port} ({remote}; Ctrl-C ends it).", flush=True)
     app.block_thread()
 
 
@@ -58,14 +66,14 @@ class Handlers:
     def generate(
         self, text: str, blind: bool, tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None
     ) -> Iterator[tuple]:
-        """Stream both answers: left, right, the line below, the state for a vote, and the two vote buttons."""
+        """Stream both answers: first, second, the line below, the state for a vote, and the vote buttons."""
         try:
             if not text.strip():
                 raise UserError("type a prompt first")
             prompt = self.models.make_prompt(text)
             ids, is_cut = self.models.fit_prompt(prompt, tokens)
         except UserError as error:
-            yield "", "", f"Nothing generated: {error}.", None, DISABLED, DISABLED
+            yield "", "", f"Nothing generated: {error}.", None, *DISABLED
             return
         seed = random.randrange(2**31) if seed is None else seed
         names = ("SFT", "DPO")
@@ -76,28 +84,30 @@ class Handlers:
             shown = answers[::-1] if is_swapped else answers
             if time.monotonic() - drawn_at > 1 / FRAMES_PER_SECOND:
                 drawn_at = time.monotonic()
-                yield *self._show(names, shown, blind), WRITING, None, DISABLED, DISABLED
+                yield *self._show(names, shown, blind), WRITING, None, *DISABLED
         message = f"Which answer is better? Seed {seed}."
         if is_cut:
             message += " The prompt was too long: its start was cut."
         state = {"prompt": prompt, "answers": shown, "names": names[::-1] if is_swapped else names}
-        yield *self._show(names, shown, blind), message, state, ENABLED, ENABLED
+        yield *self._show(names, shown, blind), message, state, *ENABLED
 
-    def vote(self, state: dict[str, Any] | None, better: int) -> Any:
-        """Save a vote for the left (0) or right (1) answer, and show which model wrote which."""
+    def vote(self, state: dict[str, Any] | None, better: int | None) -> Any:
+        """Save a vote for the first (0) or second (1) answer, none for None, and show which model wrote which."""
         if state is None:  # a second click before the first one was handled
             return gr.skip()
         answers = state["answers"]
         shown = self._show(state["names"], answers)
+        if better is None:
+            return *shown, "About the same: no pair is saved.", None, *DISABLED, gr.skip()
         texts = [self.models.decode_answer(answer) for answer in answers]
         try:
             save_vote(self.votes, state["prompt"], texts[better], texts[1 - better])
         except UserError as error:
-            return *shown, f"No vote: {error}.", None, DISABLED, DISABLED, gr.skip()
+            return *shown, f"No vote: {error}.", None, *DISABLED, gr.skip()
         message = f"You preferred **{state['names'][better]}**."
         if not all(answer.ended for answer in answers):
             message += " An answer was cut off; training will treat its last word as its end."
-        return *shown, message, None, DISABLED, DISABLED, self.describe_votes()
+        return *shown, message, None, *DISABLED, self.describe_votes()
 
     def describe_votes(self) -> str:
         """How many votes there are, and the command that trains on them."""
@@ -132,7 +142,7 @@ class Handlers:
         """Two answers as HTML; if `blind`, without what gives away which model wrote which."""
         scale = max((abs(reward) for answer in answers for reward in answer.rewards), default=0.0)
         shown = []
-        for name, side, answer in zip(names, ("Left", "Right"), answers, strict=True):
+        for name, side, answer in zip(names, ("First", "Second"), answers, strict=True):
             pieces = split_into_pieces(self.models.tokenizer, answer.ids)
             text = "".join(pieces) if blind else color_tokens(pieces, answer.rewards, scale)
             values = {"name": side if blind else name, "text": text, "answer": answer, "blind": blind}
@@ -140,8 +150,10 @@ class Handlers:
         return shown
 
 
-def build_app(models: SideBySide, args: EvaluateArguments, votes: Path, notice: str = "") -> gr.Blocks:
-    """The page; `args` gives the models' names and where the sampling settings start."""
+def build_app(
+    models: SideBySide, args: EvaluateArguments, votes: Path, notice: str = "", examples: Sequence[str] = ()
+) -> gr.Blocks:
+    """The page; `args` gives the models' names and where the sampling settings start, `examples` prompts to click."""
     handlers = Handlers(models, args.ref_model_name_or_path, votes)
     with gr.Blocks(title="tinydpo playground") as app:
         gr.Markdown(
@@ -149,15 +161,17 @@ def build_app(models: SideBySide, args: EvaluateArguments, votes: Path, notice: 
             f"`{args.ref_model_name_or_path}`, β = {models.beta:g}. {notice}"
         )
         with gr.Tab("Ask both"):
-            build_ask_tab(app, handlers, args)
+            build_ask_tab(app, handlers, args, examples)
         with gr.Tab("Your own pair"):
             build_compare_tab(handlers)
     return app
 
 
-def build_ask_tab(app: gr.Blocks, handlers: Handlers, args: EvaluateArguments) -> None:
+def build_ask_tab(app: gr.Blocks, handlers: Handlers, args: EvaluateArguments, examples: Sequence[str]) -> None:
     """A prompt, its two answers, and votes."""
     prompt = gr.Textbox("", label="Prompt", placeholder="A question, or a dialogue in HH's form", lines=2)
+    if examples:
+        gr.Examples([[text] for text in examples], prompt, label="Held-out prompts", api_visibility="private")
     with gr.Accordion("Sampling", open=False), gr.Row():
         room = handlers.models.max_length // 2
         settings = [
@@ -173,7 +187,7 @@ def build_ask_tab(app: gr.Blocks, handlers: Handlers, args: EvaluateArguments) -
         blind = gr.Checkbox(label="Blind: hide which model is which until the vote")
     sides = build_answer_row()
     with gr.Row():
-        buttons = [gr.Button(f"{side} is better", interactive=False) for side in ("Left", "Right")]
+        buttons = [gr.Button(words, interactive=False) for words in VOTES]
     message = gr.Markdown()
     state = gr.State()
     vote_count = gr.Markdown()
@@ -184,7 +198,7 @@ def build_ask_tab(app: gr.Blocks, handlers: Handlers, args: EvaluateArguments) -
     stopped = stop.click(None, cancels=[asked], api_visibility="private")
     # In a second step: in the step that cancels, the answer's last frame could overwrite it.
     stopped.then(lambda now: "Stopped." if now == WRITING else now, message, message, **USE_VOTES)
-    for better, button in enumerate(buttons):
+    for button, better in zip(buttons, VOTES.values(), strict=True):
         button.click(partial(handlers.vote, better=better), state, [*shown, vote_count], **USE_VOTES)
     app.load(handlers.describe_votes, None, vote_count, api_visibility="private")
 
@@ -193,7 +207,7 @@ def build_compare_tab(handlers: Handlers) -> None:
     """A prompt and two answers to type, and their rewards."""
     prompt = gr.Textbox("", label="Prompt", lines=2)
     with gr.Row():
-        answers = [gr.Textbox("", label=f"Answer {name}", lines=4) for name in ("A", "B")]
+        answers = [gr.Textbox("", label=f"Answer {name}", lines=4, min_width=320) for name in ("A", "B")]
     compare = gr.Button("Compare", variant="primary")
     verdict = gr.Markdown()
     sides = build_answer_row()
@@ -202,6 +216,6 @@ def build_compare_tab(handlers: Handlers) -> None:
 
 
 def build_answer_row() -> list[gr.HTML]:
-    """Two answers side by side."""
+    """Two answers side by side, on a phone below each other."""
     with gr.Row(equal_height=True):
         return [gr.HTML(elem_classes="answer", container=True, padding=True) for _ in range(2)]

@@ -22,11 +22,22 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tinydpo.config.arguments import DataArguments
 from tinydpo.data.fitting import fit_pairs, get_bos_ids, tokenize_prompts
+from tinydpo.data.pairs import load_split
 from tinydpo.data.rows import BrokenRow, read_row
-from tinydpo.data.text import TEXT_FEATURES, Prompt, render_row, typed_to_dialogue, typed_to_messages
+from tinydpo.data.text import (
+    TEXT_FEATURES,
+    Prompt,
+    format_dialogue,
+    format_prompt,
+    get_prompts,
+    render_row,
+    typed_to_dialogue,
+    typed_to_messages,
+)
 from tinydpo.errors import UserError
-from tinydpo.evaluation.sampling import cut_prompt
+from tinydpo.evaluation.sampling import choose_prompts, cut_prompt
 from tinydpo.models.stop_tokens import get_stop_token_ids
 from tinydpo.training.logps import token_logps
 
@@ -68,6 +79,16 @@ class SideBySide:
         """The answer's text as in a data set, without stop token."""
         ids = answer.ids[:-1] if answer.ended else answer.ids
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def choose_examples(self, data: DataArguments, seed: int) -> list[str]:
+        """Five held-out prompts as one would type them, single questions first; none if the data cannot be read."""
+        try:
+            texts = load_split(data, self.tokenizer, self.max_length, "test").texts
+        except UserError:  # the models answer without their data
+            return []
+        prompts = get_prompts(choose_prompts(texts, 50, seed))
+        dialogues = sorted((typed_to_messages(format_prompt(prompt)) for prompt in prompts), key=len)[:5]
+        return [each[0]["content"] if len(each) == 1 else format_dialogue(each, "").strip() for each in dialogues]
 
     def make_prompt(self, typed: str) -> Prompt:
         """What was typed, plain text or a dialogue in HH's form, as in training rows: messages or a text."""
