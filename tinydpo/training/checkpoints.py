@@ -34,6 +34,9 @@ class SealedCheckpointsMixin:
         return loader
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if torch_loader.num_workers and torch_loader.multiprocessing_context is None and sys.platform == "linux":
+            # Python 3.14's default is a server that forks them: SIGTERM ends it, and workers end with their parent.
+            torch_loader.multiprocessing_context = "fork"
         """Do nothing: TRL would write one at every checkpoint, and `card` writes it when there are results."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
