@@ -210,12 +210,19 @@ def test_a_script_without_its_launcher_saves_and_stops(flags: list[Any], resume:
     assert "Resuming from" in resume("dpo")
 
 
-@pytest.mark.parametrize("logging_steps", ["1", "100"], ids=["by its loss", "by its weights"])
-def test_a_diverged_run_ends_without_saving_its_weights(logging_steps: str, flags: list[Any], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("logging_steps", "save_strategy"),
+    [("1", "steps"), ("100", "steps"), ("100", "no")],
+    ids=["by its loss", "by its weights", "by its last weights"],
+)
+def test_a_diverged_run_ends_without_saving_its_weights(
+    logging_steps: str, save_strategy: str, flags: list[Any], tmp_path: Path
+):
     handler = signal.getsignal(signal.SIGTERM)
     refused(flags, "(diverged|are not saved); lower --learning_rate", tmp_path, "--learning_rate", "1e30",
-            "--save_steps", "1", "--max_grad_norm", "0", "--logging_steps", logging_steps)  # fmt: skip
-    for weights in tmp_path.glob(f"checkpoint-*/{WEIGHTS}"):
+            "--save_steps", "1", "--max_grad_norm", "0", "--logging_steps", logging_steps,
+            "--save_strategy", save_strategy)  # fmt: skip
+    for weights in tmp_path.rglob(WEIGHTS):
         assert all(torch.isfinite(weight).all() for weight in load_file(weights).values())
     assert signal.getsignal(signal.SIGTERM) == handler, "SIGTERM is swallowed after a failed run"
 

@@ -40,7 +40,7 @@ class SealedCheckpointsMixin:
         """Do nothing: TRL would write one at every checkpoint, and `card` writes it when there are results."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._check_finite_weights(model)
+        self.check_finite_weights()
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (folder / SEAL).unlink(missing_ok=True)
@@ -60,9 +60,10 @@ class SealedCheckpointsMixin:
             write_json(folder / SEAL, list_files(folder))
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def _check_finite_weights(self, model: torch.nn.Module) -> None:
+    def check_finite_weights(self) -> None:
+        """Refuse to save weights that hold infinities or NaN (UserError, in all processes)."""
         is_finite = True
-        for parameter in model.parameters():
+        for parameter in self.model.parameters():
             # What this process holds of it: all, or a shard (ZeRO-3's `ds_tensor`, FSDP2's DTensor).
             shard = getattr(parameter, "ds_tensor", parameter)
             shard = shard.to_local() if hasattr(shard, "to_local") else shard

@@ -88,6 +88,7 @@ def write_run_inputs(trainer: Any, run: RunFolder, prepared: PreparedRun) -> Non
 def find_changed_input(run: RunFolder, prepared: PreparedRun, digests: dict[str, str]) -> str | None:
     """The dataset or model that has changed since the run started, or None."""
     splits_before = run.read_summary()
+    trainer.check_finite_weights()
     if any(splits_before[name]["sha256"] != prepared.summary[name]["sha256"] for name in splits_before):
         return list_sources(prepared.settings)[0].name
     before = run.read_environment()
