@@ -19,9 +19,10 @@ from running import FLOAT32, SMALL, run
 from safetensors.torch import load_file, save_file
 
 from tinydpo.errors import UserError, report_errors
+from tinydpo.files import write_json
 from tinydpo.run_folder import RunFolder
 from tinydpo.training.callbacks import StopOnDivergence
-from tinydpo.training.checkpoints import find_last_complete
+from tinydpo.training.checkpoints import SEAL, find_last_complete, hash_files
 from tinydpo.training.setup import lock_folder
 
 WEIGHTS = "model.safetensors"
@@ -104,14 +105,27 @@ def test_same_flags_give_same_weights(whole: Path, tmp_path: Path, monkeypatch: 
 def cut_short(whole: Path, tmp_path: Path) -> Path:
     """A DPO run with two complete checkpoints, 8 and 12, that was killed before its end."""
     shutil.copytree(whole / "dpo", tmp_path / "run")
-    for name in (WEIGHTS, "train_results.json"):
-        (tmp_path / "run" / name).unlink()
+    cut(tmp_path / "run", 12)
     return tmp_path / "run"
 
 
 def test_a_damaged_checkpoint_is_set_aside(cut_short: Path, resume: Callable):
-    optimizer = cut_short / "checkpoint-12/optimizer.pt"
-    os.truncate(optimizer, optimizer.stat().st_size // 2)
+def change_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+def cut(folder: Path, step: int) -> None:
+    """Leave of a finished run what a kill soon after the checkpoint of `step` would have left."""
+    for name in (WEIGHTS, "train_results.json"):
+        (folder / name).unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+
+
+    change_a_byte(cut_short / "checkpoint-12/optimizer.pt")
     out = resume("dpo")
     assert out.count("warning: ") == 1
     assert "checkpoint-12 cannot be resumed from (optimizer.pt is missing or damaged)" in out
@@ -122,14 +136,24 @@ def test_a_damaged_checkpoint_is_set_aside(cut_short: Path, resume: Callable):
 
 
 @pytest.mark.parametrize(
-    "name", [WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"]
+@pytest.mark.parametrize("damage", [Path.unlink, change_a_byte], ids=["missing", "changed"])
+    "name",
+    [WEIGHTS, "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"],
 )
-def test_a_checkpoint_without_one_of_its_files_is_not_resumed(name: str, cut_short: Path):
-    (cut_short / "checkpoint-12" / name).unlink()
+def test_a_checkpoint_with_a_damaged_file_is_not_resumed(name: str, damage: Callable, cut_short: Path):
+    damage(cut_short / "checkpoint-12" / name)
     assert find_last_complete(cut_short) == str(cut_short / "checkpoint-8")
 
 
 def refused(flags: list[Any], match: str, folder: Path, *more: Any) -> None:
+def test_the_newest_checkpoint_stays_when_the_clock_goes_back(cut_short: Path, resume: Callable):
+    cut_short.joinpath("checkpoint-12").rename(cut_short / "_not-a-checkpoint")
+    os.utime(cut_short / "checkpoint-8", (2**32, 2**32))
+    resume("dpo", "--save_total_limit", "1")
+    left = [path.name for path in cut_short.glob("checkpoint-*")]
+    assert left == ["checkpoint-12"], "the older one is kept, the newest one deleted"
+
+
     with pytest.raises(UserError, match=match):
         run("dpo", *flags, *flags_of("dpo"), "--output_dir", folder, *more)
 

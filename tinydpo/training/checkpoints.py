@@ -2,9 +2,10 @@
 
 transformers resumes from the highest-numbered folder, whatever is in it: a truncated file is a traceback, and a
 missing optimizer silently changes the result. Here a checkpoint's last file, its seal, lists all others with
-their sizes. A folder that does not match its seal is set aside, and the one before it is used.
+their digests. A folder that does not match its seal is set aside, and the one before it is used.
 """
 
+import hashlib
 import shutil
 import sys
 from functools import partial
@@ -57,8 +58,8 @@ class SealedCheckpointsMixin:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process writes its own random state
         if self.args.should_save:
-            write_json(folder / SEAL, list_files(folder))
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+            write_json(folder / SEAL, hash_files(folder))
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
 
     def check_finite_weights(self) -> None:
         """Refuse to save weights that hold infinities or NaN (UserError, in all processes)."""
@@ -118,17 +119,24 @@ def find_last_complete(run: Path) -> str | None:
 
 def find_fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or "" if it is complete."""
-    sealed = read_json(checkpoint / SEAL)
+    try:
+        sealed = read_json(checkpoint / SEAL)
+    except UserError:
+        return f"{SEAL} is damaged"
     if not sealed:
         return "it was not written to its end"
-    sizes = list_files(checkpoint)
-    for name, size in sealed.items():
-        if sizes.get(name) != size:
+    digests = hash_files(checkpoint)
+    for name, digest in sealed.items():
+        if digests.get(name) != digest:
             return f"{name} is missing or damaged"
     return ""
 
 
-def list_files(checkpoint: Path) -> dict[str, int]:
-    """Every file of a checkpoint except its seal, with its size in bytes."""
-    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and SEAL not in path.name)
-    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+def hash_files(checkpoint: Path) -> dict[str, str]:
+    """Every file of a checkpoint except its seal, with its SHA-256."""
+    digests = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and SEAL not in path.name:
+            with open(path, "rb") as file:
+                digests[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
