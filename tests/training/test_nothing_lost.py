@@ -15,7 +15,7 @@ import crashes
 import datasets.config
 import pytest
 import torch
-from running import FLOAT32, SMALL, run
+from running import FLOAT32, SMALL, log, run
 from safetensors.torch import load_file, save_file
 
 from tinydpo.errors import UserError, report_errors
@@ -56,13 +56,14 @@ def flags_of(stage: str) -> list[str]:
 def resume(
     flags: list[Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> Callable:
-    """Run a stage once more into `tmp_path/run`, ask for the same weights as the whole run's; what it printed."""
+    """Run a stage once more into `tmp_path/run`, ask for the same end as the whole run's; what it printed."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def resume(stage: str, *more: Any) -> str:
         capfd.readouterr()
         run(stage, *flags, *flags_of(stage), "--output_dir", tmp_path / "run", *more)
         assert (tmp_path / "run" / WEIGHTS).read_bytes() == (whole / stage / WEIGHTS).read_bytes(), "different weights"
+        assert log(tmp_path / "run", "num_tokens") == log(whole / stage, "num_tokens"), "tokens are counted anew"
         return "".join(capfd.readouterr())
 
     return resume
@@ -153,6 +154,34 @@ def test_the_newest_checkpoint_stays_when_the_clock_goes_back(cut_short: Path, r
     left = [path.name for path in cut_short.glob("checkpoint-*")]
     assert left == ["checkpoint-12"], "the older one is kept, the newest one deleted"
 
+def test_a_checkpoint_at_the_last_step_is_not_trained_on(flags: list[Any], tmp_path: Path):
+    """The weights were deleted, or never saved; the eighth step is in the middle of the second epoch."""
+    argv = [*flags, "--max_steps", "8", "--output_dir", tmp_path]
+    run("sft", *argv)
+    weights = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).unlink()
+    run("sft", *argv)
+    assert (tmp_path / WEIGHTS).exists(), "a run without weights counts as finished"
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 8, "it trains more than 8 steps"
+    assert (tmp_path / WEIGHTS).read_bytes() == weights, "different weights"
+
+
+def test_a_synced_reference_is_resumed(flags: list[Any], tmp_path: Path):
+    argv = [*flags, "--sync_ref_model", "true", "--ref_model_sync_steps", "2", "--output_dir", tmp_path]
+    run("dpo", *argv)
+    weights = (tmp_path / WEIGHTS).read_bytes()
+    cut(tmp_path, 8)
+    run("dpo", *argv)
+    assert (tmp_path / WEIGHTS).read_bytes() == weights, "the reference begins again at the start model"
+    cut(tmp_path, 12)
+    for checkpoint in tmp_path.glob("checkpoint-*"):  # as one of FSDP
+        (checkpoint / "reference.safetensors").unlink()
+        write_json(checkpoint / SEAL, hash_files(checkpoint))
+    with pytest.raises(UserError, match=r"checkpoint-12 does not hold the reference .* pass another --output_dir"):
+        run("dpo", *argv)
+
+
+def refused(flags: list[Any], match: str, folder: Path, *more: Any) -> None:
 
     with pytest.raises(UserError, match=match):
         run("dpo", *flags, *flags_of("dpo"), "--output_dir", folder, *more)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_model, save_model
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
@@ -22,6 +23,7 @@ from tinydpo.files import read_json, write_json
 from tinydpo.training.callbacks import ignore_group_sigterm
 
 SEAL = "complete.json"
+REFERENCE = "reference.safetensors"  # the weights of a reference that --sync_ref_model moves
 
 
 class SealedCheckpointsMixin:
@@ -40,6 +42,28 @@ class SealedCheckpointsMixin:
             torch_loader.multiprocessing_context = "fork"
         """Do nothing: TRL would write one at every checkpoint, and `card` writes it when there are results."""
 
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        state = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        epochs_trained, batches_to_skip = state
+        if checkpoint:
+            self._total_train_tokens = self.state.stateful_callbacks.get("num_tokens", 0)
+            self._load_synced_reference(Path(checkpoint) / REFERENCE)
+        if self.state.global_step >= max_steps:
+            epochs_trained = epochs  # inside an epoch, transformers would train one step more
+        return epochs_trained, batches_to_skip
+
+    def _load_synced_reference(self, file: Path) -> None:
+        if not getattr(self.args, "sync_ref_model", False):
+            return
+        if not file.exists():
+            raise UserError(
+                f"{file.parent} does not hold the reference that --sync_ref_model has moved (none does under FSDP or "
+                "DeepSpeed); pass another --output_dir to start again"
+            )
+        load_model(self.accelerator.unwrap_model(self.ref_model), file)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite_weights()
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -48,8 +72,12 @@ class SealedCheckpointsMixin:
         # transformers would delete old checkpoints before this one is sealed.
         limit = self.args.save_total_limit
         self.args.save_total_limit = None
+        self.state.stateful_callbacks["num_tokens"] = self._total_train_tokens  # TRL would count from 0 after a resume
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save and getattr(self.args, "sync_ref_model", False) and not is_sharded:
+                save_model(self.accelerator.unwrap_model(self.ref_model), str(folder / REFERENCE))
         except Exception:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # useless, and on a full disk the next try needs its space
