@@ -110,7 +110,6 @@ def cut_short(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_damaged_checkpoint_is_set_aside(cut_short: Path, resume: Callable):
 def change_a_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -126,6 +125,7 @@ def cut(folder: Path, step: int) -> None:
             shutil.rmtree(checkpoint)
 
 
+def test_a_damaged_checkpoint_is_set_aside(cut_short: Path, resume: Callable):
     change_a_byte(cut_short / "checkpoint-12/optimizer.pt")
     out = resume("dpo")
     assert out.count("warning: ") == 1
@@ -136,8 +136,8 @@ def cut(folder: Path, step: int) -> None:
     assert left == ["checkpoint-12", "checkpoint-8"], "the damaged one counts among those that are kept"
 
 
-@pytest.mark.parametrize(
 @pytest.mark.parametrize("damage", [Path.unlink, change_a_byte], ids=["missing", "changed"])
+@pytest.mark.parametrize(
     "name",
     [WEIGHTS, "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"],
 )
@@ -146,13 +146,13 @@ def test_a_checkpoint_with_a_damaged_file_is_not_resumed(name: str, damage: Call
     assert find_last_complete(cut_short) == str(cut_short / "checkpoint-8")
 
 
-def refused(flags: list[Any], match: str, folder: Path, *more: Any) -> None:
 def test_the_newest_checkpoint_stays_when_the_clock_goes_back(cut_short: Path, resume: Callable):
     cut_short.joinpath("checkpoint-12").rename(cut_short / "_not-a-checkpoint")
     os.utime(cut_short / "checkpoint-8", (2**32, 2**32))
     resume("dpo", "--save_total_limit", "1")
     left = [path.name for path in cut_short.glob("checkpoint-*")]
     assert left == ["checkpoint-12"], "the older one is kept, the newest one deleted"
+
 
 def test_a_checkpoint_at_the_last_step_is_not_trained_on(flags: list[Any], tmp_path: Path):
     """The weights were deleted, or never saved; the eighth step is in the middle of the second epoch."""
@@ -182,7 +182,6 @@ def test_a_synced_reference_is_resumed(flags: list[Any], tmp_path: Path):
 
 
 def refused(flags: list[Any], match: str, folder: Path, *more: Any) -> None:
-
     with pytest.raises(UserError, match=match):
         run("dpo", *flags, *flags_of("dpo"), "--output_dir", folder, *more)
 
@@ -192,6 +191,17 @@ def test_a_named_checkpoint_must_be_complete(cut_short: Path, flags: list[Any]):
     (checkpoint / "optimizer.pt").unlink()
     refused(flags, r"--resume_from_checkpoint .*checkpoint-12: optimizer\.pt", cut_short, "--resume_from_checkpoint",
             checkpoint)  # fmt: skip
+
+
+def test_a_named_checkpoint_must_be_of_this_run(cut_short: Path, flags: list[Any], tmp_path: Path, resume: Callable):
+    moved = cut_short.rename(tmp_path / "before")
+    named = ["--resume_from_checkpoint", moved / "checkpoint-8"]
+    refused(
+        flags, f"{moved} holds a run with beta: 0.1, this one has beta: 0.3", tmp_path / "run", *named, "--beta", "0.3"
+    )
+    assert f"Resuming from {moved}/checkpoint-8." in resume("dpo", *named)
+    (moved / "run_config.yaml").unlink()
+    refused(flags, "checkpoint-8 is not in the folder of a run", tmp_path / "other", *named)
 
 
 def wait_for(log: Path, text: str) -> None:
@@ -306,8 +316,14 @@ def test_a_full_disk_costs_no_checkpoint(
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_run_is_not_resumed_with_changed_inputs(cut_short: Path, flags: list[Any], task: Path, tiny_model: Path):
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_with_changed_inputs_is_neither_resumed_nor_called_finished(
+    finished: bool, cut_short: Path, flags: list[Any], task: Path, tiny_model: Path
+):
     """The SFT model was trained again, or the data set edited."""
+    if finished:
+        write_json(cut_short / "train_results.json", {})
+        shutil.copy(cut_short / "checkpoint-12" / WEIGHTS, cut_short)
     data = shutil.copytree(task / "data", cut_short.parent / "data")
     model = shutil.copytree(tiny_model, cut_short.parent / "model")
     config = cut_short / "run_config.yaml"
@@ -324,6 +340,8 @@ def test_a_run_is_not_resumed_with_changed_inputs(cut_short: Path, flags: list[A
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
     (data / "train.jsonl").write_text("".join(lines[1:]))
     refused(moved, f"{data} has changed since the run", cut_short)
+    checkpoint = ["--resume_from_checkpoint", cut_short / "checkpoint-12"]
+    refused(moved, f"{data} has changed since the run in {cut_short}", cut_short.parent / "other", *checkpoint)
 
 
 def test_a_run_that_cannot_end_well_is_refused_first(cut_short: Path, flags: list[Any], tmp_path: Path):

@@ -34,12 +34,12 @@ class SealedCheckpointsMixin:
         torch_loader = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper has this one start them
         # The workers outlive a signal to the whole run, so that its last checkpoint can be saved.
         torch_loader.worker_init_fn = partial(ignore_group_sigterm, torch_loader.worker_init_fn)
-        return loader
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if torch_loader.num_workers and torch_loader.multiprocessing_context is None and sys.platform == "linux":
             # Python 3.14's default is a server that forks them: SIGTERM ends it, and workers end with their parent.
             torch_loader.multiprocessing_context = "fork"
+        return loader
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: TRL would write one at every checkpoint, and `card` writes it when there are results."""
 
     def _init_training_state(
