@@ -68,7 +68,7 @@ def prepare_training(
     prepare_process(training, model, run.accelerate_config)
     runs = find_runs(training)
     for earlier in runs:
-        check_same_settings(earlier, settings, (data, run, training, model))
+        _check_same_settings(earlier, settings, (data, run, training, model))
     finished = is_finished(runs[0])
     tokenizer = load_and_check_models(training, model, settings)
     need_pairs = stage != "sft"  # SFT does without rejected answers
@@ -117,11 +117,8 @@ def is_finished(run: RunFolder) -> bool:
     return False
 
 
-def check_same_settings(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> None:
-    """Refuse to mix a run into one that was started with other settings (UserError).
-
-    `configs` are the dataclasses whose fields are the keys of `settings`.
-    """
+def _check_same_settings(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> None:
+    """`configs` are the dataclasses whose fields are the keys of `settings`."""
     if not run.is_started:
         return
     before = run.read_config()
