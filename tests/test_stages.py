@@ -46,9 +46,9 @@ def test_an_unfinished_sft_is_resumed_with_its_own_flags(recipes: Path, capsys: 
 
 @pytest.mark.parametrize(
     ("files", "trained"),
-    [([], True), (["run_config.yaml", "model.safetensors"], True), (["run_config.yaml", "train_results.json"], False),
-     (["model.safetensors"], False)],
-    ids=["nothing", "an unfinished run", "a finished run", "a plain model"],
+    [([], True), (["run_config.yaml", "model.safetensors"], True), (["run_config.yaml", "train_results.json"], True),
+     (["run_config.yaml", "train_results.json", "model.safetensors"], False), (["model.safetensors"], False)],
+    ids=["nothing", "an unfinished run", "a finished run without its weights", "a finished run", "a plain model"],
 )  # fmt: skip
 def test_only_a_missing_or_unfinished_model_is_trained(
     files: list[str], trained: bool, recipes: Path, monkeypatch: pytest.MonkeyPatch

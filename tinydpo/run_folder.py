@@ -11,7 +11,8 @@ from tinydpo.files import read_json, read_yaml
 class RunFolder:
     """A run's folder, such as `runs/gpt2-medium-hh/dpo`; each of its files may be missing.
 
-    `results_file` is written last: a run that has it is finished. What is read from a missing file is empty.
+    `results_file` is written last: a run that has it and its weights is finished. What is read from a missing file is
+    empty.
     """
 
     def __init__(self, path: str | Path):
@@ -39,7 +40,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        return self.results_file.is_file()
+        return self.results_file.is_file() and any(self.path.glob("*.safetensors"))
 
     @property
     def is_locked(self) -> bool:

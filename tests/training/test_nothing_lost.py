@@ -15,13 +15,14 @@ import crashes
 import datasets.config
 import pytest
 import torch
-from running import FLOAT32, SMALL, run
+from running import FLOAT32, SMALL, log, run
 from safetensors.torch import load_file, save_file
 
 from tinydpo.errors import UserError, report_errors
+from tinydpo.files import write_json
 from tinydpo.run_folder import RunFolder
 from tinydpo.training.callbacks import StopOnDivergence
-from tinydpo.training.checkpoints import find_last_complete
+from tinydpo.training.checkpoints import SEAL, find_last_complete, hash_files
 from tinydpo.training.setup import lock_folder
 
 WEIGHTS = "model.safetensors"
@@ -55,13 +56,14 @@ def flags_of(stage: str) -> list[str]:
 def resume(
     flags: list[Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> Callable:
-    """Run a stage once more into `tmp_path/run`, ask for the same weights as the whole run's; what it printed."""
+    """Run a stage once more into `tmp_path/run`, ask for the same end as the whole run's; what it printed."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def resume(stage: str, *more: Any) -> str:
         capfd.readouterr()
         run(stage, *flags, *flags_of(stage), "--output_dir", tmp_path / "run", *more)
         assert (tmp_path / "run" / WEIGHTS).read_bytes() == (whole / stage / WEIGHTS).read_bytes(), "different weights"
+        assert log(tmp_path / "run", "num_tokens") == log(whole / stage, "num_tokens"), "tokens are counted anew"
         return "".join(capfd.readouterr())
 
     return resume
@@ -104,14 +106,27 @@ def test_same_flags_give_same_weights(whole: Path, tmp_path: Path, monkeypatch: 
 def cut_short(whole: Path, tmp_path: Path) -> Path:
     """A DPO run with two complete checkpoints, 8 and 12, that was killed before its end."""
     shutil.copytree(whole / "dpo", tmp_path / "run")
-    for name in (WEIGHTS, "train_results.json"):
-        (tmp_path / "run" / name).unlink()
+    cut(tmp_path / "run", 12)
     return tmp_path / "run"
 
 
+def change_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+def cut(folder: Path, step: int) -> None:
+    """Leave of a finished run what a kill soon after the checkpoint of `step` would have left."""
+    for name in (WEIGHTS, "train_results.json"):
+        (folder / name).unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+
+
 def test_a_damaged_checkpoint_is_set_aside(cut_short: Path, resume: Callable):
-    optimizer = cut_short / "checkpoint-12/optimizer.pt"
-    os.truncate(optimizer, optimizer.stat().st_size // 2)
+    change_a_byte(cut_short / "checkpoint-12/optimizer.pt")
     out = resume("dpo")
     assert out.count("warning: ") == 1
     assert "checkpoint-12 cannot be resumed from (optimizer.pt is missing or damaged)" in out
@@ -121,12 +136,49 @@ def test_a_damaged_checkpoint_is_set_aside(cut_short: Path, resume: Callable):
     assert left == ["checkpoint-12", "checkpoint-8"], "the damaged one counts among those that are kept"
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, change_a_byte], ids=["missing", "changed"])
 @pytest.mark.parametrize(
-    "name", [WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"]
+    "name",
+    [WEIGHTS, "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"],
 )
-def test_a_checkpoint_without_one_of_its_files_is_not_resumed(name: str, cut_short: Path):
-    (cut_short / "checkpoint-12" / name).unlink()
+def test_a_checkpoint_with_a_damaged_file_is_not_resumed(name: str, damage: Callable, cut_short: Path):
+    damage(cut_short / "checkpoint-12" / name)
     assert find_last_complete(cut_short) == str(cut_short / "checkpoint-8")
+
+
+def test_the_newest_checkpoint_stays_when_the_clock_goes_back(cut_short: Path, resume: Callable):
+    cut_short.joinpath("checkpoint-12").rename(cut_short / "_not-a-checkpoint")
+    os.utime(cut_short / "checkpoint-8", (2**32, 2**32))
+    resume("dpo", "--save_total_limit", "1")
+    left = [path.name for path in cut_short.glob("checkpoint-*")]
+    assert left == ["checkpoint-12"], "the older one is kept, the newest one deleted"
+
+
+def test_a_checkpoint_at_the_last_step_is_not_trained_on(flags: list[Any], tmp_path: Path):
+    """The weights were deleted, or never saved; the eighth step is in the middle of the second epoch."""
+    argv = [*flags, "--max_steps", "8", "--output_dir", tmp_path]
+    run("sft", *argv)
+    weights = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).unlink()
+    run("sft", *argv)
+    assert (tmp_path / WEIGHTS).exists(), "a run without weights counts as finished"
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 8, "it trains more than 8 steps"
+    assert (tmp_path / WEIGHTS).read_bytes() == weights, "different weights"
+
+
+def test_a_synced_reference_is_resumed(flags: list[Any], tmp_path: Path):
+    argv = [*flags, "--sync_ref_model", "true", "--ref_model_sync_steps", "2", "--output_dir", tmp_path]
+    run("dpo", *argv)
+    weights = (tmp_path / WEIGHTS).read_bytes()
+    cut(tmp_path, 8)
+    run("dpo", *argv)
+    assert (tmp_path / WEIGHTS).read_bytes() == weights, "the reference begins again at the start model"
+    cut(tmp_path, 12)
+    for checkpoint in tmp_path.glob("checkpoint-*"):  # as one of FSDP
+        (checkpoint / "reference.safetensors").unlink()
+        write_json(checkpoint / SEAL, hash_files(checkpoint))
+    with pytest.raises(UserError, match=r"checkpoint-12 does not hold the reference .* pass another --output_dir"):
+        run("dpo", *argv)
 
 
 def refused(flags: list[Any], match: str, folder: Path, *more: Any) -> None:
@@ -139,6 +191,17 @@ def test_a_named_checkpoint_must_be_complete(cut_short: Path, flags: list[Any]):
     (checkpoint / "optimizer.pt").unlink()
     refused(flags, r"--resume_from_checkpoint .*checkpoint-12: optimizer\.pt", cut_short, "--resume_from_checkpoint",
             checkpoint)  # fmt: skip
+
+
+def test_a_named_checkpoint_must_be_of_this_run(cut_short: Path, flags: list[Any], tmp_path: Path, resume: Callable):
+    moved = cut_short.rename(tmp_path / "before")
+    named = ["--resume_from_checkpoint", moved / "checkpoint-8"]
+    refused(
+        flags, f"{moved} holds a run with beta: 0.1, this one has beta: 0.3", tmp_path / "run", *named, "--beta", "0.3"
+    )
+    assert f"Resuming from {moved}/checkpoint-8." in resume("dpo", *named)
+    (moved / "run_config.yaml").unlink()
+    refused(flags, "checkpoint-8 is not in the folder of a run", tmp_path / "other", *named)
 
 
 def wait_for(log: Path, text: str) -> None:
@@ -210,12 +273,19 @@ def test_a_script_without_its_launcher_saves_and_stops(flags: list[Any], resume:
     assert "Resuming from" in resume("dpo")
 
 
-@pytest.mark.parametrize("logging_steps", ["1", "100"], ids=["by its loss", "by its weights"])
-def test_a_diverged_run_ends_without_saving_its_weights(logging_steps: str, flags: list[Any], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("logging_steps", "save_strategy"),
+    [("1", "steps"), ("100", "steps"), ("100", "no")],
+    ids=["by its loss", "by its weights", "by its last weights"],
+)
+def test_a_diverged_run_ends_without_saving_its_weights(
+    logging_steps: str, save_strategy: str, flags: list[Any], tmp_path: Path
+):
     handler = signal.getsignal(signal.SIGTERM)
     refused(flags, "(diverged|are not saved); lower --learning_rate", tmp_path, "--learning_rate", "1e30",
-            "--save_steps", "1", "--max_grad_norm", "0", "--logging_steps", logging_steps)  # fmt: skip
-    for weights in tmp_path.glob(f"checkpoint-*/{WEIGHTS}"):
+            "--save_steps", "1", "--max_grad_norm", "0", "--logging_steps", logging_steps,
+            "--save_strategy", save_strategy)  # fmt: skip
+    for weights in tmp_path.rglob(WEIGHTS):
         assert all(torch.isfinite(weight).all() for weight in load_file(weights).values())
     assert signal.getsignal(signal.SIGTERM) == handler, "SIGTERM is swallowed after a failed run"
 
@@ -246,8 +316,14 @@ def test_a_full_disk_costs_no_checkpoint(
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_run_is_not_resumed_with_changed_inputs(cut_short: Path, flags: list[Any], task: Path, tiny_model: Path):
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_with_changed_inputs_is_neither_resumed_nor_called_finished(
+    finished: bool, cut_short: Path, flags: list[Any], task: Path, tiny_model: Path
+):
     """The SFT model was trained again, or the data set edited."""
+    if finished:
+        write_json(cut_short / "train_results.json", {})
+        shutil.copy(cut_short / "checkpoint-12" / WEIGHTS, cut_short)
     data = shutil.copytree(task / "data", cut_short.parent / "data")
     model = shutil.copytree(tiny_model, cut_short.parent / "model")
     config = cut_short / "run_config.yaml"
@@ -264,6 +340,8 @@ def test_a_run_is_not_resumed_with_changed_inputs(cut_short: Path, flags: list[A
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
     (data / "train.jsonl").write_text("".join(lines[1:]))
     refused(moved, f"{data} has changed since the run", cut_short)
+    checkpoint = ["--resume_from_checkpoint", cut_short / "checkpoint-12"]
+    refused(moved, f"{data} has changed since the run in {cut_short}", cut_short.parent / "other", *checkpoint)
 
 
 def test_a_run_that_cannot_end_well_is_refused_first(cut_short: Path, flags: list[Any], tmp_path: Path):

@@ -227,7 +227,6 @@ def get_adapter_kwargs(model_args: Any) -> dict[str, Any]:
     from trl import get_peft_config, get_quantization_config
 
     name = model_args.model_name_or_path
-    refuse_adapter(name, "training starts from a plain checkpoint", "start from that folder")
     quantization_config = get_quantization_config(model_args)
     peft_config = get_peft_config(model_args)
     if quantization_config is not None:

@@ -2,9 +2,10 @@
 
 transformers resumes from the highest-numbered folder, whatever is in it: a truncated file is a traceback, and a
 missing optimizer silently changes the result. Here a checkpoint's last file, its seal, lists all others with
-their sizes. A folder that does not match its seal is set aside, and the one before it is used.
+their digests. A folder that does not match its seal is set aside, and the one before it is used.
 """
 
+import hashlib
 import shutil
 import sys
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_model, save_model
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
@@ -21,6 +23,7 @@ from tinydpo.files import read_json, write_json
 from tinydpo.training.callbacks import ignore_group_sigterm
 
 SEAL = "complete.json"
+REFERENCE = "reference.safetensors"  # the weights of a reference that --sync_ref_model moves
 
 
 class SealedCheckpointsMixin:
@@ -31,21 +34,50 @@ class SealedCheckpointsMixin:
         torch_loader = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper has this one start them
         # The workers outlive a signal to the whole run, so that its last checkpoint can be saved.
         torch_loader.worker_init_fn = partial(ignore_group_sigterm, torch_loader.worker_init_fn)
+        if torch_loader.num_workers and torch_loader.multiprocessing_context is None and sys.platform == "linux":
+            # Python 3.14's default is a server that forks them: SIGTERM ends it, and workers end with their parent.
+            torch_loader.multiprocessing_context = "fork"
         return loader
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: TRL would write one at every checkpoint, and `card` writes it when there are results."""
 
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        state = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        epochs_trained, batches_to_skip = state
+        if checkpoint:
+            self._total_train_tokens = self.state.stateful_callbacks.get("num_tokens", 0)
+            self._load_synced_reference(Path(checkpoint) / REFERENCE)
+        if self.state.global_step >= max_steps:
+            epochs_trained = epochs  # inside an epoch, transformers would train one step more
+        return epochs_trained, batches_to_skip
+
+    def _load_synced_reference(self, file: Path) -> None:
+        if not getattr(self.args, "sync_ref_model", False):
+            return
+        if not file.exists():
+            raise UserError(
+                f"{file.parent} does not hold the reference that --sync_ref_model has moved (none does under FSDP or "
+                "DeepSpeed); pass another --output_dir to start again"
+            )
+        load_model(self.accelerator.unwrap_model(self.ref_model), file)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._check_finite_weights(model)
+        self.check_finite_weights()
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (folder / SEAL).unlink(missing_ok=True)
         # transformers would delete old checkpoints before this one is sealed.
         limit = self.args.save_total_limit
         self.args.save_total_limit = None
+        self.state.stateful_callbacks["num_tokens"] = self._total_train_tokens  # TRL would count from 0 after a resume
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save and getattr(self.args, "sync_ref_model", False) and not is_sharded:
+                save_model(self.accelerator.unwrap_model(self.ref_model), str(folder / REFERENCE))
         except Exception:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # useless, and on a full disk the next try needs its space
@@ -54,12 +86,13 @@ class SealedCheckpointsMixin:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process writes its own random state
         if self.args.should_save:
-            write_json(folder / SEAL, list_files(folder))
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+            write_json(folder / SEAL, hash_files(folder))
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
 
-    def _check_finite_weights(self, model: torch.nn.Module) -> None:
+    def check_finite_weights(self) -> None:
+        """Refuse to save weights that hold infinities or NaN (UserError, in all processes)."""
         is_finite = True
-        for parameter in model.parameters():
+        for parameter in self.model.parameters():
             # What this process holds of it: all, or a shard (ZeRO-3's `ds_tensor`, FSDP2's DTensor).
             shard = getattr(parameter, "ds_tensor", parameter)
             shard = shard.to_local() if hasattr(shard, "to_local") else shard
@@ -114,17 +147,24 @@ def find_last_complete(run: Path) -> str | None:
 
 def find_fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or "" if it is complete."""
-    sealed = read_json(checkpoint / SEAL)
+    try:
+        sealed = read_json(checkpoint / SEAL)
+    except UserError:
+        return f"{SEAL} is damaged"
     if not sealed:
         return "it was not written to its end"
-    sizes = list_files(checkpoint)
-    for name, size in sealed.items():
-        if sizes.get(name) != size:
+    digests = hash_files(checkpoint)
+    for name, digest in sealed.items():
+        if digests.get(name) != digest:
             return f"{name} is missing or damaged"
     return ""
 
 
-def list_files(checkpoint: Path) -> dict[str, int]:
-    """Every file of a checkpoint except its seal, with its size in bytes."""
-    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and SEAL not in path.name)
-    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+def hash_files(checkpoint: Path) -> dict[str, str]:
+    """Every file of a checkpoint except its seal, with its SHA-256."""
+    digests = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and SEAL not in path.name:
+            with open(path, "rb") as file:
+                digests[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

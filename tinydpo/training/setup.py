@@ -16,7 +16,7 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import AutoModel, AutoModelForCausalLM
 
-from tinydpo.config.arguments import DataArguments, RunArguments, find_reference
+from tinydpo.config.arguments import DataArguments, RunArguments, find_reference, list_sources
 from tinydpo.config.flags import check_flags, check_reporters
 from tinydpo.config.launch import prepare_process
 from tinydpo.data.inspect import format_data_notes
@@ -25,7 +25,14 @@ from tinydpo.data.splits import HOLD_OUT_SEED
 from tinydpo.errors import UserError, get_rank
 from tinydpo.files import find_difference
 from tinydpo.models.hub import explain_load_errors
-from tinydpo.models.loading import check_model, check_same_vocabulary, load_tokenizer, refuse_adapter
+from tinydpo.models.loading import (
+    check_model,
+    check_same_vocabulary,
+    hash_weights,
+    load_tokenizer,
+    record_base_weights,
+    refuse_adapter,
+)
 from tinydpo.run_folder import RunFolder
 from tinydpo.training.throughput import estimate_cpu_hours
 
@@ -48,6 +55,7 @@ class PreparedRun(NamedTuple):
     train: Dataset  # fitted pairs
     test: Dataset | None  # None without evaluation
     summary: dict[str, Any]  # what fitting did to each split
+    digests: dict[str, str]  # of the local weights that it starts from
 
 
 def prepare_training(
@@ -60,12 +68,19 @@ def prepare_training(
     check_flags(stage, settings, training, model)
     check_reporters(training)
     prepare_process(training, model, run.accelerate_config)
-    if is_finished(RunFolder(training.output_dir), settings, (data, run, training, model)):
-        return None
+    runs = find_runs(training)
+    for earlier in runs:
+        _check_same_settings(earlier, settings, (data, run, training, model))
+    finished = is_finished(runs[0])
     tokenizer = load_and_check_models(stage, training, model, settings)
     need_pairs = stage != "sft"  # SFT does without rejected answers
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs, training.dataset_num_proc)
     summary = {name: split.summary for name, split in splits.items()}
+    digests = check_same_inputs(runs, settings, summary)
+    if finished:
+        if not get_rank():
+            print(f"{training.output_dir} holds this run, finished; delete the folder to train again.")
+        return None
     notes = format_data_notes(summary)
     if notes and not get_rank():
         print(notes)
@@ -76,13 +91,11 @@ def prepare_training(
         test = splits["test"].pairs
         if len(test) > run.eval_pairs:  # the same rows in every run
             test = test.shuffle(seed=HOLD_OUT_SEED).select(range(run.eval_pairs))
-    return PreparedRun(stage, settings, tokenizer, splits["train"].pairs, test, summary)
+    return PreparedRun(stage, settings, tokenizer, splits["train"].pairs, test, summary, digests)
 
 
 def warn_of_long_run(stage: str, training: Any, model: Any, pairs: Dataset) -> None:
     """Print how long a run will take on a CPU, if that is hours."""
-    if (Path(model.model_name_or_path) / "adapter_config.json").exists():
-        return
     hours = estimate_cpu_hours(stage, training, model.model_name_or_path, model.model_revision, pairs)
     if hours > 2:
         print(
@@ -91,13 +104,23 @@ def warn_of_long_run(stage: str, training: Any, model: Any, pairs: Dataset) -> N
         )
 
 
-def is_finished(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> bool:
-    """Whether the folder holds this very run, finished (UserError: it cannot become it)."""
-    if run.is_started:
-        _check_same_settings(run, settings, configs)
+def find_runs(training: Any) -> list[RunFolder]:
+    """The run's own folder, and that of the checkpoint which --resume_from_checkpoint names."""
+    runs = [RunFolder(training.output_dir)]
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint:
+        runs.append(RunFolder(Path(checkpoint).parent))
+        if not runs[1].is_started:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint} is not in the folder of a run, whose settings could be "
+                "compared; leave it out to resume from the last complete one"
+            )
+    return runs
+
+
+def is_finished(run: RunFolder) -> bool:
+    """Whether the folder holds a finished run (UserError: it cannot become one)."""
     if broadcast_object_list([run.is_finished])[0]:  # machines may not share the folder
-        if not get_rank():
-            print(f"{run.path} holds this run, finished; delete the folder to train again.")
         return True
     nearest = next(path for path in (run.path, *run.path.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -110,6 +133,8 @@ def is_finished(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]
 
 def _check_same_settings(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> None:
     """`configs` are the dataclasses whose fields are the keys of `settings`."""
+    if not run.is_started:
+        return
     before = run.read_config()
     now = to_yaml_values(settings)
     ignored = set(NOT_COMPARED)
@@ -125,6 +150,42 @@ def _check_same_settings(run: RunFolder, settings: dict[str, Any], configs: Iter
             f"{run.path} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
             "pass another --output_dir, or delete the folder"
         )
+
+
+def check_same_inputs(runs: list[RunFolder], settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
+    """Refuse to use runs whose data or first weights have changed since (UserError); digests of the weights now."""
+    digests = {}
+    error = None
+    if not get_rank():
+        digests = record_base_weights(settings)
+        reference = find_reference(settings)
+        if reference and Path(reference.name).is_dir():
+            digests["ref_sha256"] = hash_weights(Path(reference.name))
+        for run in runs:
+            changed = find_changed_input(run, settings, summary, digests)
+            if changed and (run.is_finished or any(run.path.glob("checkpoint-*"))):
+                error = (
+                    f"{changed} has changed since the run in {run.path} started; delete that, or pass another "
+                    "--output_dir"
+                )
+    error = broadcast_object_list([error])[0]  # all processes stop, not only the first
+    if error:
+        raise UserError(error)
+    return digests
+
+
+def find_changed_input(
+    run: RunFolder, settings: dict[str, Any], summary: dict[str, Any], digests: dict[str, str]
+) -> str | None:
+    """The dataset or model that has changed since the run started, or None."""
+    splits_before = run.read_summary()
+    if any(splits_before[name]["sha256"] != summary[name]["sha256"] for name in splits_before):
+        return list_sources(settings)[0].name
+    before = run.read_environment()
+    for setting, key in (("model_name_or_path", "base_sha256"), ("ref_model_name_or_path", "ref_sha256")):
+        if before.get(key) and before[key] != digests.get(key):
+            return settings[setting]
+    return None
 
 
 def to_yaml_values(settings: dict[str, Any]) -> dict[str, Any]:
@@ -147,12 +208,14 @@ def lock_folder(run: RunFolder) -> AbstractContextManager:
 def load_and_check_models(stage: str, training: Any, model: Any, settings: dict[str, Any]) -> Any:
     """The tokenizer, after a check that model, reference and tokenizer fit together."""
     trust = training.trust_remote_code
+    refuse_adapter(model.model_name_or_path, "training starts from a plain checkpoint", "start from that folder")
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, trust)
     apply_tokenizer_flags(tokenizer, training)
     architecture = AutoModel if stage == "reward" else AutoModelForCausalLM  # a reward model gets a new head
     check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length, architecture, trust)
     reference = find_reference(settings)
     if reference:
+        refuse_adapter(reference.name, "a reference is a plain checkpoint", "pass that folder")
         check_same_vocabulary(tokenizer, load_tokenizer(*reference, trust))
         check_model(*reference, tokenizer, training.max_length, architecture, trust)
     return tokenizer
@@ -184,7 +247,6 @@ def load_reference(settings: dict[str, Any], training: Any, quantization_config:
     reference = find_reference(settings)
     if reference is None:
         return None
-    refuse_adapter(reference.name, "a reference is a plain checkpoint", "pass that folder")
     kwargs = training.model_init_kwargs | {
         "device_map": None,
         "trust_remote_code": training.trust_remote_code,

@@ -15,12 +15,9 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import broadcast_object_list
 
-from tinydpo.config.arguments import find_reference, list_sources
 from tinydpo.errors import Stopped, UserError
 from tinydpo.files import write_atomic, write_json
-from tinydpo.models.loading import hash_weights, record_base_weights
 from tinydpo.models.stop_tokens import reset_generation_config
 from tinydpo.run_folder import RunFolder
 from tinydpo.training import curves
@@ -46,7 +43,8 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
     if trainer.is_world_process_zero():
         run.path.mkdir(parents=True, exist_ok=True)
     with lock_folder(run):
-        write_run_inputs(trainer, run, prepared)
+        if trainer.is_world_process_zero():
+            write_run_inputs(run, prepared, trainer.args.seed)
         checkpoint = find_resume_checkpoint(trainer)
         try:
             results = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -68,37 +66,11 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
         )
 
 
-def write_run_inputs(trainer: Any, run: RunFolder, prepared: PreparedRun) -> None:
-    """Write what is known before training; refuse to resume a run whose data or first weights have changed."""
-    changed = None
-    if trainer.is_world_process_zero():
-        digests = record_base_weights(prepared.settings)
-        reference = find_reference(prepared.settings)
-        if reference and Path(reference.name).is_dir():
-            digests["ref_sha256"] = hash_weights(Path(reference.name))
-        if any(run.path.glob("checkpoint-*")):
-            changed = find_changed_input(run, prepared, digests)
-        if changed is None:
-            write_atomic(run.config_file, yaml.safe_dump(to_yaml_values(prepared.settings)))
-            write_json(run.summary_file, prepared.summary)
-            write_json(run.environment_file, describe_environment(trainer.args.seed) | digests)
-    changed = broadcast_object_list([changed])[0]  # all processes stop, not only the first
-    if changed is not None:
-        raise UserError(
-            f"{changed} has changed since the run in {run.path} started; delete that, or pass another --output_dir"
-        )
-
-
-def find_changed_input(run: RunFolder, prepared: PreparedRun, digests: dict[str, str]) -> str | None:
-    """The dataset or model that has changed since the run started, or None."""
-    splits_before = run.read_summary()
-    if any(splits_before[name]["sha256"] != prepared.summary[name]["sha256"] for name in splits_before):
-        return list_sources(prepared.settings)[0].name
-    before = run.read_environment()
-    for setting, key in (("model_name_or_path", "base_sha256"), ("ref_model_name_or_path", "ref_sha256")):
-        if before.get(key) and before[key] != digests.get(key):
-            return prepared.settings[setting]
-    return None
+def write_run_inputs(run: RunFolder, prepared: PreparedRun, seed: int) -> None:
+    """Write what is known before training."""
+    write_atomic(run.config_file, yaml.safe_dump(to_yaml_values(prepared.settings)))
+    write_json(run.summary_file, prepared.summary)
+    write_json(run.environment_file, describe_environment(seed) | prepared.digests)
 
 
 def describe_environment(seed: int) -> dict[str, Any]:
@@ -127,6 +99,7 @@ def get_device_name() -> str:
 
 def save_results(trainer: Any, run: RunFolder, prepared: PreparedRun, results: dict[str, Any]) -> None:
     """Evaluate, save the model, draw and describe it; the results come last and mark the run as finished."""
+    trainer.check_finite_weights()
     if trainer.eval_dataset is not None:
         results |= trainer.evaluate()
     model = trainer.accelerator.unwrap_model(trainer.model)
