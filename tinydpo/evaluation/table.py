@@ -6,6 +6,7 @@ A new metric needs a function in `metrics`, its call in scripts/evaluate.py, and
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from tinydpo.errors import escape_controls
 from tinydpo.evaluation.metrics import Z95
 from tinydpo.evaluation.rewards import RewardArguments
 
@@ -92,6 +93,7 @@ def headline_rows(results: dict[str, Any]) -> list[Row]:
         subsets = results.get("subsets" if name == "reward_accuracy" else "explicit_subsets", {})
         for subset, figures in list(subsets.items())[:MOST_SUBSETS]:
             if name in figures:
+                subset = escape_controls(subset)
                 meaning = f"{label} over {figures['pairs']} pairs of {subset}"
                 rows.append(make_row(figures, name, f"… {subset[:20]}", meaning, chance))
     return rows
@@ -163,4 +165,4 @@ def format_samples(samples: Sequence[dict[str, Any]], width: int = 400) -> str:
             if f"reward_{role}" in sample:
                 facts += f", reward {sample[f'reward_{role}']:.3f}"
             lines.append(f"── {title} ({facts}) ──\n{sample[role].strip()}")
-    return "\n".join(lines)
+    return escape_controls("\n".join(lines), keep="\n\t")
