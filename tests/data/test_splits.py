@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
-from examples import BAD, CHATML, TURNS, encode_lines, with_template
+from datasets import Dataset, Features, Json, List, Value
+from examples import BAD, CHATML, GOOD, THINKING, TOOLS, TURNS, encode_lines, with_template
 
 from tinydpo.config import launch
 from tinydpo.config.arguments import DataArguments
@@ -82,6 +82,42 @@ def test_parquet_conversations_and_bytes(tmp_path: Path, tiny_tokenizer: Any):
     splits = load_pairs(DataArguments(dataset_name=str(tmp_path)), tiny_tokenizer, 128)
     assert splits["train"].texts["rejected"][:] == [" No"] * 2, "conversations are garbled"
     assert splits["test"].texts["chosen"][:] == ["é"], "texts in binary columns are garbled"
+
+
+JSON_FEATURES = Features(
+    {
+        "prompt": List({"role": Value("string"), "content": Value("string"), "tool_calls": List(Json())}),
+        "tools": List(Json()),
+        **dict.fromkeys(("chosen", "rejected"), List({"role": Value("string"), "content": Value("string")})),
+    }
+)
+
+
+@pytest.mark.parametrize("features", [None, JSON_FEATURES], ids=["structs", "Json"])
+def test_parquet_is_read_as_the_json_lines_it_was_made_of(
+    features: Features | None, tmp_path: Path, tiny_tokenizer: Any
+):
+    """Without Json features, Parquet gives every tool and every call the parameters of all others, as null."""
+    clock = {"type": "function", "function": {"name": "clock", "parameters": {"properties": {"zone": {"type": "a"}}}}}
+    if features:
+        clock["function"]["parameters"]["properties"]["zone"]["default"] = None  # of the data, not of the format
+    calls = [
+        {"function": {"name": name, "arguments": arguments}}
+        for name, arguments in (("weather", {"city": "Rome"}), ("clock", {"zone": 1}))
+    ]
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "Sun."},
+    ]
+    rows = [{"prompt": turns, "tools": [*TOOLS, clock], "chosen": GOOD, "rejected": BAD}] * 2
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_bytes(encode_lines(rows))
+    prompts = []
+    for name in ("a.jsonl", "a.parquet"):
+        data = DataArguments(dataset_name=str(tmp_path / name))
+        prompts.append(load_pairs(data, with_template(tiny_tokenizer, THINKING), 128)["train"].texts["prompt"][0])
+    assert prompts[0] == prompts[1], "Parquet changes the prompt"
 
 
 CONFIGS = b"---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: a.jsonl}\n---\n"

@@ -228,7 +228,22 @@ def _iter_parquet(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
     for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1_000):
         for row in batch.to_pylist():
             number += 1
+            row = {field.name: _restore_value(row[field.name], field.type) for field in batch.schema}
             yield number, json.dumps(row, default=to_json_value).encode()
+
+
+def _restore_value(value: Any, arrow_type: pyarrow.DataType) -> Any:
+    """A value as it was before Parquet, which gives every struct all keys, and keeps Json features as text."""
+    if value is None:
+        return None
+    if isinstance(arrow_type, pyarrow.JsonType):
+        return json.loads(value)
+    if pyarrow.types.is_struct(arrow_type):
+        fields = [field for field in arrow_type if value[field.name] is not None]
+        return {field.name: _restore_value(value[field.name], field.type) for field in fields}
+    if pyarrow.types.is_list(arrow_type) or pyarrow.types.is_large_list(arrow_type):
+        return [_restore_value(item, arrow_type.value_type) for item in value]
+    return value
 
 
 def _iter_json(stream: Any, is_jsonl: bool) -> Iterator[tuple[int, bytes]]:

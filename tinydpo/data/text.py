@@ -165,12 +165,12 @@ def _render_conversation(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
     whole_texts = {name: render([*row.prompt, *messages]) for name, messages in row.answers.items()}
     prompt = common_prefix([render(row.prompt, add_generation_prompt=True), *whole_texts.values()])
     first = row.prompt[0]
-    if first["role"] == "system" and (first["content"] or "").strip() not in prompt:
+    if first["role"] == "system" and (first.get("content") or "").strip() not in prompt:
         raise BrokenRow("expected a chat template that writes system messages, the model's leaves them out")
     answers = {}
     for name, messages in row.answers.items():
         # A template may end turns with text of its own: an answer without words is empty all the same.
-        has_words = any(message["content"] or message.get("tool_calls") for message in messages)
+        has_words = any(message.get("content") or message.get("tool_calls") for message in messages)
         # The token that ends a turn is stripped; fitting adds it again where the answer stays whole.
         answers[name] = strip_turn_end(tokenizer, whole_texts[name][len(prompt) :]) if has_words else ""
     return {"prompt": prompt, "question": _find_question(render, row.prompt, prompt), **answers}
