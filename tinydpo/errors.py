@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 
 # What PyTorch's and safetensors' writers, which keep no errno, say of a full disk.
 DISK_FULL_MESSAGES = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "] . unexpected pos ")
+# Control characters of ASCII and Latin-1, and the Unicode ones that break lines or turn the direction of text.
+CONTROLS = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
@@ -47,7 +50,7 @@ def report_errors() -> Iterator[None]:
         if get_rank() > 0:
             # All ranks have the same error. Rank 0 prints it, and the launcher ends the others during this pause.
             time.sleep(5)
-        print_stderr(f"error: {message}")
+        print_stderr(f"error: {escape_controls(message)}")
         raise SystemExit(1) from None
 
 
@@ -57,6 +60,11 @@ def print_stderr(line: str) -> None:
 
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
+
+
+def escape_controls(text: str, keep: str = "") -> str:
+    """Text of the data as a terminal may show it: its control characters as Python writes them, such as `\\x1b`."""
+    return CONTROLS.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
 
 
 def get_rank() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import inspect_data
 import pytest
 
-from tinydpo.errors import UserError
+from tinydpo.errors import UserError, report_errors
 
 PROMPT = "\n\nHuman: Hi!\n\nAssistant:"
 GOOD = {"prompt": PROMPT, "chosen": " Yes.", "rejected": " No."}
@@ -32,6 +32,17 @@ def test_page_and_figures(task: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "train: 96 pairs in, 96 kept, dropped: none" in shown and shown.count("  chosen (") == 4, shown
     assert "offensive" not in shown, "the notice of HH's authors is shown with different data"
+
+
+def test_controls_in_the_data_do_not_reach_the_terminal(task: Path, tmp_path: Path, capsys):
+    row = {**GOOD, "chosen": " Yes\x1b[2J\x9b.", "a\x1b[31m": 1}
+    inspect(task, write(tmp_path, row, GOOD), tmp_path / "figures.json")
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\x9b" not in shown, "a row of the data can clear the screen or colour it"
+    assert "Yes\\x1b[2J\\x9b." in shown, "the data's text is not shown"
+    with pytest.raises(SystemExit), report_errors():
+        raise UserError("found \x1b[31m")
+    assert capsys.readouterr().err == "error: found \\x1b[31m\n"
 
 
 def test_figures_are_those_counted_by_hand(task: Path, tmp_path: Path, tiny_tokenizer: Any):

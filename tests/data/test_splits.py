@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
-from datasets import Dataset
-from examples import BAD, CHATML, TURNS, encode_lines, with_template
+from datasets import Dataset, Features, Json, List, Value
+from examples import BAD, CHATML, GOOD, THINKING, TOOLS, TURNS, encode_lines, with_template
 
 from tinydpo.config import launch
 from tinydpo.config.arguments import DataArguments
@@ -100,7 +100,44 @@ def test_csv_cells_are_texts_or_conversations(tmp_path: Path, tiny_tokenizer: An
     assert texts["prompt"][1] == "One\nor two?"
 
 
+JSON_FEATURES = Features(
+    {
+        "prompt": List({"role": Value("string"), "content": Value("string"), "tool_calls": List(Json())}),
+        "tools": List(Json()),
+        **dict.fromkeys(("chosen", "rejected"), List({"role": Value("string"), "content": Value("string")})),
+    }
+)
+
+
+@pytest.mark.parametrize("features", [None, JSON_FEATURES], ids=["structs", "Json"])
+def test_parquet_is_read_as_the_json_lines_it_was_made_of(
+    features: Features | None, tmp_path: Path, tiny_tokenizer: Any
+):
+    """Without Json features, Parquet gives every tool and every call the parameters of all others, as null."""
+    clock = {"type": "function", "function": {"name": "clock", "parameters": {"properties": {"zone": {"type": "a"}}}}}
+    if features:
+        clock["function"]["parameters"]["properties"]["zone"]["default"] = None  # of the data, not of the format
+    calls = [
+        {"function": {"name": name, "arguments": arguments}}
+        for name, arguments in (("weather", {"city": "Rome"}), ("clock", {"zone": 1}))
+    ]
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "Sun."},
+    ]
+    rows = [{"prompt": turns, "tools": [*TOOLS, clock], "chosen": GOOD, "rejected": BAD}] * 2
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_bytes(encode_lines(rows))
+    prompts = []
+    for name in ("a.jsonl", "a.parquet"):
+        data = DataArguments(dataset_name=str(tmp_path / name))
+        prompts.append(load_pairs(data, with_template(tiny_tokenizer, THINKING), 128)["train"].texts["prompt"][0])
+    assert prompts[0] == prompts[1], "Parquet changes the prompt"
+
+
 CONFIGS = b"---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: a.jsonl}\n---\n"
+OUTSIDE = b"---\nconfigs:\n- {config_name: a, data_files: ../one.jsonl}\n---\n"
 # what is read: (content of one file, or files of a folder; part of the message)
 UNREADABLE = {
     "short.jsonl.gz": (gzip.compress(encode_lines(make_rows(99)))[:-300], "cut or damaged"),
@@ -113,6 +150,7 @@ UNREADABLE = {
     "empty": ({}, "is not a dataset that can be read"),
     "broken_readme": ({"README.md": b"---\nconfigs: [a\n---\n", "train.jsonl": b""}, "(?s)is not a dataset .*README"),
     "configurations": ({"README.md": CONFIGS, "a.jsonl": b""}, r"(?s)\['a', 'b'\].*--dataset_config"),
+    "outside": ({"README.md": OUTSIDE, "a.jsonl": b""}, r"names ../one.jsonl, but its folder has no such file"),
     "missing.jsonl": (None, "there is no file or folder"),
 }
 
@@ -120,6 +158,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_data_that_cannot_be_read_are_named(name: str, tmp_path: Path):
     content, expected = UNREADABLE[name]
+    (tmp_path / "one.jsonl").write_bytes(encode_lines(make_rows(1)))
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     elif content is not None:
@@ -159,6 +198,30 @@ def test_training_rows_are_never_the_held_out_ones(tmp_path: Path, tiny_tokenize
         load_pairs(DataArguments(file, dataset_train_split="test"), tiny_tokenizer, 128)
     whole = load_split(DataArguments(file, dataset_test_split="train"), tiny_tokenizer, 128, "test")
     assert len(whole.pairs) == 4, "evaluation cannot be asked to use every row of a file"
+
+
+def test_names_that_look_like_patterns_are_only_names(tmp_path: Path):
+    for name, decoy in (("[v2] pairs", "2 pairs"), ("day?", "day1"), ("a*b", "a-b")):
+        write_folder(tmp_path, **{f"{name}__train": make_rows(4, "right"), f"{decoy}__train": make_rows(4, "wrong")})
+        for options in ({"name": tmp_path / name}, {"name": tmp_path, "dataset_data_dir": name}):
+            rows = read(**options)["train"]
+            assert all("right" in row["chosen"] for row in rows), f"{name!r} reads {rows[0]['file']}"
+    card = "---\nconfigs:\n- {config_name: a, data_files: '[v2] pairs/train.jsonl.gz'}\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert "right" in read(tmp_path)["train"][0]["chosen"], "a README cannot name a file with brackets"
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_folder(tmp_path, train=make_rows(4), test=make_rows(2))
+    (tmp_path / "pairs_results.json").write_text("{}")
+    read(tmp_path)
+    assert capsys.readouterr().out == "", "a line is printed about nothing"
+    write_folder(tmp_path, **{name: make_rows(1) for name in ("more", "validation", "\x1b[31m")})
+    read(tmp_path)
+    said = "are not read: \\x1b[31m.jsonl.gz, more.jsonl.gz, validation.jsonl.gz\n"
+    assert capsys.readouterr().out.endswith(said), "rows are left out without a word"
+    read(tmp_path, dataset_test_split="validation", dataset_data_dir=".")
+    assert "test.jsonl.gz" in capsys.readouterr().out, "a split that the flags leave out is not named"
 
 
 HH = {f"{topic}__{split}": make_rows(3, topic) for topic in ("harmless", "helpful") for split in ("train", "test")}

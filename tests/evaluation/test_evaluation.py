@@ -187,7 +187,10 @@ def test_evaluate_writes_figures_samples_pairs_report_and_card(
         tiny_gpt2(seed).save_pretrained(role)
         byte_tokenizer().save_pretrained(role)
     prompts = [f"\n\nHuman: Is it {i}?\n\nAssistant:" for i in range(12)]
-    write_rows(Path("data"), [{"prompt": p, "chosen": " Yes.", "rejected": " No, never!"} for p in prompts])
+    subsets = ["<img src=x>|\x1b[31m\n# a", 7] * 6
+    rows = zip(prompts, subsets, strict=True)
+    answers = {"chosen": " Yes.", "rejected": " No, never!"}
+    write_rows(Path("data"), [{"prompt": prompt, "subset": subset, **answers} for prompt, subset in rows])
     Path("rewards_for_test.py").write_text(
         "def length(prompts, completions, **kwargs):\n    return [float(len(text)) for text in completions]\n"
     )
@@ -218,6 +221,11 @@ def test_evaluate_writes_figures_samples_pairs_report_and_card(
     out = capsys.readouterr().out
     assert format_table(results) in out and format_samples(samples[:3]) in out
     assert "biased towards short answers" in out
+    assert results["subsets"].keys() == {subsets[0], "7"}, "a numeric subset is not read"
+    assert "\x1b" not in out and "pairs of <img src=x>|\\x1b[31m\\n# a\n" in out, (
+        "a name is more than text in the terminal"
+    )
+    assert r"pairs of \<img src=x\>\|\\x1b\[31m\\n# a" in card, "a name is more than text in the model card"
 
     with pytest.raises(UserError, match="no/such/folder"):
         evaluate.main([*argv, "--model_name_or_path", "./no/such/folder"])

@@ -8,6 +8,7 @@ import numpy as np
 
 from tinydpo.data.fitting import WHOLE, Ids, tokenize_pairs
 from tinydpo.data.pairs import FittedSplit
+from tinydpo.errors import escape_controls
 
 BAR_WIDTH = 40  # characters of the longest histogram bar
 LENGTH_BINS = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -115,8 +116,7 @@ def describe_split(
         for part in ("prompt", "chosen", "rejected"):
             ids = pair[f"{part}_ids"]
             if ids:
-                text = tokenizer.decode(ids).replace("\n", "\\n")
-                lines.append(f"  {part:>8} ({len(ids):>3}) {text}")
+                lines.append(f"  {part:>8} ({len(ids):>3}) {escape_controls(tokenizer.decode(ids))}")
     return "\n".join(lines)
 
 
@@ -125,4 +125,5 @@ def _format_counts(counts: Mapping[str, int]) -> str:
 
 
 def _format_notes(notes: Mapping[str, int]) -> str:
-    return ", ".join(f"{note} ({rows:,} row{'' if rows == 1 else 's'})" for note, rows in notes.items())
+    text = ", ".join(f"{note} ({rows:,} row{'' if rows == 1 else 's'})" for note, rows in notes.items())
+    return escape_controls(text)

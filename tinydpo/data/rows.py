@@ -102,6 +102,7 @@ def read_row(
             answers = {name: text[len(prompt) :] for name, text in answers.items()}
             notes.append("answers repeat the prompt, which is taken once")
 
+    subset = row.get("subset")
     options = _decode_json_column(row, "chat_template_kwargs", dict) or {}
     known = {prompt_column, "prompt", *answers, "system", "tools", "chat_template_kwargs", "subset", *REWARD_COLUMNS}
     unread = [name for name, value in row.items() if name not in known and value not in (None, "", [], {})]
@@ -111,7 +112,7 @@ def read_row(
         system=system,
         tools=_decode_json_column(row, "tools", list),
         template_options={name: value for name, value in options.items() if value is not None},
-        subset=row["subset"] if isinstance(row.get("subset"), str) else None,
+        subset=subset if isinstance(subset, str | None) else json.dumps(subset),
         notes=notes + [f"column {name!r} is not read" for name in unread],
     )
     try:

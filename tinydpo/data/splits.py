@@ -1,15 +1,16 @@
 """Where rows come from: the Hub, a local folder or one file, each split read once into Arrow on disk.
 
-`datasets` finds the files of a split. They are read here, row by row, so that a broken row can be named by file and
-row number, and rows of one file may have different forms. Without a test split, whole prompts are held out.
+A split's files are those that `datasets` takes. They are read here, row by row, so that a broken row can be named by
+file and row number, and rows of one file may have different forms. Without a test split, whole prompts are held out.
 """
 
 import csv
+import glob
 import gzip
 import hashlib
 import io
 import json
-import logging
+import posixpath
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,15 +29,18 @@ from datasets import (
     concatenate_datasets,
     disable_progress_bars,
     enable_progress_bars,
-    load_dataset_builder,
 )
+from datasets.data_files import FILES_TO_IGNORE, _get_data_files_patterns, sanitize_patterns
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from datasets.utils.metadata import MetadataConfigs
+from fsspec.utils import glob_translate
+from huggingface_hub import metadata_load
 
 from tinydpo.config.arguments import DataArguments, Source, parse_renames
 from tinydpo.data import CACHE_VERSION
 from tinydpo.data.rows import BrokenRow, decode_row, read_row
-from tinydpo.errors import UserError
+from tinydpo.errors import UserError, escape_controls, get_rank
 from tinydpo.models.hub import download_dataset
 
 ROW_FEATURES = Features(
@@ -50,6 +54,7 @@ ROW_FEATURES = Features(
     }
 )
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
+NO_ROWS = {*FILES_TO_IGNORE, "pairs_results.json"}  # the latter lies beside on-policy pairs
 SMALL_BYTES = 8 << 20  # files below this are read without a progress bar
 HOLD_OUT_SEED = 42  # not the run's seed: SFT, DPO and evaluation must draw and hold out the same rows
 
@@ -107,7 +112,7 @@ def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Datas
     """The train and the test rows of one dataset."""
     train = data.dataset_train_split
     test = data.dataset_test_split
-    files = _find_files(source, label, train)
+    files = _find_files(data, source, label)
     for split, flag in ((train, "--dataset_train_split"), (test, "--dataset_test_split")):
         may_be_missing = split == test == "test"  # the default: nobody asked for it by name
         if split not in files and not may_be_missing:
@@ -120,47 +125,83 @@ def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Datas
     return hold_out(rows, data.test_split_size, source.name)
 
 
-def _find_files(source: Source, label: str, train: str) -> dict[str, list[DataFile]]:
+def _find_files(data: DataArguments, source: Source, label: str) -> dict[str, list[DataFile]]:
     """Every split's files; a single file is the `train` split. `label` goes before the subset of their rows."""
     path = Path(source.name).expanduser()
     if path.is_file():
-        return {train: [DataFile(str(path), str(path), label)]}
-    if path.is_dir():
-        return _find_folder_files(path, source, label)
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source.name) or path.name.endswith(FILE_SUFFIXES):
-        raise UserError(f"there is no file or folder {source.name!r}; check --dataset_name")
-    return _find_folder_files(download_dataset(source.name, source.revision, source.data_dir), source, label)
-
-
-def _find_folder_files(folder: Path, source: Source, label: str) -> dict[str, list[DataFile]]:
-    """Every split's files, as `datasets` finds them by the folder's file names and its README."""
-    if source.data_dir and not (folder / source.data_dir).is_dir():
+        return {data.dataset_train_split: [DataFile(str(path), str(path), label)]}
+    if not path.is_dir():
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source.name) or path.name.endswith(FILE_SUFFIXES):
+            raise UserError(f"there is no file or folder {source.name!r}; check --dataset_name")
+        path = download_dataset(source.name, source.revision, source.data_dir)
+    root = path / (source.data_dir or "")
+    if not root.is_dir():
         raise UserError(f"{source.name} has no folder {source.data_dir!r}; check --dataset_data_dir")
-    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # it warns of a README without metadata
+    names = [
+        name
+        for name in sorted(glob.glob("**", root_dir=root, recursive=True))  # noqa: PTH207 - skips hidden files
+        if name.endswith(FILE_SUFFIXES) and Path(name).name not in NO_ROWS and "/__" not in f"/{name}"
+    ]
     try:
-        builder = load_dataset_builder(str(folder), name=source.config, data_dir=source.data_dir)
+        splits = _match_splits(path / "README.md", source, names)
     except Exception as error:  # the metadata of a README can be anything, and so can the error
-        reason = str(error).partition("\nExample of usage")[0]
         raise UserError(
-            f"{source.name} is not a dataset that can be read: {reason}; check its files, its README.md, "
+            f"{source.name} is not a dataset that can be read: {error}; check its files, its README.md, "
             "--dataset_config and --dataset_data_dir"
         ) from None
-    data_files: dict[Any, list[str]] = builder.config.data_files
-    # Folders are subsets if one split has several of them; folders that only separate train from test are not.
-    has_subsets = bool(source.data_dir) or any(
-        len({Path(file).parent for file in files}) > 1 for files in data_files.values()
-    )
-    root = folder.resolve()
-    splits: dict[str, list[DataFile]] = {}
-    for split, files in data_files.items():
-        splits[str(split)] = []
-        for file in sorted(files):
-            inside = Path(file).relative_to(root)
-            subset = inside.parent.as_posix() if has_subsets and inside.parent != Path() else ""
-            if label:
-                subset = f"{label}/{subset.removeprefix(source.data_dir or '').strip('/')}".rstrip("/")
-            splits[str(split)].append(DataFile(file, f"{source.name.rstrip('/')}/{inside.as_posix()}", subset))
+    read = {name for split in (data.dataset_train_split, data.dataset_test_split) for name in splits.get(split, ())}
+    unread = [name for name in names if name not in read]
+    if unread and not get_rank():
+        shown = escape_controls(", ".join(unread[:5])) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+        print(f"Data: files of {source.name} that are in neither split are not read: {shown}")
+    return _add_subsets(root, source, label, splits)
+
+
+def _match_splits(readme: Path, source: Source, names: list[str]) -> dict[str, list[str]]:
+    """Which of a folder's files are each split's, by its README or else by their names, as `datasets` has it.
+
+    `datasets` itself would read the folder's own name as a pattern too, and follow a README to files elsewhere.
+    """
+    if not names:
+        raise ValueError(f"no file's name ends in {', '.join(FILE_SUFFIXES)}")
+    metadata = metadata_load(readme) if readme.is_file() else None
+    configs = MetadataConfigs.from_dataset_card_data(metadata or {})
+    config: dict[str, Any] = {}
+    if source.config or (configs and not source.data_dir):
+        name = source.config or configs.get_default_config_name()
+        if name not in configs:
+            raise ValueError(f"pick one of its configurations {list(configs)}")
+        config = {} if source.data_dir else configs[name]
+
+    def match(pattern: str) -> list[str]:
+        pattern = posixpath.normpath(posixpath.join(config.get("data_dir") or "", pattern))
+        return [pattern] if pattern in names else [name for name in names if re.match(glob_translate(pattern), name)]
+
+    files = config.get("data_files")
+    splits = {}
+    for split, patterns in (sanitize_patterns(files) if files else _get_data_files_patterns(match)).items():
+        matches = sorted({name for pattern in patterns for name in match(pattern)})
+        if not matches:
+            raise ValueError(f"its README.md names {', '.join(patterns)}, but its folder has no such file of rows")
+        parquet = [name for name in matches if name.endswith(".parquet")]
+        others = [name for name in matches if name not in parquet]
+        splits[str(split)] = max(parquet, others, key=len)  # two formats may hold the same rows
     return splits
+
+
+def _add_subsets(root: Path, source: Source, label: str, splits: dict[str, list[str]]) -> dict[str, list[DataFile]]:
+    # Folders are subsets if one split has several of them; folders that only separate train from test are not.
+    folders = [{Path(name).parent for name in names} for names in splits.values()]
+    has_subsets = bool(source.data_dir) or max(map(len, folders)) > 1
+
+    def describe(name: str) -> DataFile:
+        inside = Path(source.data_dir or "", name)
+        subset = inside.parent.as_posix() if has_subsets and inside.parent != Path() else ""
+        if label:
+            subset = f"{label}/{subset.removeprefix(source.data_dir or '').strip('/')}".rstrip("/")
+        return DataFile(str(root / name), f"{source.name.rstrip('/')}/{inside.as_posix()}", subset)
+
+    return {split: [describe(name) for name in names] for split, names in splits.items()}
 
 
 def _read_files(files: list[DataFile], columns: Mapping[str, str], roles: Mapping[str, str]) -> Dataset:
@@ -232,6 +273,7 @@ def _iter_parquet(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
     for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1_000):
         for row in batch.to_pylist():
             number += 1
+            row = {field.name: _restore_value(row[field.name], field.type) for field in batch.schema}
             yield number, json.dumps(row, default=to_json_value).encode()
 
 
@@ -240,6 +282,20 @@ def _iter_csv(stream: Any) -> Iterator[tuple[int, bytes]]:
     rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
     for number, row in enumerate(rows, 1):
         yield number, json.dumps(row).encode()
+
+
+def _restore_value(value: Any, arrow_type: pyarrow.DataType) -> Any:
+    """A value as it was before Parquet, which gives every struct all keys, and keeps Json features as text."""
+    if value is None:
+        return None
+    if isinstance(arrow_type, pyarrow.JsonType):
+        return json.loads(value)
+    if pyarrow.types.is_struct(arrow_type):
+        fields = [field for field in arrow_type if value[field.name] is not None]
+        return {field.name: _restore_value(value[field.name], field.type) for field in fields}
+    if pyarrow.types.is_list(arrow_type) or pyarrow.types.is_large_list(arrow_type):
+        return [_restore_value(item, arrow_type.value_type) for item in value]
+    return value
 
 
 def _iter_json(stream: Any, is_jsonl: bool) -> Iterator[tuple[int, bytes]]:

@@ -1,6 +1,7 @@
 """Where results go: JSON into their folder, the headline figures into the policy's model card."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,10 @@ def add_to_card(results: dict[str, Any], heading: str, rows: Sequence[Row]) -> N
         "| --- | --- | --- | --- |",
     ]
     for row in rows:
-        meaning = row.meaning.replace("\n", " ").replace("|", "/")
+        meaning = row.meaning.replace("\n", " ")
         if row.verdict:
             meaning += f"; {row.verdict}"
-        lines.append(f"| {row.label} | {row.policy} | {row.ref or ''} | {meaning} |")
+        lines.append(f"| {escape_markdown(row.label)} | {row.policy} | {row.ref or ''} | {escape_markdown(meaning)} |")
     before, _, after = run.card_file.read_text(encoding="utf-8").partition(f"## {heading}\n")
     _, next_heading, rest = after.partition("\n## ")
     section = "\n".join([before.rstrip("\n"), "", f"## {heading}", "", *lines, ""])
@@ -89,3 +90,8 @@ def add_to_card(results: dict[str, Any], heading: str, rows: Sequence[Row]) -> N
             )
         ]
     write_atomic(run.card_file, str(card))
+
+
+def escape_markdown(text: str) -> str:
+    """Text as Markdown shows it unchanged, in a table too: it may hold names from the data."""
+    return re.sub(r"[\\`*_\[\]<>|&~$]", r"\\\g<0>", text)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from tinydpo.errors import escape_controls
 from tinydpo.evaluation.arguments import RewardArguments
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 
@@ -93,6 +94,7 @@ def headline_rows(results: dict[str, Any]) -> list[Row]:
         subsets = results.get("subsets" if name == "reward_accuracy" else "explicit_subsets", {})
         for subset, figures in list(subsets.items())[:MOST_SUBSETS]:
             if name in figures:
+                subset = escape_controls(subset)
                 meaning = f"{label} over {figures['pairs']} pairs of {subset}"
                 rows.append(make_row(figures, name, f"… {subset[:20]}", meaning, chance))
     return rows
@@ -195,4 +197,4 @@ def format_samples(samples: Sequence[dict[str, Any]], width: int = 400) -> str:
             if f"reward_{role}" in sample:
                 facts += f", reward {sample[f'reward_{role}']:.3f}"
             lines.append(f"── {title} ({facts}) ──\n{sample[role].strip()}")
-    return "\n".join(lines)
+    return escape_controls("\n".join(lines), keep="\n\t")
