@@ -37,14 +37,17 @@ def test_policy_is_evaluated_on_the_held_out_rows_of_its_run(tiny_model: Path, t
         evaluate.main([*models, "--output_dir", str(tmp_path / "out"), "--max_length", "4096"])
 
 
-def test_model_without_a_run_needs_a_dataset(tiny_model: Path, tmp_path: Path):
-    models = ["--model_name_or_path", str(tiny_model), "--ref_model_name_or_path", str(tiny_model)]
+def test_model_without_a_run_needs_a_reference_and_a_dataset(tiny_model: Path, tmp_path: Path):
+    models = ["--model_name_or_path", str(tiny_model)]
+    with pytest.raises(UserError, match="no run_config.yaml.*--ref_model_name_or_path"):
+        evaluate.main([*models, "--output_dir", str(tmp_path)])
+    models += ["--ref_model_name_or_path", str(tiny_model)]
     with pytest.raises(UserError, match="dataset_name is not set"):
         evaluate.main([*models, "--output_dir", str(tmp_path)])
 
 
-@pytest.mark.parametrize("missing", ["model_name_or_path", "ref_model_name_or_path", "output_dir"])
+@pytest.mark.parametrize("missing", ["model_name_or_path", "output_dir"])
 def test_missing_flag_is_named(missing: str):
-    given = {"model_name_or_path": "dpo", "ref_model_name_or_path": "sft", "output_dir": "out"}
+    given = {"model_name_or_path": "dpo", "output_dir": "out"}
     with pytest.raises(ValueError, match=f"--{missing} is missing"):
         EvaluateArguments(**given | {missing: None})

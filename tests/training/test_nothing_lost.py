@@ -347,6 +347,6 @@ def test_a_run_with_changed_inputs_is_neither_resumed_nor_called_finished(
 def test_a_run_that_cannot_end_well_is_refused_first(cut_short: Path, flags: list[Any], tmp_path: Path):
     (tmp_path / "file").write_text("")
     refused(flags, "file: .*choose another", tmp_path / "file")
-    refused(flags, f"{cut_short} holds a run that has not", tmp_path / "dpo", "--model_name_or_path", cut_short)
+    refused(flags, f"{cut_short} was stopped", tmp_path / "dpo", "--model_name_or_path", cut_short)
     with lock_folder(RunFolder(tmp_path)):
         refused(flags, f"another run is training into {tmp_path}", tmp_path)

@@ -142,17 +142,14 @@ def check_run(run: RunFolder) -> None:
     """Refuse the folder of a run without its model: it trains, was stopped, or has lost its weights (UserError)."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    if not run.is_started:
-        return
-    if run.is_finished:
-        if not any(run.path.glob("*.safetensors")):
-            raise UserError(f"{run.path} is a finished run, but its weights (*.safetensors) are missing; restore them")
+    if not run.is_started or run.is_finished:
         return
     checkpoint = get_last_checkpoint(run.path)
     alternative = f", or pass {checkpoint}" if checkpoint else ""
     if run.is_locked:
         raise UserError(f"{run.path} is still training; wait until it has finished{alternative}")
-    raise UserError(f"{run.path} was stopped; the command that started it finishes it{alternative}")
+    state = "has lost its weights (*.safetensors)" if run.results_file.is_file() else "was stopped"
+    raise UserError(f"{run.path} {state}; the command that started it finishes it{alternative}")
 
 
 def check_same_vocabulary(policy: Any, ref: Any) -> None:
