@@ -39,7 +39,7 @@ def test_policy_is_evaluated_on_the_held_out_rows_of_its_run(tiny_model: Path, t
 
 def test_model_without_a_run_needs_a_reference_and_a_dataset(tiny_model: Path, tmp_path: Path):
     models = ["--model_name_or_path", str(tiny_model)]
-    with pytest.raises(UserError, match="no run_config.yaml.*--ref_model_name_or_path"):
+    with pytest.raises(UserError, match=r"no run_config\.yaml.*--ref_model_name_or_path"):
         evaluate.main([*models, "--output_dir", str(tmp_path)])
     models += ["--ref_model_name_or_path", str(tiny_model)]
     with pytest.raises(UserError, match="dataset_name is not set"):
