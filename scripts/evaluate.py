@@ -26,12 +26,13 @@ from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import report_errors
 from tinydpo.evaluation import metrics
 from tinydpo.evaluation.arguments import EvaluateArguments
-from tinydpo.evaluation.results import columns_to_rows, make_output_folder, save_evaluation
+from tinydpo.evaluation.results import columns_to_rows, save_evaluation
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards, score_answers, score_pairs
 from tinydpo.evaluation.sampling import Answers, prepare_prompts, sample_cached
 from tinydpo.evaluation.table import format_samples, format_table, summarize_results
+from tinydpo.files import check_output_folder
 from tinydpo.models.loading import load_model
-from tinydpo.report.page import write_report
+from tinydpo.report.page import check_page, write_report
 from tinydpo.report.tokens import split_into_pieces
 from tinydpo.training.logps import PairLogps, pair_logps, token_logps
 
@@ -39,10 +40,11 @@ from tinydpo.training.logps import PairLogps, pair_logps, token_logps
 def main(argv: list[str] | None = None) -> None:
     types = (EvaluateArguments, RewardArguments, DataArguments)
     args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
+    output_dir = check_output_folder(args.output_dir, "eval_results.json", "samples.jsonl")
+    check_page(output_dir.parent)
     device, dtype = pick_device_and_dtype(args.dtype)
     functions = load_rewards(reward, device, args.batch_size, dtype)
     tokenizer = args.load_tokenizer()
-    output_dir = make_output_folder(args.output_dir)
     held_out = load_split(data, tokenizer, args.max_length, "test")
     texts, prompts = prepare_prompts(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
 

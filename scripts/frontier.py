@@ -17,17 +17,19 @@ from tinydpo.config.launch import get_dtype, pick_device_and_dtype
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import frontier
-from tinydpo.evaluation.results import check_settings, make_output_folder
+from tinydpo.evaluation.results import check_settings
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
-from tinydpo.files import write_json
+from tinydpo.files import check_output_folder, write_json
 from tinydpo.models.loading import load_model
 from tinydpo.report.figures import draw_frontier
-from tinydpo.report.page import write_report
+from tinydpo.report.page import check_page, write_report
 
 
 def main(argv: list[str] | None = None) -> None:
     types = (frontier.FrontierArguments, RewardArguments, DataArguments)
     args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
+    folder = check_output_folder(args.output_dir, "frontier.json")
+    check_page(folder.parent)
     recipe = frontier.load_dpo_recipe(args.dpo_config)
     device, dtype = pick_device_and_dtype(get_dtype(recipe))  # as the runs compute
     functions = load_rewards(reward, device, args.batch_size, dtype, required=True)
@@ -36,24 +38,28 @@ def main(argv: list[str] | None = None) -> None:
     reference = load_model(args.model_name_or_path, dtype=dtype, device=device)
     measure = frontier.FrontierMeasure(args, data, recipe, functions, reference)
 
-    folder = make_output_folder(args.output_dir)  # not before everything that measures is loaded
     settings = frontier.get_frontier_settings(args, reward, data, recipe) | measure.get_fingerprint()
     check_settings(folder / "frontier.json", settings)
     measured = frontier.read_finished_runs(folder)
     missing = [run for run in frontier.plan_runs(args) if run.name not in measured]
     print(f"{len(missing)} runs to make and {len(measured)} made before, in {folder}.", flush=True)
     baselines = measure.measure_reference(args.best_of)
-    frontier.write_shuffled_data(data, folder / "shuffled-data")
 
     failed: list[dict[str, str]] = []
     results = {"settings": settings, "reward": reward.name(), **baselines}
     results |= {"points": frontier.order_points(measured), "failed": failed}
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "frontier.json", results)
+    frontier.write_shuffled_data(data, folder / "shuffled-data")
     start = time.monotonic()
     for number, run in enumerate(missing, 1):
         try:
             run_recipe = frontier.write_run_recipe(run, args, data, recipe, folder)
-            with open(folder / f"{run.name}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+            with (
+                open(folder / f"{run.name}.log", "w", encoding="utf-8") as log,
+                redirect_stdout(log),
+                redirect_stderr(log),
+            ):
                 dpo.main(["--config", str(run_recipe)])
             points = frontier.measure_run(run, folder / run.name, measure)
             measured[run.name] = points

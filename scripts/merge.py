@@ -10,13 +10,12 @@ float32.
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
-from tinydpo.files import write_json
+from tinydpo.files import check_output_folder, write_json
 from tinydpo.models.loading import ADAPTER_CONFIG, find_adapter, load_tokenizer, merge_adapter
 from tinydpo.models.stop_tokens import reset_generation_config
 from tinydpo.run_folder import RunFolder
@@ -36,13 +35,11 @@ class MergeArguments:
     def __post_init__(self):
         if not self.model_name_or_path or not self.output_dir:
             raise ValueError("pass --model_name_or_path, an adapter, and --output_dir, a new folder")
-        folder = Path(self.output_dir)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise ValueError(f"output_dir {folder} exists and is not empty; choose a new folder")
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_args(MergeArguments, argv=argv)
+    output = check_output_folder(args.output_dir)
     adapter = find_adapter(args.model_name_or_path, args.model_revision)
     if adapter is None:
         raise UserError(f"{args.model_name_or_path} is not an adapter: it has no {ADAPTER_CONFIG}")
@@ -50,7 +47,6 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(str(adapter))
     reset_generation_config(model, tokenizer)
 
-    output = Path(args.output_dir)
     unfinished = output.with_name(f".{output.name}.half")  # renamed when all is written
     try:
         model.save_pretrained(unfinished)
@@ -63,8 +59,6 @@ def main(argv: list[str] | None = None) -> None:
         if run.is_started:  # what marks the model as whole; a checkpoint has no results of its own
             write_json(RunFolder(unfinished).results_file, RunFolder(adapter).read_results())
         os.replace(unfinished, output)
-    except OSError as error:
-        raise UserError(f"--output_dir {output}: {error.strerror or error}; choose another folder") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"Merged: {output} holds the model in float32, as a plain checkpoint.")

@@ -8,15 +8,16 @@ tinydpo/toy_task.py says what the task and its gold reward are.
 
 import argparse
 import importlib
+import os
 import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 from tinydpo.errors import report_errors
-from tinydpo.files import read_json
+from tinydpo.files import check_output_folder, read_json
 
-RECIPE = "recipes/quickstart"
+RECIPE = os.path.relpath(Path(__file__).parent.parent / "recipes/quickstart")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
 
     disable_progress_bars()  # with so few rows they only flash by
     start = time.monotonic()
-    runs = args.output_dir
+    runs = check_output_folder(args.output_dir.expanduser(), "base")
+    (runs / "base").mkdir(parents=True, exist_ok=True)  # first, so that an interrupted run is known again
     common = ["--dataset_name", runs / "data", "--seed", args.seed]
 
     print(f"Writing dialogues to {runs / 'data'} and an untrained GPT-2 to {runs / 'base'} (seed {args.seed}).")

@@ -13,7 +13,7 @@ from pathlib import Path
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation.arguments import RoundArguments
-from tinydpo.files import read_json, read_yaml, write_json
+from tinydpo.files import check_output_folder, read_json, read_yaml, write_json
 from tinydpo.run_folder import RunFolder
 
 
@@ -23,11 +23,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # These take seconds to import: only once the flags are known to be right.
     from tinydpo.evaluation.on_policy import add_rounds_to_frontier, collect_rounds, format_rounds
-    from tinydpo.evaluation.results import make_output_folder
     from tinydpo.report import figures
 
     data = {"dataset_name": args.dataset_name} if args.dataset_name else {}
-    folder = make_output_folder(args.output_dir)
+    # By default the recipe's own folder, with the runs and results of other commands.
+    folder = check_output_folder(args.output_dir, "round-1", "*/run_config.yaml", "*/*_results.json")
     round_folders = [folder / f"round-{number}" for number in range(1, args.rounds + 1)]
 
     start = first

@@ -13,10 +13,10 @@ from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import report_errors
 from tinydpo.evaluation import on_policy
-from tinydpo.evaluation.results import check_settings, make_output_folder, write_jsonl
+from tinydpo.evaluation.results import check_settings, write_jsonl
 from tinydpo.evaluation.rewards import RewardArguments, load_rewards
 from tinydpo.evaluation.sampling import prepare_prompts
-from tinydpo.files import write_atomic, write_json
+from tinydpo.files import check_output_folder, write_atomic, write_json
 from tinydpo.models.loading import check_model, load_model, load_tokenizer
 from tinydpo.report.figures import draw_reward_histogram
 
@@ -24,9 +24,9 @@ from tinydpo.report.figures import draw_reward_histogram
 def main(argv: list[str] | None = None) -> None:
     types = (on_policy.PairsArguments, RewardArguments, DataArguments)
     args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
+    folder = check_output_folder(args.output_dir, "rewards.png")  # the first file that it writes
     if train_missing_model(args.model_name_or_path, get_config_path(argv)):
         args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
-    folder = make_output_folder(args.output_dir)
     settings = on_policy.get_pairs_settings(args, reward, data)
     check_settings(folder / on_policy.PAIRS_RESULTS, settings)
     if (folder / on_policy.PAIRS_RESULTS).exists():
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = on_policy.make_rows(texts, answers, args.pair_by, data.test_split_size)
     counts = on_policy.count_answers(answers, rows, args.pair_by)
 
-    for split, pairs in rows.items():
-        write_jsonl(folder / f"{split}.jsonl", pairs)
+    folder.mkdir(parents=True, exist_ok=True)
     pairs = [*rows["train"], *rows["test"]]
     draw_reward_histogram(
         [answer.reward for scored in answers for answer in scored],
@@ -54,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         [pair["reward_rejected"] for pair in pairs],
         reward.name(),
     ).savefig(folder / "rewards.png", dpi=150)
+    for split, pairs in rows.items():
+        write_jsonl(folder / f"{split}.jsonl", pairs)
     write_atomic(folder / "README.md", on_policy.render_pairs_card(folder, settings, reward, counts))
     write_json(folder / on_policy.PAIRS_RESULTS, {"settings": settings, "counts": counts})
     for name, value in counts.items():

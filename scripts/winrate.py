@@ -20,18 +20,20 @@ from tinydpo.data.pairs import load_split
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import report_errors
 from tinydpo.evaluation.judge import Judge, JudgeArguments, calibrate_judge
-from tinydpo.evaluation.results import add_to_card, make_output_folder
+from tinydpo.evaluation.results import add_to_card
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
 from tinydpo.evaluation.winrate import WinrateArguments, cut_answers, format_winrates, summarize_verdicts, winrate_rows
-from tinydpo.files import write_json
+from tinydpo.files import check_output_folder, write_json
 from tinydpo.models.loading import load_model
-from tinydpo.report.page import write_report
+from tinydpo.report.page import check_page, write_report
 
 
 def main(argv: list[str] | None = None) -> None:
     types = (WinrateArguments, JudgeArguments, DataArguments)
     args, judging, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
-    output_dir = make_output_folder(args.output_dir)
+    output_dir = check_output_folder(args.output_dir, "winrate.json", "verdicts.jsonl")
+    check_page(output_dir.parent)
+    output_dir.mkdir(parents=True, exist_ok=True)
     judge = Judge(judging, output_dir / "verdicts.jsonl")
     device, dtype = pick_device_and_dtype(args.dtype)
     tokenizer = args.load_tokenizer()

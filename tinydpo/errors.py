@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import signal
@@ -28,10 +29,12 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """Print a `UserError` or a full disk as `error: …` on stderr and exit with 1; other errors keep their traceback.
+    """Print a `UserError` or what a file system refuses as `error: …` on stderr, and exit with 1.
 
-    The exit status is 143 after `Stopped`, as for SIGTERM, and 130 after Ctrl-C.
+    Other errors keep their traceback. The exit status is 143 after `Stopped`, as for SIGTERM, and 130 after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # β ends no run whose terminal or log is not UTF-8
     try:
         yield
     except Stopped as stop:
@@ -43,10 +46,14 @@ def report_errors() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         message = " ".join(str(error).split())
-        if is_disk_full(error) and not isinstance(error, UserError):
+        if isinstance(error, UserError):
+            pass
+        elif is_disk_full(error):
             message = f"the disk is full ({message}); free some space and run the same command again: it resumes"
-        elif not isinstance(error, UserError):
+        elif not isinstance(error, OSError):
             raise
+        elif error.filename:
+            message = f"{error.filename}: {error.strerror}"
         if get_rank() > 0:
             # All ranks have the same error. Rank 0 prints it, and the launcher ends the others during this pause.
             time.sleep(5)

@@ -24,8 +24,34 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     try:
         half.write_bytes(content)
         os.replace(half, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk's names none, others the temporary file
+        raise
     finally:
         half.unlink(missing_ok=True)
+
+
+def check_output_folder(output_dir: str | Path, *own: str) -> Path:
+    """Refuse an output folder that cannot be written to, or whose files an earlier run of the command did not write.
+
+    `own` are patterns of which such a run leaves one. Hidden files do not count. The folder is not made.
+    """
+    folder = Path(output_dir)
+    check_writable(folder)
+    held = sorted(path.name for path in folder.glob("*") if path.name[0] not in "._")
+    if held and not any(any(folder.glob(pattern)) for pattern in own):
+        raise UserError(
+            f"output_dir {folder} holds {held[0]} and no earlier run of this command; choose a new or empty folder"
+        )
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to (UserError)."""
+    paths = (folder.absolute(), *folder.absolute().parents)
+    nearest = next(path for path in paths if path.is_symlink() or path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"output_dir {folder}: {nearest} cannot be written to; choose another folder")
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:

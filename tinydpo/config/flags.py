@@ -41,6 +41,8 @@ REFUSED_ALWAYS = {
     "enable_jit_checkpoint": "but SIGTERM saves a checkpoint already (docs/reliability.md); leave it out",
     "auto_find_batch_size": "but it would change the pairs per step; lower --per_device_train_batch_size instead",
     "dataloader_drop_last": "but it would leave pairs out of evaluation; leave it out",
+    "hub_strategy": "but a run is pushed once, when it is finished; leave it out",
+    "hub_always_push": "but a run is pushed once, when it is finished; leave it out",
     "packing": "but rows are packed already, unless --shared_prefix is false; leave it out",
     "eval_packing": "but rows are packed already, unless --shared_prefix is false; leave it out",
     "batch_eval_metrics": "but metrics are computed over all rows at once; leave it out",

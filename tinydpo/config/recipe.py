@@ -123,7 +123,7 @@ class _StrictParser(HfArgumentParser):
             self.refuse_key(rest[0].split("=")[0].lstrip("-").replace("-", "_"))
         if rest:
             self.error(f"{rest[0]!r} belongs to no flag")
-        given = {key: value for key, value in vars(namespace).items() if value is not unset}
+        given = {key: _expand_home(value) for key, value in vars(namespace).items() if value is not unset}
         for key, value in given.items():
             if {str, list} <= self.kinds.get(key, set()) and len(value) == 1:
                 given[key] = value[0]  # as recipes write it
@@ -169,6 +169,13 @@ def _get_kinds(hint: Any) -> set:
     """The types in a hint: `dict[str, int] | None` gives `{dict, NoneType}`."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
     return {get_origin(kind) or kind for kind in kinds}
+
+
+def _expand_home(value: Any) -> Any:
+    """A path with its `~`, which a shell expands on some command lines only, as the home folder."""
+    if isinstance(value, list):
+        return [_expand_home(one) for one in value]
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _parse_json_mapping(text: str) -> str | dict[str, Any]:

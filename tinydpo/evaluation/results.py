@@ -16,13 +16,6 @@ from tinydpo.files import find_difference, public_name, read_json, write_atomic,
 from tinydpo.run_folder import RunFolder
 
 
-def make_output_folder(output_dir: str) -> Path:
-    """Make the folder for results, if it is missing."""
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Refuse to add to results that were made with different settings."""
     before = read_json(path, "settings").get("settings", settings)
@@ -40,6 +33,7 @@ def columns_to_rows(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 def save_evaluation(output_dir: Path, results: dict[str, Any], **tables: Sequence[dict[str, Any]]) -> None:
     """Write tables as `<name>.jsonl`, then `eval_results.json`, then the headline figures into the policy's card."""
+    output_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         write_jsonl(output_dir / f"{name}.jsonl", rows)
     write_json(output_dir / "eval_results.json", results)

@@ -26,8 +26,8 @@ def explain_load_errors(
     try:
         yield
     except (httpx2.HTTPError, safetensors.SafetensorError, OSError, *also) as error:
-        if is_disk_full(error):
-            raise
+        if is_disk_full(error) or getattr(error, "filename", None):
+            raise  # of a file that cannot be read or written, which is named
         raise UserError(_explain(error, kind, name, revision)) from None
 
 

@@ -243,7 +243,7 @@ def record_base_weights(settings: dict[str, Any]) -> dict[str, str]:
     Empty for the Hub, where revisions say it, and for a quantized folder, which no adapter can be merged into.
     """
     folder = Path(settings["model_name_or_path"])
-    if not folder.is_dir() or "quantization_config" in (folder / "config.json").read_text():
+    if not folder.is_dir() or "quantization_config" in (folder / "config.json").read_text(encoding="utf-8"):
         return {}
     return {"base_sha256": hash_weights(folder)}
 

@@ -17,7 +17,7 @@ from tinydpo.evaluation.frontier import get_run_key
 from tinydpo.evaluation.on_policy import add_rounds_to_frontier
 from tinydpo.evaluation.table import Row, headline_rows, summarize_results
 from tinydpo.evaluation.winrate import winrate_rows
-from tinydpo.files import public_name, read_json, read_jsonl, write_atomic
+from tinydpo.files import check_writable, public_name, read_json, read_jsonl, write_atomic
 from tinydpo.report import figures
 from tinydpo.report.tokens import color_tokens, render_template
 from tinydpo.run_folder import RunFolder
@@ -42,6 +42,7 @@ def write_report(folder: Path, evaluation: Path | None = None) -> Path:
     Raises:
         UserError: the folder has nothing to report, or a file in it is damaged.
     """
+    path = check_page(folder)
     evaluation = evaluation or _find_evaluation(folder)
     results = read_json(evaluation / "eval_results.json", "pairs", "reward_accuracy", "settings")
     margins = [pair["margin"] for pair in read_jsonl(evaluation / "pairs.jsonl", "margin")]
@@ -79,8 +80,17 @@ def write_report(folder: Path, evaluation: Path | None = None) -> Path:
         typeset=typeset,
         color_tokens=color_tokens,
     )
-    write_atomic(folder / "report.html", page)
-    return folder / "report.html"
+    write_atomic(path, page)
+    return path
+
+
+def check_page(folder: Path) -> Path:
+    """The page's path in a folder (UserError: it cannot be written there, or is another program's)."""
+    check_writable(folder)
+    page = folder / "report.html"
+    if page.exists() and ": report</title>" not in page.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{page} is not a report of tinydpo's and would be replaced; rename it")
+    return page
 
 
 def _find_evaluation(folder: Path) -> Path:

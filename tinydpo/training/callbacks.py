@@ -4,11 +4,11 @@ transformers' own `enable_jit_checkpoint` waits three seconds in each process by
 at different steps and deadlock. Here they agree at the end of each step.
 """
 
+import atexit
 import math
+import multiprocessing
 import os
 import signal
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._previous_handler = signal.signal(signal.SIGTERM, self._handle_sigterm)
+        # Slurm and accelerate's launcher signal every process of a run. Data loader workers inherit this block: one
+        # that ended would take its process down before it has saved.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         if args.world_size > 1:
             # Its own group on the CPU, so that no step waits for a GPU. It does not inherit --ddp_timeout by itself.
             self._group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
@@ -43,9 +46,12 @@ class StopOnSignal(TrainerCallback):
         self.reason = "SIGTERM"
 
     def restore_handler(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         signal.signal(signal.SIGTERM, self._previous_handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if signal.SIGTERM in signal.sigpending():
+            self.reason = "SIGTERM"
         if self._has_launcher and os.getppid() != LAUNCHER_PID:  # orphans get a new parent
             self.reason = self.reason or "the launcher's end"
         stop = torch.tensor(bool(self.reason), dtype=torch.int32)
@@ -79,19 +85,11 @@ class StopOnDivergence(TrainerCallback):
             )
 
 
-def ignore_group_sigterm(worker_init: Callable[[int], None] | None, worker: int) -> None:
-    """For a data loader's worker: end on SIGTERM from its own process only, not when the whole run is stopped.
-
-    Slurm and accelerate's launcher signal every process of a run. A worker that ended on that would take its process
-    down with it before it has saved.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait_for_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait_for_parent, daemon=True).start()
-    if worker_init:
-        worker_init(worker)
+@atexit.register
+def kill_workers() -> None:
+    """After an error workers may be left. Python would end them with SIGTERM, which they block, and wait forever."""
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would call their end an error
+    for worker in workers:
+        worker.kill()

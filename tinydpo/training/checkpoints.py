@@ -8,7 +8,6 @@ their digests. A folder that does not match its seal is set aside, and the one b
 import hashlib
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from tinydpo.errors import UserError
 from tinydpo.files import read_json, write_json
-from tinydpo.training.callbacks import ignore_group_sigterm
 
 SEAL = "complete.json"
 REFERENCE = "reference.safetensors"  # the weights of a reference that --sync_ref_model moves
@@ -32,8 +30,6 @@ class SealedCheckpointsMixin:
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)
         torch_loader = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper has this one start them
-        # The workers outlive a signal to the whole run, so that its last checkpoint can be saved.
-        torch_loader.worker_init_fn = partial(ignore_group_sigterm, torch_loader.worker_init_fn)
         if torch_loader.num_workers and torch_loader.multiprocessing_context is None and sys.platform == "linux":
             # Python 3.14's default is a server that forks them: SIGTERM ends it, and workers end with their parent.
             torch_loader.multiprocessing_context = "fork"
@@ -63,6 +59,18 @@ class SealedCheckpointsMixin:
                 "DeepSpeed); pass another --output_dir to start again"
             )
         load_model(self.accelerator.unwrap_model(self.ref_model), file)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:
+            raise UserError(
+                f"push_to_hub is true, but the Hub gave no repository ({error}); log in with `hf auth login`, check "
+                "--hub_model_id and the network, or leave it out"
+            ) from error
+
+    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: `train.push_results` pushes a run once, without files that hold local paths."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite_weights()

@@ -3,8 +3,8 @@
 Each check comes before the expensive work that it could save.
 """
 
+import errno
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
@@ -23,7 +23,7 @@ from tinydpo.data.inspect import format_data_notes
 from tinydpo.data.pairs import load_pairs
 from tinydpo.data.splits import HOLD_OUT_SEED
 from tinydpo.errors import UserError, get_rank
-from tinydpo.files import find_difference
+from tinydpo.files import check_output_folder, find_difference
 from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.loading import (
     check_model,
@@ -122,9 +122,7 @@ def is_finished(run: RunFolder) -> bool:
     """Whether the folder holds a finished run (UserError: it cannot become one)."""
     if broadcast_object_list([run.is_finished])[0]:  # machines may not share the folder
         return True
-    nearest = next(path for path in (run.path, *run.path.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"output_dir {run.path}: {nearest} cannot be written to; choose another folder")
+    check_output_folder(run.path, run.config_file.name)
     if run.path.exists():
         with lock_folder(run):  # a second run is refused now, not after an hour of reference log-probs
             pass
@@ -199,10 +197,14 @@ def lock_folder(run: RunFolder) -> AbstractContextManager:
     if get_rank():
         return nullcontext()
     try:
-        return FileLock(run.lock_file, timeout=0).acquire()
+        return FileLock(run.lock_file, timeout=0, fallback_to_soft=False).acquire()
     except Timeout:
         message = f"another run is training into {run.path}; wait until it ends, or pass another --output_dir"
         raise UserError(message) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return nullcontext()  # a mount without a lock manager, as some NFS are
 
 
 def load_and_check_models(stage: str, training: Any, model: Any, settings: dict[str, Any]) -> Any:

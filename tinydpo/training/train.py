@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import upload_folder
 
 from tinydpo.errors import Stopped, UserError
 from tinydpo.files import write_atomic, write_json
@@ -29,6 +30,8 @@ from tinydpo.training.setup import PreparedRun, lock_folder, to_yaml_values
 from tinydpo.training.throughput import Throughput
 
 PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tokenizers")
+# Checkpoints, and the files that hold paths of this machine.
+NOT_PUSHED = ["_*", ".*", "checkpoint-*", "run_config.yaml", "training_args.bin", "trainer_state.json"]
 
 
 def train(trainer: Any, prepared: PreparedRun) -> None:
@@ -112,20 +115,27 @@ def save_results(trainer: Any, run: RunFolder, prepared: PreparedRun, results: d
         curves.draw_curves(trainer.state.log_history, run.curves_file)
         write_card(run, prepared, results, trainer.state.log_history)
         write_json(run.results_file, results)
-    if trainer.args.push_to_hub:
-        push_results(trainer, run)
-    if trainer.is_world_process_zero():
+        if trainer.args.push_to_hub:
+            push_results(trainer, run)
         print(f"Done: {run.path} holds the model and its card (README.md).")
 
 
 def push_results(trainer: Any, run: RunFolder) -> None:
     """Upload a run's folder; if that fails, the run is not finished, so that the same command tries again."""
+    is_pushed = False
     try:
-        trainer.push_to_hub(revision=trainer.args.hub_revision)
-    except (Exception, KeyboardInterrupt) as error:
-        run.results_file.unlink(missing_ok=True)
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{run.path} could not be pushed to the Hub ({reason}); run the same command again") from error
+        upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=run.path,
+            ignore_patterns=NOT_PUSHED,
+            revision=trainer.args.hub_revision,
+        )
+        is_pushed = True
+    except Exception as error:
+        raise UserError(f"{run.path} could not be pushed to the Hub ({error}); run the same command again") from error
+    finally:  # after Ctrl-C, too
+        if not is_pushed:
+            run.results_file.unlink(missing_ok=True)
 
 
 def was_trained_on_chat(model: str) -> bool | None:
