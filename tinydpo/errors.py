@@ -21,9 +21,10 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """SIGTERM or the launcher's end stopped the run early, and it has saved a checkpoint.
+    """Ctrl-C, SIGTERM or the launcher's end stopped the run early, and it has saved a checkpoint.
 
-    Not an `Exception`: a loop over runs that skips failed ones, as in `frontier.py`, must not continue after this.
+    The arguments are a sentence and the signal. Not an `Exception`: a loop over runs that skips failed ones, as in
+    `frontier.py`, must not continue after this.
     """
 
 
@@ -31,18 +32,19 @@ class Stopped(BaseException):
 def report_errors() -> Iterator[None]:
     """Print a `UserError` or what a file system refuses as `error: …` on stderr, and exit with 1.
 
-    Other errors keep their traceback. The exit status is 143 after `Stopped`, as for SIGTERM, and 130 after Ctrl-C.
+    Other errors keep their traceback. The exit status is 143 after SIGTERM and 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # β ends no run whose terminal or log is not UTF-8
     try:
         yield
     except Stopped as stop:
+        message, number = stop.args
         if get_rank() == 0:
-            print_stderr(str(stop))
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except KeyboardInterrupt:
-        print_stderr("interrupted; run the same command again: it resumes from the last checkpoint, if there is one")
+            print_stderr(message)
+        raise SystemExit(128 + number) from None
+    except KeyboardInterrupt as interrupt:
+        print_stderr(f"interrupted; {interrupt.args[0] if interrupt.args else 'run the same command again'}")
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         message = " ".join(str(error).split())

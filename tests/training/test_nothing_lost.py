@@ -211,6 +211,13 @@ def wait_for(log: Path, text: str) -> None:
         time.sleep(0.02)
 
 
+def slower_group() -> None:
+    """A step that lasts until a test has had its say."""
+    from transformers import Trainer
+
+    Trainer.training_step = lambda *args, **kwargs: time.sleep(30)
+
+
 def slow_group() -> None:
     """A process group of its own, a fifth of a second a step, and a word at each save."""
     from transformers import Trainer
@@ -233,21 +240,41 @@ def slow_group() -> None:
     SealedCheckpointsMixin._save_checkpoint = save_aloud
 
 
-def test_sigterm_saves_once_and_exits_with_143(flags: list[Any], resume: Callable, tmp_path: Path):
-    """To the whole group, as Slurm sends it: the data loader's workers must not take their process along."""
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_signal_saves_once_and_sets_the_exit_status(
+    number: int, name: str, flags: list[Any], resume: Callable, tmp_path: Path
+):
+    """To the whole group, as Slurm or a terminal sends it: the data loader's workers must not take it down."""
     save = ["--save_strategy", "epoch"]
     child = start("dpo", flags, tmp_path, slow_group, *save, "--dataloader_num_workers", "1")
     wait_for(tmp_path / "log", "  loss ")
-    os.killpg(child.pid, signal.SIGTERM)
+    os.killpg(child.pid, number)
     child.join(60)
     log = (tmp_path / "log").read_text()
-    assert child.exitcode == 143, log
-    assert "stopped by SIGTERM after step" in log and "the same command resumes from" in log
+    assert child.exitcode == 128 + number, log
+    assert f"stopped by {name} after step" in log and "the same command resumes from" in log
     assert "Traceback" not in log
     assert log.count("saving now") == 1, "its last checkpoint is unsealed to be saved again"
-    for name in (WEIGHTS, "train_results.json", "README.md"):
-        assert not (tmp_path / "run" / name).exists(), f"a stopped run leaves {name} as if it had finished"
+    for file in (WEIGHTS, "train_results.json", "README.md"):
+        assert not (tmp_path / "run" / file).exists(), f"a stopped run leaves {file} as if it had finished"
     assert f"Resuming from {tmp_path}/run/checkpoint-" in resume("dpo", *save)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_says_that_nothing_was_saved(
+    flags: list[Any], resume: Callable, tmp_path: Path
+):
+    child = start("dpo", flags, tmp_path, slower_group, "--save_strategy", "epoch")
+    wait_for(tmp_path / "log", "/12 [")  # the progress bar
+    os.kill(child.pid, signal.SIGINT)
+    wait_for(tmp_path / "log", "Ctrl-C again ends the run at once")
+    os.kill(child.pid, signal.SIGINT)
+    child.join(60)
+    log = (tmp_path / "log").read_text()
+    assert child.exitcode == 130 and "Traceback" not in log, log
+    assert "interrupted; the same command starts over, as no checkpoint was saved" in log
+    assert "holds no checkpoint: starting over." in resume("dpo", "--save_strategy", "epoch")
 
 
 def launched() -> None:

@@ -1,4 +1,4 @@
-"""How training ends before its last step: on SIGTERM, with its launcher, or because it diverged.
+"""How training ends before its last step: on Ctrl-C or SIGTERM, with its launcher, or because it diverged.
 
 transformers' own `enable_jit_checkpoint` waits three seconds in each process by itself, so that several processes stop
 at different steps and deadlock. Here they agree at the end of each step.
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from tinydpo.errors import UserError
+from tinydpo.errors import UserError, print_stderr
 
 # Read when this module is imported, before the reference pass: the launcher may be gone when training begins.
 LAUNCHER_PID = os.getppid()
@@ -25,16 +25,18 @@ DIVERGENCE_FACTOR = 100.0
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves and stops after the step in which any process got SIGTERM (preemption) or lost its launcher."""
+    """Saves and stops after the step in which any process got Ctrl-C, SIGTERM (preemption) or lost its launcher."""
 
     def __init__(self):
         self.reason = ""  # what stopped the run, in words
+        self.signal = signal.SIGTERM  # by which the exit status says so
         self._has_launcher = not LAUNCHER_VARIABLES.isdisjoint(os.environ)
         self._group = None
-        self._previous_handler = signal.getsignal(signal.SIGTERM)
+        self._previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._previous_handler = signal.signal(signal.SIGTERM, self._handle_sigterm)
+        signal.signal(signal.SIGTERM, self._handle_sigterm)
+        signal.signal(signal.SIGINT, self._handle_ctrl_c)
         # Slurm and accelerate's launcher signal every process of a run. Data loader workers inherit this block: one
         # that ended would take its process down before it has saved.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -45,9 +47,17 @@ class StopOnSignal(TrainerCallback):
     def _handle_sigterm(self, *_: Any) -> None:
         self.reason = "SIGTERM"
 
-    def restore_handler(self) -> None:
+    def _handle_ctrl_c(self, *_: Any) -> None:
+        if self.reason:
+            raise KeyboardInterrupt
+        self.reason = "Ctrl-C"
+        self.signal = signal.SIGINT
+        print_stderr("Ctrl-C: saving a checkpoint after this step; Ctrl-C again ends the run at once")
+
+    def restore_handlers(self) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        signal.signal(signal.SIGTERM, self._previous_handler)
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if signal.SIGTERM in signal.sigpending():

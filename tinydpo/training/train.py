@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import upload_folder
+from transformers.trainer_utils import get_last_checkpoint
 
 from tinydpo.errors import Stopped, UserError
 from tinydpo.files import write_atomic, write_json
@@ -45,14 +46,21 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
     trainer.add_callback(StopOnDivergence())
     if trainer.is_world_process_zero():
         run.path.mkdir(parents=True, exist_ok=True)
+    is_restart = run.is_started
     with lock_folder(run):
         if trainer.is_world_process_zero():
             write_run_inputs(run, prepared, trainer.args.seed)
         checkpoint = find_resume_checkpoint(trainer)
+        if is_restart and checkpoint is None:
+            trainer.accelerator.print(f"{run.path} holds no checkpoint: starting over.")
         try:
             results = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        except KeyboardInterrupt:
+            last = get_last_checkpoint(run.path)
+            resumes = f"resumes from {last}" if last else "starts over, as no checkpoint was saved"
+            raise KeyboardInterrupt(f"the same command {resumes}") from None
         finally:
-            stop.restore_handler()  # from here on SIGTERM ends the process at once
+            stop.restore_handlers()  # from here on a signal ends the process at once
         if checkpoint:  # transformers counts only what this process trained
             results = {name: value for name, value in results.items() if not name.startswith("train_")}
         stopped = stop.reason and trainer.state.global_step < trainer.state.max_steps
@@ -64,9 +72,10 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
     if stopped:
         trainer.end()
         step = trainer.state.global_step
-        raise Stopped(
+        message = (
             f"stopped by {stop.reason} after step {step}; the same command resumes from {run.path}/checkpoint-{step}"
         )
+        raise Stopped(message, stop.signal)
 
 
 def write_run_inputs(run: RunFolder, prepared: PreparedRun, seed: int) -> None:
