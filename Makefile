@@ -22,6 +22,7 @@ TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE)
 POLICY      = $(if $(NAME),--model_name_or_path $(RUNS)/$(NAME) --output_dir $(RUNS)/$(subst evaluate,evaluation,$(STAGE))-$(NAME))
 # DeepSpeed is installed for the accelerate files that ask for it.
 LAUNCHER   := $(if $(shell grep -s DEEPSPEED $(ACCELERATE)),.venv/deepspeed,install)
+MACHINES   := $(shell sed -n 's/^num_machines: *\([2-9]\).*/\1/p' $(ACCELERATE))
 INSTALL     = $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 # The recipe file of each target: $(RECIPE)/$(STAGE).yaml
@@ -36,7 +37,7 @@ merge:               STAGE = dpo-lora
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart sft dpo reward merge pairs round evaluate frontier winrate report playground
-.PHONY: inspect bench speedrun test test-all lint clean
+.PHONY: announce inspect bench speedrun test test-all lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -58,14 +59,17 @@ install: .venv/installed ## Create .venv and install; again only when pyproject.
 quickstart: install ## SFT, DPO and evaluation on the toy task, on a CPU in minutes (SEED=1 for another)
 	$(PYTHON) scripts/quickstart.py --seed $(SEED) --output_dir runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-sft: $(LAUNCHER) ## Fine-tune the recipe's model on the preferred answers
+sft: $(LAUNCHER) announce ## Fine-tune the recipe's model on the preferred answers
 	$(LAUNCH) scripts/sft.py $(TRAIN)
 
-dpo: $(LAUNCHER) ## Preference-tune it with DPO (trains the SFT model first if it is missing)
+dpo: $(LAUNCHER) announce ## Preference-tune it with DPO (trains the SFT model first if it is missing)
 	$(LAUNCH) scripts/dpo.py $(TRAIN)
 
-reward: $(LAUNCHER) ## Train a reward model on the same pairs, to compare the implicit reward with
+reward: $(LAUNCHER) announce ## Train a reward model on the same pairs, to compare the implicit reward with
 	$(LAUNCH) scripts/reward.py $(TRAIN)
+
+announce: # the launcher waits for the other machines without a word
+	@$(if $(MACHINES),echo "Starts when all $(MACHINES) machines run this command, each with its NODE=\"--machine_rank …\".",:)
 
 pairs: install ## The policy's own answers, scored and paired: on-policy data for `make dpo`
 	$(PYTHON) scripts/sample_pairs.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
