@@ -68,8 +68,10 @@ dpo: $(LAUNCHER) announce ## Preference-tune it with DPO (trains the SFT model f
 reward: $(LAUNCHER) announce ## Train a reward model on the same pairs, to compare the implicit reward with
 	$(LAUNCH) scripts/reward.py $(TRAIN)
 
-announce: # the launcher waits for the other machines without a word
-	@$(if $(MACHINES),echo "Starts when all $(MACHINES) machines run this command, each with its NODE=\"--machine_rank …\".",:)
+announce:
+ifneq ($(MACHINES),)
+	@echo 'The launcher waits until all $(MACHINES) machines run this command, each with its --machine_rank in NODE.'
+endif
 
 pairs: install ## The policy's own answers, scored and paired: on-policy data for `make dpo`
 	$(PYTHON) scripts/sample_pairs.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
