@@ -28,7 +28,7 @@ from tinydpo.report.page import check_page, write_report
 def main(argv: list[str] | None = None) -> None:
     types = (frontier.FrontierArguments, RewardArguments, DataArguments)
     args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
-    folder = check_output_folder(args.output_dir, "frontier.json")
+    folder = check_output_folder(args.output_dir, "frontier.json", "*/run_config.yaml")
     check_page(folder.parent)
     recipe = frontier.load_dpo_recipe(args.dpo_config)
     device, dtype = pick_device_and_dtype(get_dtype(recipe))  # as the runs compute

@@ -13,8 +13,8 @@ from running import ROOT
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_dpo_raises_the_gold_reward(seed: int, tmp_path: Path):
-    command = [sys.executable, "scripts/quickstart.py", "--seed", str(seed), "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(ROOT / "scripts/quickstart.py"), "--seed", str(seed), "--output_dir", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"make quickstart fails:\n{done.stdout}\n{done.stderr}"
     results = json.loads((tmp_path / "run/evaluation/eval_results.json").read_text())
     gain = results["reward_policy"] - results["reward_ref"]

@@ -123,6 +123,15 @@ def test_a_value_is_the_same_from_a_recipe_and_the_command_line(recipe, key: str
     assert by_recipe == by_flag, "the same run would not be recognised as the same"
 
 
+def test_the_home_folder_is_the_same_in_every_script(recipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"model_name_or_path": "~/dpo", "ref_model_name_or_path": "~/sft", "dataset_name": ["~/a", "~/b"]}
+    args, data = parse_args(EvaluateArguments, DataArguments, argv=recipe(given, "--output_dir=~/out"))
+    models = (args.model_name_or_path, args.ref_model_name_or_path)
+    assert models == ("/home/me/dpo", "/home/me/sft"), "training and evaluation read different folders"
+    assert (data.dataset_name, args.output_dir) == (["/home/me/a", "/home/me/b"], "/home/me/out")
+
+
 def test_the_command_line_wins(recipe):
     argv = recipe("beta: 0.1\nseed: 1\nloss_type: [ipo]\nuse_cpu: true\neval_pairs: 7\nmodel_name_or_path: here\n")
     more = ["--beta", "0.3", "--seed=2", "--loss_type", "sigmoid", "sft", "--model_name_or_path", "there"]

@@ -144,12 +144,12 @@ def test_one_part_is_enough(folder: Path, only: str):
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_damaged_file_is_named_and_the_old_page_stays(folder: Path, name: str):
-    (folder / "report.html").write_text("the one before")
+    before = write_report(folder).read_text()
     for content in ((folder / name).read_text()[:-9], "[1]\n"):
         (folder / name).write_text(content)
         with pytest.raises(UserError, match=f"{Path(name).name}.* is damaged"):
             write_report(folder)
-    assert (folder / "report.html").read_text() == "the one before"
+    assert (folder / "report.html").read_text() == before
 
 
 def test_evaluation_of_another_name_is_found(folder: Path):

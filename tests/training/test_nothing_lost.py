@@ -1,5 +1,7 @@
 """Runs that are killed, stopped, starved or damaged: the same command resumes and ends with the same weights."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -375,5 +377,14 @@ def test_a_run_that_cannot_end_well_is_refused_first(cut_short: Path, flags: lis
     (tmp_path / "file").write_text("")
     refused(flags, "file: .*choose another", tmp_path / "file")
     refused(flags, f"{cut_short} was stopped", tmp_path / "dpo", "--model_name_or_path", cut_short)
+    with lock_folder(RunFolder(cut_short)):
+        refused(flags, f"another run is training into {cut_short}", cut_short)
+
+
+def test_a_mount_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
     with lock_folder(RunFolder(tmp_path)):
-        refused(flags, f"another run is training into {tmp_path}", tmp_path)
+        pass

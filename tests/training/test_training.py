@@ -11,6 +11,7 @@ import pytest
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from running import log, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 from trl import SFTConfig
@@ -18,6 +19,7 @@ from trl import SFTConfig
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import UserError
+from tinydpo.training import train as training
 from tinydpo.training.packing import pack
 from tinydpo.training.throughput import estimate_cpu_hours, forward_flop
 
@@ -117,25 +119,34 @@ def test_a_finished_run_is_the_same_on_another_machine_and_after_an_upgrade(
 
 def test_a_failed_push_is_tried_again(task: Path, tiny_model: Path, tmp_path: Path, monkeypatch, capsys):
     pushed = []
+    failures = [OSError("no network"), KeyboardInterrupt()]
 
-    def push_to_hub(trainer: Trainer, **kwargs: object) -> None:
-        pushed.append({path.name for path in tmp_path.iterdir()})
-        if len(pushed) == 1:
-            raise OSError("no network")
+    def upload_folder(folder_path: Path, ignore_patterns: list[str], **kwargs: object) -> None:
+        files = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*")]
+        pushed.append(set(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
+        if failures:
+            raise failures.pop(0)
 
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer: None)
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda trainer, folder: None)
-    monkeypatch.setattr(Trainer, "push_to_hub", push_to_hub)
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--output_dir", tmp_path,
-             "--max_steps", "2", "--eval_strategy", "no", "--push_to_hub", "true"]  # fmt: skip
+             "--max_steps", "2", "--save_steps", "1", "--eval_strategy", "no", "--push_to_hub", "true"]  # fmt: skip
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it would keep this test's Hub for others
+    with pytest.raises(UserError, match="push_to_hub is true, but the Hub gave no repository"):
+        run("sft", *flags)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer: setattr(trainer, "hub_model_id", "me/sft"))
+    monkeypatch.setattr(training, "upload_folder", upload_folder)
     with pytest.raises(UserError, match=r"could not be pushed to the Hub \(no network\); run the same command again"):
+        run("sft", *flags)
+    with pytest.raises(KeyboardInterrupt):
         run("sft", *flags)
     run("sft", *flags)
     assert "Resuming from" in capsys.readouterr().out, "it is trained again"
     run("sft", *flags)
-    assert len(pushed) == 2, "a pushed run is pushed again"
+    assert len(pushed) == 3, "a pushed run is pushed again"
     for names in pushed:
         assert {"README.md", "curves.png", "train_results.json", "model.safetensors"} <= names, "pushed too early"
+        for name in names - {"model.safetensors"}:
+            assert str(tmp_path).encode() not in (tmp_path / name).read_bytes(), f"{name} shows others a local path"
+        assert ".lock" not in names
 
 
 def test_reference_cache_knows_ld_alpha(sft: Path, dpo: Path, task: Path, tmp_path: Path):

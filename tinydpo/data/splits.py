@@ -5,12 +5,12 @@ file and row number, and rows of one file may have different forms. Without a te
 """
 
 import csv
-import glob
 import gzip
 import hashlib
 import io
 import json
-import posixpath
+import logging
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,13 +29,11 @@ from datasets import (
     concatenate_datasets,
     disable_progress_bars,
     enable_progress_bars,
+    load_dataset_builder,
 )
-from datasets.data_files import FILES_TO_IGNORE, _get_data_files_patterns, sanitize_patterns
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
-from datasets.utils.metadata import MetadataConfigs
-from fsspec.utils import glob_translate
-from huggingface_hub import metadata_load
 
 from tinydpo.config.arguments import DataArguments, Source, parse_renames
 from tinydpo.data import CACHE_VERSION
@@ -137,55 +135,38 @@ def _find_files(data: DataArguments, source: Source, label: str) -> dict[str, li
     root = path / (source.data_dir or "")
     if not root.is_dir():
         raise UserError(f"{source.name} has no folder {source.data_dir!r}; check --dataset_data_dir")
-    names = [
-        name
-        for name in sorted(glob.glob("**", root_dir=root, recursive=True))  # noqa: PTH207 - skips hidden files
-        if name.endswith(FILE_SUFFIXES) and Path(name).name not in NO_ROWS and "/__" not in f"/{name}"
-    ]
-    try:
-        splits = _match_splits(path / "README.md", source, names)
-    except Exception as error:  # the metadata of a README can be anything, and so can the error
-        raise UserError(
-            f"{source.name} is not a dataset that can be read: {error}; check its files, its README.md, "
-            "--dataset_config and --dataset_data_dir"
-        ) from None
+    if set("*?[") & set(str(root)):
+        raise UserError(f"{root}: `datasets` takes *, ? and [ in a folder's name for a pattern; rename it")
+    splits = _split_files(path, root, source)
     read = {name for split in (data.dataset_train_split, data.dataset_test_split) for name in splits.get(split, ())}
-    unread = [name for name in names if name not in read]
+    found = (file.relative_to(root).as_posix() for file in sorted(root.rglob("[!._]*")) if file.name not in NO_ROWS)
+    unread = [name for name in found if name.endswith(FILE_SUFFIXES) and name not in read]
     if unread and not get_rank():
         shown = escape_controls(", ".join(unread[:5])) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
         print(f"Data: files of {source.name} that are in neither split are not read: {shown}")
     return _add_subsets(root, source, label, splits)
 
 
-def _match_splits(readme: Path, source: Source, names: list[str]) -> dict[str, list[str]]:
-    """Which of a folder's files are each split's, by its README or else by their names, as `datasets` has it.
-
-    `datasets` itself would read the folder's own name as a pattern too, and follow a README to files elsewhere.
-    """
-    if not names:
-        raise ValueError(f"no file's name ends in {', '.join(FILE_SUFFIXES)}")
-    metadata = metadata_load(readme) if readme.is_file() else None
-    configs = MetadataConfigs.from_dataset_card_data(metadata or {})
-    config: dict[str, Any] = {}
-    if source.config or (configs and not source.data_dir):
-        name = source.config or configs.get_default_config_name()
-        if name not in configs:
-            raise ValueError(f"pick one of its configurations {list(configs)}")
-        config = {} if source.data_dir else configs[name]
-
-    def match(pattern: str) -> list[str]:
-        pattern = posixpath.normpath(posixpath.join(config.get("data_dir") or "", pattern))
-        return [pattern] if pattern in names else [name for name in names if re.match(glob_translate(pattern), name)]
-
-    files = config.get("data_files")
-    splits = {}
-    for split, patterns in (sanitize_patterns(files) if files else _get_data_files_patterns(match)).items():
-        matches = sorted({name for pattern in patterns for name in match(pattern)})
-        if not matches:
-            raise ValueError(f"its README.md names {', '.join(patterns)}, but its folder has no such file of rows")
-        parquet = [name for name in matches if name.endswith(".parquet")]
-        others = [name for name in matches if name not in parquet]
-        splits[str(split)] = max(parquet, others, key=len)  # two formats may hold the same rows
+def _split_files(folder: Path, root: Path, source: Source) -> dict[str, list[str]]:
+    """Which files below `root` are each split's, as `datasets` finds them by their names and the folder's README."""
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # it warns of a README without metadata
+    try:
+        builder = load_dataset_builder(str(folder), name=source.config, data_dir=source.data_dir)
+    except Exception as error:  # the metadata of a README can be anything, and so can the error
+        if getattr(error, "filename", None):
+            raise  # the cache's folder cannot be made
+        reason = str(error).partition("\nExample of usage")[0]
+        raise UserError(
+            f"{source.name} is not a dataset that can be read: {reason}; check its files, its README.md, "
+            "--dataset_config and --dataset_data_dir"
+        ) from None
+    splits: dict[str, list[str]] = {}
+    for split, files in builder.config.data_files.items():
+        splits[str(split)] = []
+        for file in map(os.path.normpath, sorted(files)):
+            if not Path(file).is_relative_to(root.resolve()):
+                raise UserError(f"{source.name}: its README.md names {file}, outside the folder; correct it")
+            splits[str(split)].append(Path(file).relative_to(root.resolve()).as_posix())
     return splits
 
 
