@@ -17,7 +17,8 @@ endif
 # The cores, shared out among the processes. accelerate's own default counts those of the machine, not of a container.
 PROCESSES   = $(or $(shell sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' $(ACCELERATE)),1)
 THREADS     = $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(PROCESSES) \| 1)
-LAUNCH      = .venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE) $(NODE)
+WAITING     = The launcher waits until all $(MACHINES) machines run this command, each with its --machine_rank in NODE.
+LAUNCH      = $(if $(MACHINES),$(info $(WAITING))).venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE) $(NODE)
 TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE) $(if $(NAME),--output_dir $(RUNS)/$(NAME)) $(ARGS)
 POLICY      = $(if $(NAME),--model_name_or_path $(RUNS)/$(NAME) --output_dir $(RUNS)/$(subst evaluate,evaluation,$(STAGE))-$(NAME))
 # DeepSpeed is installed for the accelerate files that ask for it.
@@ -37,7 +38,7 @@ merge:               STAGE = dpo-lora
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart sft dpo reward merge pairs round evaluate frontier winrate report playground
-.PHONY: announce inspect bench speedrun test test-all lint clean
+.PHONY: inspect bench speedrun test test-all lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -59,19 +60,14 @@ install: .venv/installed ## Create .venv and install; again only when pyproject.
 quickstart: install ## SFT, DPO and evaluation on the toy task, on a CPU in minutes (SEED=1 for another)
 	$(PYTHON) scripts/quickstart.py --seed $(SEED) --output_dir runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-sft: $(LAUNCHER) announce ## Fine-tune the recipe's model on the preferred answers
+sft: $(LAUNCHER) ## Fine-tune the recipe's model on the preferred answers
 	$(LAUNCH) scripts/sft.py $(TRAIN)
 
-dpo: $(LAUNCHER) announce ## Preference-tune it with DPO (trains the SFT model first if it is missing)
+dpo: $(LAUNCHER) ## Preference-tune it with DPO (trains the SFT model first if it is missing)
 	$(LAUNCH) scripts/dpo.py $(TRAIN)
 
-reward: $(LAUNCHER) announce ## Train a reward model on the same pairs, to compare the implicit reward with
+reward: $(LAUNCHER) ## Train a reward model on the same pairs, to compare the implicit reward with
 	$(LAUNCH) scripts/reward.py $(TRAIN)
-
-announce:
-ifneq ($(MACHINES),)
-	@echo 'The launcher waits until all $(MACHINES) machines run this command, each with its --machine_rank in NODE.'
-endif
 
 pairs: install ## The policy's own answers, scored and paired: on-policy data for `make dpo`
 	$(PYTHON) scripts/sample_pairs.py --config $(RECIPE)/$(STAGE).yaml $(ARGS)
