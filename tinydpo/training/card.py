@@ -32,9 +32,12 @@ def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], l
         used.append(settings["ref_model_name_or_path"])
     local = {name for name in used if Path(name).exists()}  # the Hub knows nothing of these
     base = read_base_metadata(model, settings.get("model_revision"))
+    base_model = model
+    if model in local:  # of a run of ours, what that one started from
+        base_model = base.get("base_model") if RunFolder(model).is_started else None
     data = ModelCardData(
         library_name="peft" if settings.get("use_peft") else "transformers",
-        base_model=model if model not in local else base.get("base_model") if RunFolder(model).is_started else None,
+        base_model=base_model,
         datasets=[source.name for source in datasets if source.name not in local] or None,
         pipeline_tag="text-classification" if prepared.stage == "reward" else "text-generation",
         tags=["trl", TAGS[prepared.stage], "tinydpo"],
