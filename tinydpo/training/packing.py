@@ -9,6 +9,7 @@ import heapq
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 Tree = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and its completions, all as token ids
@@ -28,14 +29,20 @@ def assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     best_rows: list[list[int]] = []
     lowest_cost = math.inf
     for count in range(fewest_rows, len(lengths) + 1):
+        if _compute_cost(count, max(lengths)) >= lowest_cost:
+            break  # more rows than this only pad more
         rows = _spread_evenly(lengths, count)
         longest = max(sum(lengths[i] for i in row) for row in rows)
-        # All rows are padded to the longest one. Matrices cost by its length, attention by the square of it.
-        cost = count * longest * (1 + longest / ATTENTION_TOKENS)
+        cost = _compute_cost(count, longest)
         if longest <= room and cost < lowest_cost:
             best_rows = rows
             lowest_cost = cost
     return best_rows
+
+
+def _compute_cost(rows: int, longest: int) -> float:
+    """Of rows that are padded to the longest: matrices cost by its length, attention by the square of it."""
+    return rows * longest * (1 + longest / ATTENTION_TOKENS)
 
 
 def _spread_evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
@@ -79,30 +86,28 @@ def pack(
         lengths = [count_tokens(tree) for tree in trees]
         rows = assign_rows(lengths, row_length) if row_length else [[index] for index in range(len(trees))]
     segments_per_tree = 1 + max(len(completions) for _, completions in trees)
-    packed_rows = []
+    longest = max(sum(count_tokens(trees[index]) for index in indices) for indices in rows)
+    length = math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE
+    packed = {name: np.full((len(rows), length), fill) for name, fill in PADDING.items()}
     starts = {}  # (tree, completion) -> its row, the column of its first token, the column of its prompt's last token
     for row, indices in enumerate(rows):
-        columns: dict[str, list[int]] = {name: [] for name in PADDING}
+        start = 0
         for index in indices:
             prompt, completions = trees[index]
             prompt_segment = index * segments_per_tree
-            prompt_end = len(columns["input_ids"]) + len(prompt) - 1
+            prompt_end = start + len(prompt) - 1
             for part, tokens in enumerate([prompt, *completions]):
                 if part > 0:
-                    starts[index, part - 1] = (row, len(columns["input_ids"]), prompt_end)
+                    starts[index, part - 1] = (row, start, prompt_end)
                 first_position = len(prompt) if part > 0 else 0
-                columns["input_ids"] += tokens
-                columns["position_ids"] += range(first_position, first_position + len(tokens))
-                columns["segment_ids"] += [prompt_segment + part] * len(tokens)
-                columns["prefix_ids"] += [prompt_segment] * len(tokens)
-        packed_rows.append(columns)
-    longest = max(len(columns["input_ids"]) for columns in packed_rows)
-    length = math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE
-    packed = {
-        name: torch.tensor([columns[name] + [fill] * (length - len(columns[name])) for columns in packed_rows])
-        for name, fill in PADDING.items()
-    }
-    return packed | _index_completions(trees, starts, length)
+                end = start + len(tokens)
+                packed["input_ids"][row, start:end] = tokens
+                packed["position_ids"][row, start:end] = range(first_position, first_position + len(tokens))
+                packed["segment_ids"][row, start:end] = prompt_segment + part
+                packed["prefix_ids"][row, start:end] = prompt_segment
+                start = end
+    tensors = {name: torch.from_numpy(values) for name, values in packed.items()}
+    return tensors | _index_completions(trees, starts, length)
 
 
 def _index_completions(
@@ -114,8 +119,8 @@ def _index_completions(
         row, start, prompt_end = starts[index, part]
         tokens = trees[index][1][part]
         # The prompt's last token predicts the first one of the completion, which predicts the second, and so on.
-        columns = [prompt_end, *range(start, start + len(tokens))]
-        places = [row * length + column for column in columns]
+        first = row * length + start
+        places = [row * length + prompt_end, *range(first, first + len(tokens))]
         flat["predicts"] += places[:-1]
         flat["targets"] += tokens
         flat["lasts"].append(places[-1])
