@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> None:
 
     types = (DataArguments, RunArguments, DPOConfig, ModelConfig, ReferenceArguments)
     (data, run, training, model, _), settings = parse_training_args(*types, argv=argv)
-    if train_missing_model(model.model_name_or_path, get_config_path(argv), run.accelerate_config):
+    recipe = get_config_path(argv)
+    if train_missing_model(model.model_name_or_path, recipe, run.accelerate_config, data.dataset_name):
         # Its trainer has replaced the state of the processes, which `training` holds: parse again.
         (data, run, training, model, _), settings = parse_training_args(*types, argv=argv)
 

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}
     results["settings"] = asdict(data) | asdict(reward) | asdict(args) | used
     samples = columns_to_rows(samples)
-    print(args.describe_reference() + format_table(results) + "\n" + format_samples(samples[:3]))
+    print(args.describe_reference() + format_table(results) + format_samples(samples[: args.show_samples]))
     save_evaluation(output_dir, results, samples=samples, pairs=columns_to_rows(pairs))
     print(f"\n{summarize_results(results)}\nReport: {write_report(output_dir.parent, output_dir)}")
     print(f"Next, talk to it: {suggest_command('playground', args.model_name_or_path)}")

@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     check_settings(folder / "frontier.json", settings)
     measured = frontier.read_finished_runs(folder)
     missing = [run for run in frontier.plan_runs(args) if run.name not in measured]
-    print(f"{len(missing)} runs to make and {len(measured)} made before, in {folder}.", flush=True)
+    names = f" ({', '.join(run.name for run in missing)})" if missing else ""
+    print(f"{len(missing)} runs to train{names}, {len(measured)} already done; logs: {folder}/*.log", flush=True)
     baselines = measure.measure_reference(args.best_of)
 
     failed: list[dict[str, str]] = []

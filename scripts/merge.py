@@ -11,11 +11,12 @@ import os
 import shutil
 from dataclasses import dataclass
 
+from huggingface_hub import ModelCard
 from transformers.hf_argparser import HfArg
 
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
-from tinydpo.files import check_output_folder, write_json
+from tinydpo.files import check_output_folder, public_name, write_json
 from tinydpo.models.loading import ADAPTER_CONFIG, find_adapter, load_tokenizer, merge_adapter
 from tinydpo.models.stop_tokens import reset_generation_config
 from tinydpo.run_folder import RunFolder
@@ -58,6 +59,11 @@ def main(argv: list[str] | None = None) -> None:
                 shutil.copy(file, unfinished)
         if run.is_started:  # what marks the model as whole; a checkpoint has no results of its own
             write_json(RunFolder(unfinished).results_file, RunFolder(adapter).read_results())
+        if run.card_file.is_file():
+            card = ModelCard.load(run.card_file)
+            card.data.library_name = "transformers"
+            card.text = card.text.replace(public_name(str(run.path)), public_name(str(output)))
+            card.save(unfinished / run.card_file.name)
         os.replace(unfinished, output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

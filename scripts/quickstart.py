@@ -22,8 +22,8 @@ RECIPE = os.path.relpath(Path(__file__).parent.parent / "recipes/quickstart")
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="SFT, DPO and evaluation on the toy task.", allow_abbrev=False)
-    parser.add_argument("--seed", type=int, default=0, help="of the data, the models and the samples")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the data, the models and the samples.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="Folder for all of it.")
     args = parser.parse_args(argv)
 
     # These take seconds to import: only once the flags are known to be right.
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     run(
         "evaluate", "--config", f"{RECIPE}/evaluate.yaml", "--model_name_or_path", runs / "sft",
         "--ref_model_name_or_path", runs / "base", "--output_dir", runs / "evaluation-sft", "--num_prompts", 128,
+        "--show_samples", 0,
         *common,
     )  # fmt: skip
     run(

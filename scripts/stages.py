@@ -18,7 +18,10 @@ def get_config_path(argv: list[str] | None) -> str | None:
 
 
 def train_missing_model(
-    model_name_or_path: str | None, config_path: str | None, accelerate_config: str | None = None
+    model_name_or_path: str | None,
+    config_path: str | None,
+    accelerate_config: str | None = None,
+    dataset_name: str | list[str] | None = None,
 ) -> bool:
     """Train a missing start model in this process, if a recipe beside `config_path` is known to make it.
 
@@ -30,13 +33,15 @@ def train_missing_model(
         model_name_or_path: the model that the command starts from.
         config_path: the command's own recipe.
         accelerate_config: passed on to the SFT run, which gets no other flag of the command.
+        dataset_name: the command's data. If they are not those of its recipe, nothing is trained.
 
     Returns:
         Whether it trained. A training script must then parse its arguments again: they hold the state of the
         processes, which the SFT's trainer has replaced.
 
     Raises:
-        UserError: the toy task's model is missing, which no recipe alone can make.
+        UserError: the toy task's model is missing, which no recipe alone can make, or the model is missing and the
+            command names other data, on which the user may want SFT or none.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -54,6 +59,15 @@ def train_missing_model(
         return False
     if recipe_name == "quickstart":
         raise UserError(f"{model} is not there or not finished; `make quickstart` makes it, with its data")
+    if (
+        not run.is_started
+        and dataset_name
+        and as_list(dataset_name) != as_list(read_yaml(config_path).get("dataset_name"))
+    ):
+        raise UserError(
+            f"{model} is not there; start from another model with --model_name_or_path, or train this one on the same "
+            f'data first: make sft RECIPE={recipe.parent} ARGS="--dataset_name {" ".join(as_list(dataset_name))}"'
+        )
     argv = ["--config", str(recipe)]
     state = "not there"
     if run.is_started:  # maybe with flags beside the recipe

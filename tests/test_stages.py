@@ -36,6 +36,15 @@ def test_dpo_trains_its_missing_sft_once(recipes: Path, task: Path, tiny_model: 
     assert not train_missing_model("runs/mine/sft", "recipes/mine/dpo.yaml"), "a finished SFT is trained again"
 
 
+def test_other_data_on_the_command_line_are_not_mixed_with_the_recipes(recipes: Path):
+    """Nobody with rows of their own wants an SFT of the recipe's data first, of hours and without a question."""
+    with pytest.raises(
+        UserError, match=r"--model_name_or_path.*make sft RECIPE=recipes/mine .*--dataset_name my.jsonl"
+    ):
+        dpo.main(["--config", "recipes/mine/dpo.yaml", "--dataset_name", "my.jsonl"])
+    assert not Path("runs").exists()
+
+
 def test_an_unfinished_sft_is_resumed_with_its_own_flags(recipes: Path, capsys: pytest.CaptureFixture):
     sft.main(["--config", "recipes/mine/sft.yaml", "--learning_rate", "1e-4"])
     results = Path("runs/mine/sft/train_results.json")

@@ -168,7 +168,11 @@ def test_a_frontier_from_end_to_end(
     shutil.rmtree(broken)
     frontier.main(argv)
     out = capsys.readouterr().out
-    assert "1 runs to make and 1 made before" in out and "[1/1]" in out and "about 0 min left" in out
+    assert (
+        "1 runs to train (sigmoid-beta0.1-seed0), 1 already done" in out
+        and "[1/1]" in out
+        and "about 0 min left" in out
+    )
     result = json.loads((folder / "frontier.json").read_text())
     assert [(point["curve"], point["step"]) for point in result["points"]] == [
         (curve, step) for curve in ("DPO", "shuffled labels") for step in (1, 2)
@@ -184,7 +188,7 @@ def test_a_frontier_from_end_to_end(
 
     monkeypatch.setattr(dpo, "main", lambda argv: pytest.fail("a finished run is trained again"))
     frontier.main(argv)
-    assert "0 runs to make and 2 made before" in capsys.readouterr().out
+    assert "0 runs to train, 2 already done" in capsys.readouterr().out
     assert json.loads((folder / "frontier.json").read_text())["points"] == result["points"], "other runs are lost"
 
     train = tmp_path / "data/train.jsonl"

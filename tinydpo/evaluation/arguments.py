@@ -104,6 +104,7 @@ class EvaluateArguments(RowArguments, ComparisonArguments, SamplingArguments):
     """How policy and reference are compared."""
 
     beta: float = HfArg(default=0.1, help="β of the implicit reward and the DPO loss.")
+    show_samples: int = HfArg(default=3, help="Prompts to print with both answers; all are in samples.jsonl.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -60,7 +60,9 @@ def write_report(folder: Path, evaluation: Path | None = None) -> Path:
         "report/templates/page.html",
         name=folder.resolve().name,
         notice=CONTENT_NOTICE if _shows_hh([results, frontier, winrate], runs) else "",
+        compared=describe_models(results) if results else "",
         summary=summarize_results(results) if results else "",
+        evaluations=collect_evaluations(folder),
         made=[describe_training(title, run) for title, run in runs.items() if "date" in run.read_environment()],
         is_toy_task="tinydpo.toy_task.gold_reward" in (results.get("settings", {}).get("reward_funcs") or ()),
         head=[row for label in HEAD for row in rows if row.label == label] + _select_judged(winrate),
@@ -128,6 +130,23 @@ def _find_runs(folder: Path, results: dict[str, Any]) -> dict[str, RunFolder]:
 def _shows_hh(results: Sequence[dict[str, Any]], runs: dict[str, RunFolder]) -> bool:
     settings = [one.get("settings", {}) for one in results] + [run.read_config() for run in runs.values()]
     return any(is_hh(source.name) for one in settings for source in list_sources(one))
+
+
+def describe_models(results: dict[str, Any]) -> str:
+    """Which policy an evaluation compared with which reference, without local paths."""
+    settings = results["settings"]
+    policy, reference = (public_name(settings[f"{role}model_name_or_path"]) for role in ("", "ref_"))
+    return f"{policy} against {reference}, β {results['beta']:g}"
+
+
+def collect_evaluations(folder: Path) -> dict[str, list[Row]]:
+    """The main figures of every evaluation in a recipe's run folder, by the models that it compared."""
+    evaluations = {}
+    for path in sorted(folder.glob("*/eval_results.json")):
+        results = read_json(path, "pairs", "reward_accuracy", "settings")
+        rows = headline_rows(results)
+        evaluations[describe_models(results)] = [row for label in HEAD for row in rows if row.label == label]
+    return evaluations
 
 
 def describe_training(title: str, run: RunFolder) -> str:

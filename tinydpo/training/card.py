@@ -49,6 +49,7 @@ def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], l
         data,
         template_path=TEMPLATE,
         title=f"{run.path.parent.name}/{run.path.name}",
+        path=public_name(str(run.path)),
         stage=prepared.stage,
         run=settings,
         names={name: public_name(name) for name in used},
