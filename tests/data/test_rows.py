@@ -159,7 +159,6 @@ def test_tools_and_options_as_json_strings(tiny_tokenizer: Any):
 BROKEN = {
     "cut JSON": (b'{"chosen": "a\n', 'expected one JSON object, found \'{"chosen": "a\''),
     "a list": (b'["a", "b"]\n', "expected a JSON object with keys, found a list"),
-    "endless nesting": (b"[" * 100_000 + b"\n", "expected one JSON object"),
     "half a character": (b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "b"}\n', "found half of a character"),
     "other keys": ({"question": "a", "answer": "b"}, "found 'question', 'answer'; --column names other columns"),
     "no pair": ({"prompt": PROMPT, "completion": " a"}, "found one answer alone, which only SFT can use"),
