@@ -25,9 +25,9 @@ from tinydpo.data.pairs import load_split
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import report_errors
 from tinydpo.evaluation import metrics
-from tinydpo.evaluation.arguments import EvaluateArguments
+from tinydpo.evaluation.arguments import EvaluateArguments, RewardArguments
 from tinydpo.evaluation.results import columns_to_rows, save_evaluation
-from tinydpo.evaluation.rewards import RewardArguments, load_rewards, score_answers, score_pairs
+from tinydpo.evaluation.rewards import load_rewards, score_answers, score_pairs
 from tinydpo.evaluation.sampling import Answers, prepare_prompts, sample_cached
 from tinydpo.evaluation.table import format_samples, format_table, summarize_results
 from tinydpo.files import check_output_folder

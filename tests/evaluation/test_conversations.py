@@ -12,7 +12,8 @@ from judge_server import judge_server
 from toys import CHATML, GEMMA, say, steer, write_family, write_reward_model, write_rows
 from transformers import AutoTokenizer
 
-from tinydpo.evaluation.rewards import RewardArguments, load_rewards
+from tinydpo.evaluation.arguments import RewardArguments
+from tinydpo.evaluation.rewards import load_rewards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = [[say("system", "Be kind."), say("user", f"What goes into soup {i}?")] for i in range(4)]

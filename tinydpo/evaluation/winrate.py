@@ -8,7 +8,6 @@ import numpy as np
 from transformers.hf_argparser import HfArg
 
 from tinydpo.evaluation.arguments import ComparisonArguments
-from tinydpo.evaluation.judge import get_outcome
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 from tinydpo.evaluation.table import Estimate, Row, format_interval, format_rows
 from tinydpo.files import public_name
@@ -34,6 +33,15 @@ def cut_answers(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> list[s
     """Answers cut to the tokens that a sampled one may have; the dataset's whole answers would have an advantage."""
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
     return tokenizer.batch_decode([answer[:max_tokens] for answer in ids], skip_special_tokens=True)
+
+
+def get_outcome(as_a: str, as_b: str) -> float | None:
+    """1 if an answer, shown as A and then as B, wins in both orders, 0 if it loses in both; None if one is invalid."""
+    if "invalid" in (as_a, as_b):
+        return None
+    if (as_a, as_b) == ("A", "B"):
+        return 1.0
+    return 0.0 if (as_a, as_b) == ("B", "A") else 0.5  # a tie, or the verdict changes with the order
 
 
 def summarize_verdicts(
