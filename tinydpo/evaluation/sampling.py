@@ -18,7 +18,6 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 from trl.trainer.utils import hash_module, pad
 
 from tinydpo.data.fitting import get_bos_ids, tokenize_prompts
@@ -141,12 +140,7 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
     # an instruct model's min_p …), and then the samples are not the policy's.
     checkpoint_config = model.generation_config
     model.generation_config = config
-    # `generate` drops a mask that hides nothing, and the model then warns that it has none.
-    logger = logging.get_logger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         model.generation_config = checkpoint_config
-        logger.setLevel(level)

@@ -76,11 +76,10 @@ def headline_rows(results: dict[str, Any]) -> list[Row]:
     """The figures of `eval_results.json`, in the order to read them in."""
     settings = results["settings"]
     reward = RewardArguments(settings.get("reward_funcs"), settings.get("reward_model_name_or_path"))
-    samples_are_own = (settings["temperature"], settings["top_k"], settings["top_p"]) == (1, 0, 1)
     values = results | {
         "room": settings["max_length"] // 2,
         "reward_name": reward.name(),
-        "kl_warning": "" if samples_are_own else KL_WARNING,
+        "kl_warning": "" if has_own_samples(settings) else KL_WARNING,
     }
     rows = []
     for name, label, chance, meaning in FIGURES:
@@ -98,6 +97,11 @@ def headline_rows(results: dict[str, Any]) -> list[Row]:
                 meaning = f"{label} over {figures['pairs']} pairs of {subset}"
                 rows.append(make_row(figures, name, f"… {subset[:20]}", meaning, chance))
     return rows
+
+
+def has_own_samples(settings: dict[str, Any]) -> bool:
+    """Whether answers were sampled from the policy's own distribution: others give no estimate of its KL."""
+    return (settings["temperature"], settings["top_k"], settings["top_p"]) == (1, 0, 1)
 
 
 def make_row(results: dict[str, Any], name: str, label: str, meaning: str, chance: float | None = None) -> Row:
@@ -138,8 +142,7 @@ def format_table(results: dict[str, Any]) -> str:
 def summarize_results(results: dict[str, Any]) -> str:
     """What an evaluation says: has the policy learned, how far is it from its reference, do its answers end?"""
     sentences = [summarize_accuracy(results["reward_accuracy"], results["pairs"])]
-    settings = results["settings"]
-    if (settings["temperature"], settings["top_k"], settings["top_p"]) == (1, 0, 1):  # else the samples give no KL
+    if has_own_samples(results["settings"]):
         sentences.append(f"It is {results['kl_per_sequence']:.1f} nats from its reference.")
     policy, ref = (results[f"ended_{role}"] for role in ("policy", "ref"))
     sentences.append(f"{policy:.0%} of its answers end by themselves (of the reference's: {ref:.0%}).")
