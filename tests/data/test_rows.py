@@ -29,16 +29,14 @@ from tinydpo.data.pairs import load_pairs
 from tinydpo.data.rows import BrokenRow, read_row, split_dialogues
 from tinydpo.errors import UserError
 
-FORMS = {
+FORMS = {  # beside those of the documentation's table, which test_your_own_data.py reads
     "whole dialogues": HH,
     "prompt and texts": {"prompt": PROMPT, "chosen": " Well.", "rejected": " Bad, very bad."},
     "messages with a prompt": MESSAGES,
-    "whole conversations": {"chosen": TURNS + GOOD, "rejected": TURNS + BAD},
     "whole conversations beside a prompt": {"prompt": "Hi!", "chosen": TURNS + GOOD, "rejected": TURNS + BAD},
     "whole conversations beside a null prompt": {"prompt": None, "chosen": TURNS + GOOD, "rejected": TURNS + BAD},
     "one message each": {"messages": TURNS, "chosen": GOOD[0], "rejected": BAD[0]},
     "messages as JSON strings": {name: json.dumps(value) for name, value in MESSAGES.items()},
-    "OpenAI's": {"input": {"messages": TURNS}, "preferred_output": GOOD, "non_preferred_output": BAD},
 }
 
 

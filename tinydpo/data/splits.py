@@ -84,9 +84,7 @@ def _label_sources(sources: list[Source]) -> list[str]:
     if len(sources) == 1:
         return [""]
     short = [Path(source.data_dir or source.name).name.split(".")[0] for source in sources]
-    full = ["/".join(filter(None, (source.name.rstrip("/"), source.data_dir))) for source in sources]
-    if len(set(full)) < len(full):
-        raise UserError(f"dataset_name has {max(full, key=full.count)} twice; name it once")
+    full = ["/".join(filter(None, (source.name.rstrip("/"), source.config, source.data_dir))) for source in sources]
     return short if len(set(short)) == len(short) else full
 
 
