@@ -80,20 +80,6 @@ def test_answer_without_words_is_dropped(template: str | None, tiny_tokenizer: A
     assert split.summary["dropped"] == {"empty completion": 1}
 
 
-def test_end_token_comes_back_where_the_answer_is_whole(tiny_tokenizer: Any, tmp_path: Path):
-    row = {**MESSAGES, "rejected": [{"role": "assistant", "content": "no " * 200}]}
-    for template in (None, CHATML, ALTERNATING):
-        tokenizer = with_template(tiny_tokenizer, template)
-        pair = load_train(tmp_path, tokenizer, row).pairs[0]
-        end = tokenizer.eos_token_id
-        assert pair["chosen_ids"][-1] == end and pair["chosen_ids"].count(end) == 1, "a whole answer must end, once"
-        assert end not in pair["rejected_ids"], "a cut answer ends as if it were whole"
-        assert len(pair["prompt_ids"] + pair["rejected_ids"]) == 128, "the cut answer does not fill the budget"
-    start = tokenizer.decode(pair["prompt_ids"])
-    rendered = "<|start|>[INST] Hi! [/INST] Hello.<|endoftext|>[INST] How are you? [/INST]"
-    assert rendered.endswith(start), "the prompt's tokens are not the template's text"
-
-
 BESIDE = {"system": "Be brief.", "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
 
 

@@ -31,6 +31,7 @@ from tinydpo.evaluation.winrate import (
     length_controlled_rate,
     summarize_verdicts,
 )
+from tinydpo.files import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = "sk-secret-of-the-test"
@@ -387,7 +388,7 @@ def test_the_script_from_end_to_end(task: Path, policy: Path, tmp_path: Path, ca
 def test_judge_is_judged_by_the_labels_first(
     task: Path, policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    rows = [json.loads(line) for line in (task / "data/test.jsonl").read_text().splitlines()]
+    rows = read_jsonl(task / "data/test.jsonl")
     labels = {tuple(row[side].rpartition("Assistant:")[2].strip() for side in ("chosen", "rejected")) for row in rows}
 
     def prefer_chosen(question: str, _: int) -> str:

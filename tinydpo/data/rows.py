@@ -227,8 +227,10 @@ def _find_answers(row: dict[str, Any]) -> dict[str, Any]:
 def _parse_conversation(prompt: Any, answers: dict[str, list]) -> tuple[list[Message], dict[str, list[Message]]]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    prompt = _normalize_messages("prompt", prompt or [])
-    answers = {name: _normalize_messages(name, messages) for name, messages in answers.items()}
+    if not isinstance(prompt, list | None):
+        raise BrokenRow(f"expected 'prompt' to be a string or a list of messages, found {describe_type(prompt)}")
+    prompt = [_normalize_message("prompt", message) for message in prompt or []]
+    answers = {name: [_normalize_message(name, message) for message in answers[name]] for name in answers}
     if not prompt or any(not messages or messages[0]["role"] != "assistant" for messages in answers.values()):
         # The answers are whole conversations; a `prompt` column only repeats how they begin.
         prompt, answers = _split_conversations(answers)
@@ -256,14 +258,8 @@ def _split_conversations(answers: dict[str, list[Message]]) -> tuple[list[Messag
     )
 
 
-def _normalize_messages(column: str, messages: Any) -> list[Message]:
-    """The messages of a column, each with text as its content, or null where it only calls tools."""
-    if not isinstance(messages, list):
-        raise BrokenRow(f"expected {column!r} to be a string or a list of messages, found {describe_type(messages)}")
-    return [_normalize_message(column, message) for message in messages]
-
-
 def _normalize_message(column: str, message: Any) -> Message:
+    """A message with text as its content, or null where it only calls tools."""
     expected = f"expected {column!r} to hold messages with the strings 'role' and 'content'"
     if not isinstance(message, dict):
         raise BrokenRow(f"{expected}, found {describe_type(message)}")

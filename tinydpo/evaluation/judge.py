@@ -205,21 +205,23 @@ class Judge:
 
     async def _create_completion(self, client: Any, question: str) -> Any:
         """Ask with the settings of `INSTEAD`; one that the judge refuses is replaced from then on."""
+        model = self.args.judge_model
         messages = [{"role": "user", "content": question}]
-        while True:
-            options = dict(self._options)
-            try:
-                return await client.chat.completions.create(model=self.args.judge_model, messages=messages, **options)
-            except openai.BadRequestError as error:
-                complaint = f"{error.param} {error.message}"
-                refused = next((name for name in INSTEAD if name in options and name in complaint), None)
-                if refused is None:
-                    raise
-                if refused in self._options:  # else another question has met the same refusal
-                    del self._options[refused]
-                    self._options |= INSTEAD[refused]
-                    instead = ", ".join(INSTEAD[refused]) or "its default"
-                    print_stderr(f"{self.args.judge_model} refuses {refused}; asking with {instead} instead.")
+        options = dict(self._options)
+        try:
+            return await client.chat.completions.create(model=model, messages=messages, **options)
+        except openai.BadRequestError as error:
+            complaint = f"{error.param} {error.message}"
+            refused = next((name for name in INSTEAD if name in options and name in complaint), None)
+            if refused is None:
+                raise
+            if refused in self._options:  # else another question has met the same refusal
+                del self._options[refused]
+                self._options |= INSTEAD[refused]
+                print_stderr(
+                    f"{model} refuses {refused}; asking with {', '.join(INSTEAD[refused]) or 'its own'} instead."
+                )
+        return await self._create_completion(client, question)
 
     def _describe_error(self, error: Exception) -> str:
         """What went wrong, as the rest of a sentence that begins with the judge."""
