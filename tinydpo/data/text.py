@@ -138,7 +138,9 @@ def _check_template(row: ParsedRow, template: str, tokenizer: Any) -> None:
     needed = {"tools": row.tools, "tool_calls": any(message.get("tool_calls") for message in messages)}
     for name, is_used in needed.items():
         if is_used and name not in template:
-            raise BrokenRow(f"expected messages and a chat template that writes {name!r}, found texts or no such one")
+            raise BrokenRow(
+                f"expected messages and a chat template that writes {name!r}, found texts or a model without such a one"
+            )
     for role in dict.fromkeys(message["role"] for message in messages):
         if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
             raise BrokenRow(
@@ -149,12 +151,13 @@ def _check_template(row: ParsedRow, template: str, tokenizer: Any) -> None:
         for mark in ("weight", "train"):  # OpenAI's and axolotl's
             if message.get(mark) == 0:  # or false
                 raise BrokenRow(f"expected an answer to learn, found a message marked {mark!r}: {message[mark]}")
-    # A row may set what the template asks for, but no argument of `apply_chat_template`, such as another template.
-    arguments = inspect.signature(tokenizer.apply_chat_template).parameters
-    reserved = {"messages", *arguments, *tokenizer.special_tokens_map}
-    unread = [name for name in row.template_options if name in reserved or name not in template]
-    row.notes += [f"column 'chat_template_kwargs.{name}' is not read" for name in unread]
-    row.template_options = {name: value for name, value in row.template_options.items() if name not in unread}
+    if row.template_options:
+        # A row may set what the template asks for, but no argument of `apply_chat_template`, such as another template.
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters
+        reserved = {"messages", *arguments, *tokenizer.special_tokens_map}
+        unread = [name for name in row.template_options if name in reserved or name not in template]
+        row.notes += [f"column 'chat_template_kwargs.{name}' is not read" for name in unread]
+        row.template_options = {name: value for name, value in row.template_options.items() if name not in unread}
 
 
 def _render_texts(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:

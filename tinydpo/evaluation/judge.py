@@ -301,7 +301,7 @@ def measure_agreement(verdicts: Sequence[tuple[str, str]]) -> dict[str, Any]:
     `agreement` is the share of valid pairs whose chosen answer the judge prefers (ties half, as in a win rate), and
     `turned_share` the share of those on which the verdict changes with the order.
     """
-    valid = [pair for pair in verdicts if get_outcome(*pair) is not None]
+    valid = [pair for pair in verdicts if "invalid" not in pair]
     outcomes = [get_outcome(*pair) for pair in valid]
     return {
         "pairs": len(verdicts),
