@@ -139,7 +139,7 @@ def _check_template(row: ParsedRow, template: str, tokenizer: Any) -> None:
     for name, is_used in needed.items():
         if is_used and name not in template:
             raise BrokenRow(
-                f"expected messages and a chat template that writes {name!r}, found texts or a model without such a one"
+                f"expected messages and a chat template that writes {name!r}, found texts or a model without one"
             )
     for role in dict.fromkeys(message["role"] for message in messages):
         if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
