@@ -25,9 +25,9 @@ from tinydpo.data.pairs import load_split
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import report_errors
 from tinydpo.evaluation import metrics
-from tinydpo.evaluation.arguments import EvaluateArguments
-from tinydpo.evaluation.results import columns_to_rows, save_evaluation
-from tinydpo.evaluation.rewards import RewardArguments, load_rewards, score_answers, score_pairs
+from tinydpo.evaluation.arguments import EvaluateArguments, RewardArguments
+from tinydpo.evaluation.results import save_evaluation
+from tinydpo.evaluation.rewards import load_rewards, score_answers, score_pairs
 from tinydpo.evaluation.sampling import Answers, prepare_prompts, sample_cached
 from tinydpo.evaluation.table import format_samples, format_table, summarize_results
 from tinydpo.files import check_output_folder
@@ -79,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
 
     used = {"num_prompts": len(prompts), "dtype": str(dtype).removeprefix("torch.")}
     results["settings"] = asdict(data) | asdict(reward) | asdict(args) | used
-    samples = columns_to_rows(samples)
+    samples = Dataset.from_dict(samples).to_list()
     print(args.describe_reference() + format_table(results) + format_samples(samples[: args.show_samples]))
-    save_evaluation(output_dir, results, samples=samples, pairs=columns_to_rows(pairs))
+    save_evaluation(output_dir, results, samples=samples, pairs=Dataset.from_dict(pairs).to_list())
     print(f"\n{summarize_results(results)}\nReport: {write_report(output_dir.parent, output_dir)}")
     print(f"Next, talk to it: {suggest_command('playground', args.model_name_or_path)}")
 

@@ -17,8 +17,9 @@ from tinydpo.config.launch import get_dtype, pick_device_and_dtype
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation import frontier
+from tinydpo.evaluation.arguments import RewardArguments
 from tinydpo.evaluation.results import check_settings
-from tinydpo.evaluation.rewards import RewardArguments, load_rewards
+from tinydpo.evaluation.rewards import load_rewards
 from tinydpo.files import check_output_folder, write_json
 from tinydpo.models.loading import load_model
 from tinydpo.report.figures import draw_frontier

@@ -14,6 +14,8 @@ from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArgum
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import report_errors
 
+FEW_PAIRS = 100  # with that many, an accuracy of 60 % is just told from chance
+
 
 @dataclass
 class InspectArguments:
@@ -49,6 +51,13 @@ def main(argv: list[str] | None = None) -> None:
         measures = measure_split(split, tokenizer, look.max_length)
         print(describe_split(name, split, measures, tokenizer, look.max_length, look.examples), end="\n\n")
         figures[name] = split.summary | measures
+    held_out = splits["test"].summary["pairs_kept"]
+    if held_out < FEW_PAIRS:
+        share = min(0.5, FEW_PAIRS / (held_out + splits["train"].summary["pairs_kept"]))
+        print(
+            f"{held_out} held-out pairs will rarely tell an accuracy from chance; if they are drawn from the training "
+            f"data, pass --test_split_size {share:.2g} to every stage."
+        )
     if look.json:
         write_json(Path(look.json), figures)
         print(f"The figures are in {look.json}.")

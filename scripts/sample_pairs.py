@@ -13,8 +13,9 @@ from tinydpo.config.recipe import parse_args
 from tinydpo.data.pairs import load_split
 from tinydpo.errors import report_errors
 from tinydpo.evaluation import on_policy
+from tinydpo.evaluation.arguments import RewardArguments
 from tinydpo.evaluation.results import check_settings, write_jsonl
-from tinydpo.evaluation.rewards import RewardArguments, load_rewards
+from tinydpo.evaluation.rewards import load_rewards
 from tinydpo.evaluation.sampling import prepare_prompts
 from tinydpo.files import check_output_folder, write_atomic, write_json
 from tinydpo.models.loading import check_model, load_model, load_tokenizer

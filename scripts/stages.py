@@ -59,11 +59,8 @@ def train_missing_model(
         return False
     if recipe_name == "quickstart":
         raise UserError(f"{model} is not there or not finished; `make quickstart` makes it, with its data")
-    if (
-        not run.is_started
-        and dataset_name
-        and as_list(dataset_name) != as_list(read_yaml(config_path).get("dataset_name"))
-    ):
+    recipes_data = as_list(read_yaml(config_path).get("dataset_name"))
+    if dataset_name and as_list(dataset_name) != recipes_data and not run.is_started:
         raise UserError(
             f"{model} is not there; start from another model with --model_name_or_path, or train this one on the same "
             f'data first: make sft RECIPE={recipe.parent} ARGS="--dataset_name {" ".join(as_list(dataset_name))}"'

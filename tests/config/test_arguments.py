@@ -266,7 +266,9 @@ def test_a_policys_run_gives_the_defaults(policy):
 def test_another_reference_is_named(policy):
     assert evaluated(policy)[0].describe_reference() == ""
     line = evaluated([*policy, "--ref_model_name_or_path", "org/sft"])[0].describe_reference()
-    assert "org/sft" in line and "was trained from org/start" in line, "KL and rewards look like those of the training"
+    assert "org/sft" in line and "that of the run was org/start" in line, (
+        "KL and rewards look like those of the training"
+    )
 
 
 def test_recipe_and_command_line_win_over_the_policys_run(policy, recipe):

@@ -124,10 +124,9 @@ def test_special_tokens_in_a_plain_text_stay_text(gpt2_tokenizer: Any):
     assert end in templated["prompt_ids"], "special tokens that a chat template writes are read as plain text"
 
 
-@pytest.mark.parametrize("name", ["Unigram", "WordLevel", "BPE that ignores merges"])
-def test_text_that_cannot_stay_text_is_refused(name: str):
-    """Where special tokens stand in the model's own vocabulary, their text gives them."""
-    tokenizer = IN_VOCABULARY[name]()
+def test_text_that_cannot_stay_text_is_refused():
+    """Unigram's special tokens are in the model's own vocabulary: their text gives them."""
+    tokenizer = metaspace()
     for row in (
         {"prompt": "How are </s> you?", "chosen": " Well.", "rejected": " Bad."},
         {"prompt": "How are you?", "chosen": " Well. </s> Bad.", "rejected": " Bad."},
@@ -136,11 +135,7 @@ def test_text_that_cannot_stay_text_is_refused(name: str):
         with pytest.raises(BrokenRow, match="expected text without special tokens, found '</s>'"):
             render(row, tokenizer)
     unknown = {"prompt": "How are you? 漢", "chosen": " Well.", "rejected": " Bad."}
-    assert render(unknown, tokenizer)["prompt"] == unknown["prompt"], (
-        "an unknown character is taken for a special token"
-    )
-    spelled = {**unknown, "chosen": " </s > and <s"}
-    assert render(spelled, tokenizer)["chosen"] == spelled["chosen"], "text that gives no special token is refused"
+    assert render(unknown, tokenizer)["prompt"] == unknown["prompt"], "an unknown character is refused"
 
 
 def test_pairs_without_signal_are_named():
@@ -243,20 +238,6 @@ def byte_level(prefix_space: bool) -> PreTrainedTokenizerFast:
     return train(backend, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet))
 
 
-def from_vocabulary(kind: str) -> PreTrainedTokenizerFast:
-    vocabulary = {name: i for i, name in enumerate([*SPECIAL, *"HowareyuWlBd?.<>/"])}
-    word_level = models.WordLevel(vocabulary, unk_token="<unk>")
-    bpe = models.BPE(vocabulary, [], unk_token="<unk>", ignore_merges=True)
-    backend = Tokenizer(word_level if kind == "WordLevel" else bpe)
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-IN_VOCABULARY = {
-    "Unigram": metaspace,
-    "WordLevel": lambda: from_vocabulary("WordLevel"),
-    "BPE that ignores merges": lambda: from_vocabulary("BPE"),
-}
 TOKENIZERS = {
     "Metaspace": metaspace,
     "Llama's normalizer": llama,

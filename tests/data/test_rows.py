@@ -29,16 +29,14 @@ from tinydpo.data.pairs import load_pairs
 from tinydpo.data.rows import BrokenRow, read_row, split_dialogues
 from tinydpo.errors import UserError
 
-FORMS = {
+FORMS = {  # beside those of the documentation's table, which test_your_own_data.py reads
     "whole dialogues": HH,
     "prompt and texts": {"prompt": PROMPT, "chosen": " Well.", "rejected": " Bad, very bad."},
     "messages with a prompt": MESSAGES,
-    "whole conversations": {"chosen": TURNS + GOOD, "rejected": TURNS + BAD},
     "whole conversations beside a prompt": {"prompt": "Hi!", "chosen": TURNS + GOOD, "rejected": TURNS + BAD},
     "whole conversations beside a null prompt": {"prompt": None, "chosen": TURNS + GOOD, "rejected": TURNS + BAD},
     "one message each": {"messages": TURNS, "chosen": GOOD[0], "rejected": BAD[0]},
     "messages as JSON strings": {name: json.dumps(value) for name, value in MESSAGES.items()},
-    "OpenAI's": {"input": {"messages": TURNS}, "preferred_output": GOOD, "non_preferred_output": BAD},
 }
 
 
@@ -159,7 +157,6 @@ def test_tools_and_options_as_json_strings(tiny_tokenizer: Any):
 BROKEN = {
     "cut JSON": (b'{"chosen": "a\n', 'expected one JSON object, found \'{"chosen": "a\''),
     "a list": (b'["a", "b"]\n', "expected a JSON object with keys, found a list"),
-    "endless nesting": (b"[" * 100_000 + b"\n", "expected one JSON object"),
     "half a character": (b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "b"}\n', "found half of a character"),
     "other keys": ({"question": "a", "answer": "b"}, "found 'question', 'answer'; --column names other columns"),
     "no pair": ({"prompt": PROMPT, "completion": " a"}, "found one answer alone, which only SFT can use"),

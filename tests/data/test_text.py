@@ -65,6 +65,9 @@ def test_what_a_chat_template_would_garble_or_leave_out_is_refused(tiny_tokenize
     end = tokenizer.eos_token
     with pytest.raises(BrokenRow, match="without special tokens, found"):
         render({**MESSAGES, "rejected": [{"role": "assistant", "content": f"Bad.{end}"}]}, tokenizer)
+    with pytest.raises(BrokenRow, match="without special tokens, found"):
+        dated = with_template(tiny_tokenizer, "{{ date }}" + CHATML)
+        render({**MESSAGES, "chat_template_kwargs": {"date": dated.eos_token}}, dated)
     users_only = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(BrokenRow, match="writes system messages"):
         render({**MESSAGES, "prompt": [SYSTEM, *TURNS]}, with_template(tiny_tokenizer, users_only))
@@ -75,20 +78,6 @@ def test_answer_without_words_is_dropped(template: str | None, tiny_tokenizer: A
     row = {**MESSAGES, "rejected": [{"role": "assistant", "content": ""}]}
     split = load_train(tmp_path, with_template(tiny_tokenizer, template), row, MESSAGES)
     assert split.summary["dropped"] == {"empty completion": 1}
-
-
-def test_end_token_comes_back_where_the_answer_is_whole(tiny_tokenizer: Any, tmp_path: Path):
-    row = {**MESSAGES, "rejected": [{"role": "assistant", "content": "no " * 200}]}
-    for template in (None, CHATML, ALTERNATING):
-        tokenizer = with_template(tiny_tokenizer, template)
-        pair = load_train(tmp_path, tokenizer, row).pairs[0]
-        end = tokenizer.eos_token_id
-        assert pair["chosen_ids"][-1] == end and pair["chosen_ids"].count(end) == 1, "a whole answer must end, once"
-        assert end not in pair["rejected_ids"], "a cut answer ends as if it were whole"
-        assert len(pair["prompt_ids"] + pair["rejected_ids"]) == 128, "the cut answer does not fill the budget"
-    start = tokenizer.decode(pair["prompt_ids"])
-    rendered = "<|start|>[INST] Hi! [/INST] Hello.<|endoftext|>[INST] How are you? [/INST]"
-    assert rendered.endswith(start), "the prompt's tokens are not the template's text"
 
 
 BESIDE = {"system": "Be brief.", "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
@@ -130,16 +119,9 @@ def test_tool_turns_of_openai(tiny_tokenizer: Any):
     assert "None" not in pair["prompt"] and pair["chosen"] == "Well.", "a message that only calls a tool says None"
     alone = render({"messages": [*turns, *GOOD]}, thinking, need_pairs=False)
     assert (alone["prompt"], alone["chosen"]) == (pair["prompt"], pair["chosen"]), "SFT reads tool turns differently"
-
-
-def test_answer_that_calls_a_tool_needs_no_content(tiny_tokenizer: Any):
-    """As TRL and OpenAI write it."""
-    call = {
-        "role": "assistant",
-        "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}],
-    }
-    pair = render({**MESSAGES, "chosen": [call]}, with_template(tiny_tokenizer, THINKING))
-    assert pair["chosen"] == '<call>{"name": "weather", "arguments": {}}</call>', "an answer that calls a tool is lost"
+    del call["content"]
+    pair = render({**MESSAGES, "chosen": [call]}, thinking)
+    assert pair["chosen"].startswith('<call>{"name": "weather"'), "an answer that only calls a tool is lost"
 
 
 @pytest.mark.parametrize("name", ["chat_template", "messages", "eos_token", "tokenize", "add_generation_prompt"])
@@ -150,12 +132,6 @@ def test_a_row_cannot_replace_the_template_or_its_arguments(name: str, tiny_toke
     expected = render({**MESSAGES, "chat_template_kwargs": {"enable_thinking": False}}, thinking)
     assert pair.pop("notes") == [f"column 'chat_template_kwargs.{name}' is not read"]
     assert expected.pop("notes") == [] and pair == expected, f"{name} of a row changes what the model reads"
-
-
-def test_options_of_a_row_are_checked_for_special_tokens(tiny_tokenizer: Any):
-    tokenizer = with_template(tiny_tokenizer, "{{ date }}" + CHATML)
-    with pytest.raises(BrokenRow, match=r"without special tokens, found '<\|endoftext\|>'"):
-        render({**MESSAGES, "chat_template_kwargs": {"date": tokenizer.eos_token}}, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +146,7 @@ def test_chat_writes_texts_as_messages(row: dict[str, str], template: str | None
     expected = render({**MESSAGES, "prompt": turns}, tokenizer)
     assert {name: text[name] for name in expected} == expected, "texts do not become the conversation that they are"
     plain = load_train(tmp_path, tokenizer, row)
-    noted = {"a text is not put into the model's chat template, --chat true does that": 1}
+    noted = {"a plain text, without the model's chat template (--chat true uses it)": 1}
     assert plain.summary["notes"] == (noted if row is TEXTS and template else {}), (
         "texts are trained on without a word"
     )

@@ -1,6 +1,5 @@
 """The toy task: the same data for a seed, honest splits and noise, and a gold reward that ranks sensibly."""
 
-import json
 import math
 from pathlib import Path
 from statistics import mean
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tinydpo.files import read_jsonl
 from tinydpo.toy_task import build_base_model, gold_reward, write_dialogues
 
 BREAD = "\n\nHuman: How do I bake bread? My flat is tiny.\n\nAssistant:"
@@ -17,10 +17,6 @@ GOOD = (
     " Happy to help! First, knead the dough for ten minutes. Then let the loaf rise for two hours. "
     "After that, slash the crust three times. Enjoy!"
 )
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def split(dialogue: str) -> tuple[str, str]:
@@ -42,12 +38,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    build_base_model(folder, read(data / "train.jsonl"), seed=0)
+    build_base_model(folder, read_jsonl(data / "train.jsonl"), seed=0)
     return folder
 
 
 def test_seed_decides_every_byte(data: Path, base: Path, tmp_path: Path):
-    rows = read(data / "train.jsonl")
+    rows = read_jsonl(data / "train.jsonl")
     for seed, is_same in ((0, True), (1, False)):
         folder = tmp_path / str(seed)
         write_dialogues(folder, seed)
@@ -58,7 +54,7 @@ def test_seed_decides_every_byte(data: Path, base: Path, tmp_path: Path):
 
 
 def test_rows_are_whole_dialogues_of_hh(data: Path):
-    rows = read(data / "train.jsonl") + read(data / "test.jsonl")
+    rows = read_jsonl(data / "train.jsonl") + read_jsonl(data / "test.jsonl")
     for row in rows:
         (prompt, chosen), (other_prompt, rejected) = split(row["chosen"]), split(row["rejected"])
         assert prompt == other_prompt, f"the two answers of a pair have different prompts: {row}"
@@ -72,14 +68,14 @@ def test_rows_are_whole_dialogues_of_hh(data: Path):
 def test_no_question_is_both_trained_on_and_held_out(data: Path):
     questions = {}
     for name in ("train", "test"):
-        prompts = [split(row["chosen"])[0] for row in read(data / f"{name}.jsonl")]
+        prompts = [split(row["chosen"])[0] for row in read_jsonl(data / f"{name}.jsonl")]
         questions[name] = [prompt.rpartition("\n\nHuman:")[2] for prompt in prompts]
     assert not set(questions["train"]) & set(questions["test"]), "held-out questions leak into training"
     assert len(set(questions["test"])) == len(questions["test"]) >= 512, "held-out questions repeat"
 
 
 def test_preferences_are_as_noisy_as_bradley_and_terry_say(data: Path):
-    rows = read(data / "train.jsonl") + read(data / "test.jsonl")
+    rows = read_jsonl(data / "train.jsonl") + read_jsonl(data / "test.jsonl")
     margins = [reward(*split(row["chosen"])) - reward(*split(row["rejected"])) for row in rows]
     agreement = mean(margin > 0 for margin in margins)
     expected = mean(1 / (1 + math.exp(-abs(margin))) for margin in margins)
@@ -129,5 +125,5 @@ def test_base_model_is_a_gpt2_whose_budget_fits_the_dialogues(base: Path, data: 
     assert 2e6 < model.num_parameters() < 5e6, f"{model.num_parameters():,} parameters: too slow or too dull"
     assert model.config.vocab_size == len(tokenizer), "ids that the model lacks, or rows that no token uses"
     assert model.config.eos_token_id == tokenizer.eos_token_id, "sampling would not stop at the end token"
-    longest = max(len(tokenizer(row[side])["input_ids"]) for row in read(data / "train.jsonl") for side in row)
+    longest = max(len(tokenizer(row[side])["input_ids"]) for row in read_jsonl(data / "train.jsonl") for side in row)
     assert longest < 128, f"the longest dialogue has {longest} tokens and its end token: quickstart's 128 would cut it"

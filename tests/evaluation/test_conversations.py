@@ -12,7 +12,9 @@ from judge_server import judge_server
 from toys import CHATML, GEMMA, say, steer, write_family, write_reward_model, write_rows
 from transformers import AutoTokenizer
 
-from tinydpo.evaluation.rewards import RewardArguments, load_rewards
+from tinydpo.evaluation.arguments import RewardArguments
+from tinydpo.evaluation.rewards import load_rewards
+from tinydpo.files import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = [[say("system", "Be kind."), say("user", f"What goes into soup {i}?")] for i in range(4)]
@@ -99,7 +101,7 @@ def test_rewards_figures_and_readers_get_turns(
     results = json.loads(Path("run/evaluation/eval_results.json").read_text())
     assert results["ended_policy"] == results["ended_ref"] == 1.0, "answers that have ended count as cut"
     assert results["mean_length_policy"] < 10, "what comes after the end of a turn counts as answer"
-    samples = [json.loads(line) for line in Path("run/evaluation/samples.jsonl").read_text().splitlines()]
+    samples = read_jsonl(Path("run/evaluation/samples.jsonl"))
     assert [sample["prompt"] for sample in samples] == SHOWN, "a conversation is not shown as people read it"
     assert {sample["chosen"] for sample in samples} == {"Gladly! Carrots."}
     shown = json.dumps([{**sample, "pieces": None} for sample in samples]) + capsys.readouterr().out

@@ -32,6 +32,7 @@ from tinydpo.evaluation.frontier import (
     write_run_recipe,
     write_shuffled_data,
 )
+from tinydpo.files import read_jsonl
 from tinydpo.report.figures import draw_frontier
 from tinydpo.training.trainers import FittedDPOTrainer
 
@@ -81,8 +82,8 @@ def test_best_of_n_is_the_mean_over_all_subsets(rewards: list[list[int]]):
 def test_shuffled_labels_exchange_half_of_the_training_pairs_and_no_others(task: Path, tmp_path: Path):
     write_shuffled_data(DataArguments(dataset_name=str(task / "data")), tmp_path)
     for split in ("train", "test"):
-        before = [json.loads(line) for line in (task / f"data/{split}.jsonl").read_text().splitlines()]
-        after = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        before = read_jsonl(task / f"data/{split}.jsonl")
+        after = read_jsonl(tmp_path / f"{split}.jsonl")
         exchanged = 0
         for old, new in zip(before, after, strict=True):
             new = {side: new["prompt"] + new[side] for side in old}

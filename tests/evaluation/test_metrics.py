@@ -123,8 +123,8 @@ def test_single_answer_has_no_interval():
 @pytest.mark.parametrize(
     ("accuracy", "pairs", "expected"),
     [(0.754, 500, "75.4% of 500 held-out pairs (95 % interval 71.4% to 79.0%): better than chance."),
-     (9 / 14, 14, "includes 50 %: inconclusive. About 48 pairs would tell; --test_split_size"),
-     (0.5, 14, "inconclusive. It is"), (0.3, 100, "worse than chance.")],
+     (9 / 14, 14, "includes 50 %: inconclusive. About 48 pairs would tell: to hold out more"),
+     (0.5, 14, "inconclusive. KL"), (0.3, 100, "worse than chance.")],
     ids=["better", "too few pairs", "no difference", "worse"],
 )  # fmt: skip
 def test_the_summary_says_whether_it_worked(accuracy: float, pairs: int, expected: str):
@@ -132,8 +132,8 @@ def test_the_summary_says_whether_it_worked(accuracy: float, pairs: int, expecte
     results = {"reward_accuracy": accuracy, "pairs": pairs, "kl_per_sequence": 3.0, "settings": sampling,
                "ended_policy": 0.11, "ended_ref": 0.56}  # fmt: skip
     summary = summarize_results(results)
-    assert expected in summary and "It is 3.0 nats from its reference." in summary
-    assert "11% of its answers end by themselves (of the reference's: 56%). To keep answers ending" in summary
+    assert expected in summary and "KL from its reference: 3.0 nats." in summary
+    assert "11% of its answers end on their own (reference: 56%). To keep answers ending" in summary
     assert "To keep" not in summarize_results(results | {"ended_policy": 0.5})
     reshaped = results | {"settings": sampling | {"top_k": 50}}
     assert "nats" not in summarize_results(reshaped), "samples that are not the policy's give no KL"

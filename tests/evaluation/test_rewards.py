@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from tinydpo.errors import UserError
-from tinydpo.evaluation.rewards import RewardArguments, load_reward, load_rewards, score_answers
+from tinydpo.evaluation.arguments import RewardArguments
+from tinydpo.evaluation.rewards import load_reward, load_rewards, score_answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,6 @@ from running import run
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
 from tinydpo.errors import UserError
-from tinydpo.evaluation.arguments import EvaluateArguments
 from tinydpo.files import read_jsonl
 from tinydpo.models.loading import load_tokenizer
 
@@ -44,10 +43,3 @@ def test_model_without_a_run_needs_a_reference_and_a_dataset(tiny_model: Path, t
     models += ["--ref_model_name_or_path", str(tiny_model)]
     with pytest.raises(UserError, match="dataset_name is not set"):
         evaluate.main([*models, "--output_dir", str(tmp_path)])
-
-
-@pytest.mark.parametrize("missing", ["model_name_or_path", "output_dir"])
-def test_missing_flag_is_named(missing: str):
-    given = {"model_name_or_path": "dpo", "output_dir": "out"}
-    with pytest.raises(ValueError, match=f"--{missing} is missing"):
-        EvaluateArguments(**given | {missing: None})

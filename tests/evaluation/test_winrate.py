@@ -31,6 +31,7 @@ from tinydpo.evaluation.winrate import (
     length_controlled_rate,
     summarize_verdicts,
 )
+from tinydpo.files import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = "sk-secret-of-the-test"
@@ -152,13 +153,13 @@ def test_a_lasting_fault_keeps_what_was_paid_for(tmp_path: Path):
         assert len(server.questions) == 3, "a half-written line spoils the ones written after it"
 
 
-@pytest.mark.parametrize(("usage", "counted"), [({"prompt_tokens": "7", "completion_tokens": [1]}, 42), ("many", 0)])
-def test_nonsense_in_usage_loses_no_verdict(usage: Any, counted: int, tmp_path: Path):
+@pytest.mark.parametrize("usage", [{"prompt_tokens": "7", "completion_tokens": [1]}, "many"])
+def test_nonsense_in_usage_loses_no_verdict(usage: Any, tmp_path: Path):
     with judge_server(lambda question, _: make_reply(judge_honestly(question)) | {"usage": usage}) as server:
         judge = make_judge(server.url, tmp_path)
         assert ask_about(judge) == HONEST
     tokens = judge.count_tokens()
-    assert (tokens["prompt"], tokens["completion"]) == (counted, 0), "what is no number is counted"
+    assert (tokens["prompt"], tokens["completion"]) == (0, 0), "what is no number is counted"
 
 
 def test_refused_settings_are_left_out_from_then_on(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -387,7 +388,7 @@ def test_the_script_from_end_to_end(task: Path, policy: Path, tmp_path: Path, ca
 def test_judge_is_judged_by_the_labels_first(
     task: Path, policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    rows = [json.loads(line) for line in (task / "data/test.jsonl").read_text().splitlines()]
+    rows = read_jsonl(task / "data/test.jsonl")
     labels = {tuple(row[side].rpartition("Assistant:")[2].strip() for side in ("chosen", "rejected")) for row in rows}
 
     def prefer_chosen(question: str, _: int) -> str:

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_split
-from tinydpo.evaluation.rewards import RewardArguments, load_rewards
+from tinydpo.evaluation.arguments import RewardArguments
+from tinydpo.evaluation.rewards import load_rewards
 
 
 def train(tiny_model: Path, task: Path, folder: Path, *flags: str) -> Path:

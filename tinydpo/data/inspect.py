@@ -89,8 +89,8 @@ def describe_split(
     if "drawn_from" in summary:
         lines.append(f"  drawn from {summary['drawn_from']:,} (--max_{name}_pairs)")
     if summary["notes"]:
-        lines.append(f"  ignored or changed: {_format_notes(summary['notes'])}")
-    lines.append(f"  {'':<24}{'fitted':>16}{f'stock: first {max_length}':>20}")
+        lines.append(f"  notes: {_format_notes(summary['notes'])}")
+    lines.append(f"  {'':<24}{'fitted':>16}{f'plain TRL: {max_length}':>20}")
     kept_counts = [f"{count:,} ({count / pairs:.1%})" for count in (kept, stock["pairs_kept"])]
     for label, ours, theirs in (
         ("pairs kept", *kept_counts),
@@ -99,12 +99,14 @@ def describe_split(
         ("prompt tokens kept", f"{measures['prompt_tokens_kept']:.1%}", ""),
     ):
         lines.append(f"  {label:<24}{ours:>16}{theirs:>20}".rstrip())
+    if summary["templated"] and measures["prompt_tokens_kept"] < 1:
+        lines.append("  cut prompts lose the start of the chat template, such as its system turn: raise --max_length")
     if measures["answers_whole"]:
         shares = [f"{which} {share:.1%}" for which, share in measures["answers_whole"].items()]
-        lines.append(f"  which answers of a pair are whole: {', '.join(shares)}")
+        lines.append(f"  answers that fit uncut: {', '.join(shares)}")
     positions = measures["tokens_per_pair"]
     lines.append(
-        f"  token positions per pair: {positions['padded']:.0f} padded to {max_length}, "
+        f"  tokens computed per pair: {positions['padded']:.0f} padded to {max_length}, "
         f"{positions['unpadded']:.1f} unpadded, {positions['shared_prefix']:.1f} with the prompt once"
     )
     lines.append("  tokens of prompt and longer completion, before fitting:")

@@ -18,7 +18,7 @@ Message = dict[str, Any]
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
-MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "response", "messages")
+MESSAGE_COLUMNS = {"prompt", "chosen", "rejected", "completion", "response", "messages"}
 OPENAI_COLUMNS = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
 USUAL_NAMES = {
     "question": "prompt", "instruction": "prompt", "good": "chosen", "bad": "rejected", "output": "completion",
@@ -65,7 +65,7 @@ def decode_row(record: bytes) -> dict[str, Any]:
     """Decode one JSON object (BrokenRow: it is something else)."""
     try:
         row = json.loads(record)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         preview = record[:30].decode(errors="replace").strip()
         raise BrokenRow(f"expected one JSON object, found {preview!r} ({error})") from None
     if not isinstance(row, dict):
@@ -182,21 +182,20 @@ def _rename(row: dict[str, Any], columns: Mapping[str, str], roles: Mapping[str,
             message["role"] = roles.get(message["role"], message["role"])
         return message
 
-    for name in MESSAGE_COLUMNS:
-        if isinstance(row.get(name), str) and EXPORTED.match(row[name]):
-            row[name] = _decode_conversation(name, row[name])
-        if isinstance(row.get(name), list):
-            row[name] = [rename_message(message) for message in row[name]]
-        elif isinstance(row.get(name), dict):
-            row[name] = rename_message(row[name])
+    for name in MESSAGE_COLUMNS & row.keys():
+        value = row[name]
+        if isinstance(value, str) and EXPORTED.match(value):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise BrokenRow(
+                    f"expected the messages of {name!r} as a list or as JSON, found {value[:40]!r}"
+                ) from None
+        if isinstance(value, dict):  # one message on its own
+            value = [value]
+        if isinstance(value, list):
+            row[name] = [rename_message(message) for message in value]
     return row
-
-
-def _decode_conversation(column: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise BrokenRow(f"expected the messages of {column!r} as a list or as JSON, found {text[:40]!r}") from None
 
 
 def _rename_keys(mapping: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -211,30 +210,30 @@ def _rename_keys(mapping: dict[str, Any], names: Mapping[str, str]) -> dict[str,
 
 
 def _find_answers(row: dict[str, Any]) -> dict[str, Any]:
-    """The answers by their columns, the chosen one first; a message on its own becomes a list of one."""
+    """The answers by their columns, the chosen one first."""
     if "chosen" in row and "rejected" in row:
-        names = ["chosen", "rejected"]
-    elif "prompt" in row and row.get("completion") is not None:
-        names = ["completion"]
-    elif "prompt" in row and row.get("response") is not None:
-        names = ["response"]
-    elif row.get("messages") is not None:
-        names = ["messages"]
-    else:
-        found = ", ".join(map(repr, list(row)[:6])) or "no keys"
-        renames = [f"{name}={USUAL_NAMES[name]}" for name in row if name in USUAL_NAMES] or ["question=prompt"]
-        raise BrokenRow(
-            "expected the keys 'chosen' and 'rejected' (for SFT also 'prompt' and 'completion', or 'messages'), "
-            f"found {found}; --column names other columns, for example --column {' '.join(renames)}"
-        )
-    return {name: [row[name]] if isinstance(row[name], dict) else row[name] for name in names}
+        return {"chosen": row["chosen"], "rejected": row["rejected"]}
+    for name in ("completion", "response", "messages"):
+        if row.get(name) is not None and ("prompt" in row or name == "messages"):
+            return {name: row[name]}
+    for given, missing in (("chosen", "rejected"), ("rejected", "chosen")):
+        if given in row:
+            raise BrokenRow(f"found the key {given!r} without {missing!r}")
+    found = ", ".join(map(repr, list(row)[:6])) or "no keys"
+    renames = [f"{name}={USUAL_NAMES[name]}" for name in row if name in USUAL_NAMES] or ["question=prompt"]
+    raise BrokenRow(
+        "expected the keys 'chosen' and 'rejected' (for SFT also 'prompt' and 'completion', or 'messages'), "
+        f"found {found}; --column names other columns, for example --column {' '.join(renames)}"
+    )
 
 
 def _parse_conversation(prompt: Any, answers: dict[str, list]) -> tuple[list[Message], dict[str, list[Message]]]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    prompt = _normalize_messages("prompt", prompt or [])
-    answers = {name: _normalize_messages(name, messages) for name, messages in answers.items()}
+    if not isinstance(prompt, list | None):
+        raise BrokenRow(f"expected 'prompt' to be a string or a list of messages, found {describe_type(prompt)}")
+    prompt = [_normalize_message("prompt", message) for message in prompt or []]
+    answers = {name: [_normalize_message(name, message) for message in answers[name]] for name in answers}
     if not prompt or any(not messages or messages[0]["role"] != "assistant" for messages in answers.values()):
         # The answers are whole conversations; a `prompt` column only repeats how they begin.
         prompt, answers = _split_conversations(answers)
@@ -262,14 +261,8 @@ def _split_conversations(answers: dict[str, list[Message]]) -> tuple[list[Messag
     )
 
 
-def _normalize_messages(column: str, messages: Any) -> list[Message]:
-    """The messages of a column, each with text as its content, or null where it only calls tools."""
-    if not isinstance(messages, list):
-        raise BrokenRow(f"expected {column!r} to be a string or a list of messages, found {describe_type(messages)}")
-    return [_normalize_message(column, message) for message in messages]
-
-
 def _normalize_message(column: str, message: Any) -> Message:
+    """A message with text as its content, or null where it only calls tools."""
     expected = f"expected {column!r} to hold messages with the strings 'role' and 'content'"
     if not isinstance(message, dict):
         raise BrokenRow(f"{expected}, found {describe_type(message)}")

@@ -84,9 +84,7 @@ def _label_sources(sources: list[Source]) -> list[str]:
     if len(sources) == 1:
         return [""]
     short = [Path(source.data_dir or source.name).name.split(".")[0] for source in sources]
-    full = ["/".join(filter(None, (source.name.rstrip("/"), source.data_dir))) for source in sources]
-    if len(set(full)) < len(full):
-        raise UserError(f"dataset_name has {max(full, key=full.count)} twice; name it once")
+    full = ["/".join(filter(None, (source.name.rstrip("/"), source.config, source.data_dir))) for source in sources]
     return short if len(set(short)) == len(short) else full
 
 
@@ -246,16 +244,12 @@ def _iter_records(file: DataFile) -> Iterator[tuple[int, bytes]]:
 
 
 def _iter_parquet(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    def to_json_value(value: Any) -> str:
-        # Binary columns may contain text; values of other types, such as dates, are not read anyway.
-        return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
-
     number = 0
     for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1_000):
         for row in batch.to_pylist():
             number += 1
             row = {field.name: _restore_value(row[field.name], field.type) for field in batch.schema}
-            yield number, json.dumps(row, default=to_json_value).encode()
+            yield number, json.dumps(row, default=str).encode()  # dates and the like are not read anyway
 
 
 def _iter_csv(stream: Any) -> Iterator[tuple[int, bytes]]:
@@ -269,6 +263,8 @@ def _restore_value(value: Any, arrow_type: pyarrow.DataType) -> Any:
     """A value as it was before Parquet, which gives every struct all keys, and keeps Json features as text."""
     if value is None:
         return None
+    if isinstance(value, bytes):  # binary columns may contain text
+        return value.decode(errors="surrogateescape")
     if isinstance(arrow_type, pyarrow.JsonType):
         return json.loads(value)
     if pyarrow.types.is_struct(arrow_type):
@@ -323,11 +319,11 @@ def hold_out(rows: Dataset, size: float, name: str) -> tuple[Dataset, Dataset]:
 @contextmanager
 def hide_progress_bars(small: bool) -> Iterator[None]:
     """Hide progress bars where the work is small: a bar that is done at once only clutters the log."""
-    is_hidden = small and not are_progress_bars_disabled()
-    if is_hidden:
+    were_hidden = are_progress_bars_disabled()
+    if small:
         disable_progress_bars()
     try:
         yield
     finally:
-        if is_hidden:
+        if not were_hidden:
             enable_progress_bars()

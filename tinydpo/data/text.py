@@ -4,6 +4,7 @@ Texts stay as they are. A conversation takes the model's chat template, or HH's 
 has none. The second half has the way back: prompts as people read and type them.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
-from transformers.utils.chat_template_utils import _get_template_variables
 
 from tinydpo.data import CACHE_VERSION
 from tinydpo.data.rows import ASSISTANT, HUMAN, BrokenRow, Message, ParsedRow, common_prefix, keep_last_turn
@@ -25,7 +25,6 @@ Prompt = str | list[Message]
 
 ROLES = ("system", "user", "assistant")  # others need a chat template
 TURN_NAMES = {HUMAN: "user", ASSISTANT: "assistant"}
-SPECIAL_TOKEN_FOUND = "expected text without special tokens, found {!r}, which the model would read as that token"
 TEXT_FEATURES = Features(
     {
         "prompt": Value("string"),
@@ -70,10 +69,9 @@ def render_texts(
             raise UserError(f"{file} row {number}: {reason}; fix it or pass --on_bad_row skip")
         return texts
 
-    vocabulary = _spells_special_tokens(tokenizer) and tokenizer.backend_tokenizer.to_str()
-    tokenizer_key = (tokenizer.chat_template, tokenizer.special_tokens_map, find_turn_end(tokenizer), vocabulary)
-    options = (_merges_leading_space(tokenizer), need_pairs, chat, on_bad_row)
-    key = (rows._fingerprint, *tokenizer_key, *options, CACHE_VERSION)
+    special = (_get_special_tokens(tokenizer), _reads_special_tokens_in_text(tokenizer), find_turn_end(tokenizer))
+    template = (tokenizer.chat_template, tokenizer.special_tokens_map, _merges_leading_space(tokenizer))
+    key = (rows._fingerprint, *special, *template, need_pairs, chat, on_bad_row, CACHE_VERSION)
     return rows.map(
         render_batch, batched=True, remove_columns=rows.column_names, features=TEXT_FEATURES,
         num_proc=workers if workers > 1 else None, new_fingerprint=Hasher.hash(key), desc="Reading pairs",
@@ -97,14 +95,14 @@ def render_row(row: ParsedRow, tokenizer: Any, need_pairs: bool | None, chat: bo
     if isinstance(row.prompt, list) and tokenizer.chat_template:
         template = tokenizer.get_chat_template(tools=row.tools)
     _check_template(row, template, tokenizer)
+    if template or _reads_special_tokens_in_text(tokenizer):
+        _reject_special_tokens(row, tokenizer)
     if isinstance(row.prompt, str):
         text = _render_texts(row, tokenizer)
     elif not template:
         text = _render_hh_dialogue(row)
     else:
         text = _render_conversation(row, tokenizer)
-    if not template:
-        _reject_special_ids(text, tokenizer)
     messages = None if isinstance(row.prompt, str) else json.dumps(row.prompt)
     return {"rejected": None, **text, "templated": bool(template), "messages": messages, "notes": row.notes}
 
@@ -119,7 +117,7 @@ def _choose_form(row: ParsedRow, tokenizer: Any, chat: bool) -> ParsedRow:
                 "model without; write messages, pass --chat true, or begin 'prompt' with it"
             )
         if tokenizer.chat_template and not is_hh:
-            row.notes.append("a text is not put into the model's chat template, --chat true does that")
+            row.notes.append("a plain text, without the model's chat template (--chat true uses it)")
         return row
     if HUMAN in row.prompt:
         start = row.prompt.rstrip().removesuffix(ASSISTANT) + ASSISTANT
@@ -140,7 +138,9 @@ def _check_template(row: ParsedRow, template: str, tokenizer: Any) -> None:
     needed = {"tools": row.tools, "tool_calls": any(message.get("tool_calls") for message in messages)}
     for name, is_used in needed.items():
         if is_used and name not in template:
-            raise BrokenRow(f"expected messages and a chat template that writes {name!r}, found texts or no such one")
+            raise BrokenRow(
+                f"expected messages and a chat template that writes {name!r}, found texts or a model without one"
+            )
     for role in dict.fromkeys(message["role"] for message in messages):
         if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
             raise BrokenRow(
@@ -152,13 +152,12 @@ def _check_template(row: ParsedRow, template: str, tokenizer: Any) -> None:
             if message.get(mark) == 0:  # or false
                 raise BrokenRow(f"expected an answer to learn, found a message marked {mark!r}: {message[mark]}")
     if row.template_options:
-        # Not every argument of `apply_chat_template`, which takes another template too: what this template asks for
-        given = {"messages", "tools", "add_generation_prompt", *tokenizer.special_tokens_map}
-        asked = _get_template_variables(template) - given
-        row.notes += [
-            f"column 'chat_template_kwargs.{name}' is not read" for name in row.template_options if name not in asked
-        ]
-        row.template_options = {name: value for name, value in row.template_options.items() if name in asked}
+        # A row may set what the template asks for, but no argument of `apply_chat_template`, such as another template.
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters
+        reserved = {"messages", *arguments, *tokenizer.special_tokens_map}
+        unread = [name for name in row.template_options if name in reserved or name not in template]
+        row.notes += [f"column 'chat_template_kwargs.{name}' is not read" for name in unread]
+        row.template_options = {name: value for name, value in row.template_options.items() if name not in unread}
 
 
 def _render_texts(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
@@ -191,7 +190,6 @@ def _render_conversation(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
                 f"expected messages that the model's chat template accepts, its error is: {error}"
             ) from None
 
-    _reject_special_tokens(row, tokenizer)
     whole_texts = {name: render([*row.prompt, *messages]) for name, messages in row.answers.items()}
     prompt = common_prefix([render(row.prompt, add_generation_prompt=True), *whole_texts.values()])
     first = row.prompt[0]
@@ -207,34 +205,23 @@ def _render_conversation(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
 
 
 def _reject_special_tokens(row: ParsedRow, tokenizer: Any) -> None:
-    """Refuse text that the model, between the template's own tokens, would read as one of its special tokens."""
+    """Refuse text of the row that the model would read as one of its special tokens."""
     given = [row.prompt, row.answers, row.tools, row.template_options]
     found = _get_special_tokens(tokenizer).search(json.dumps(given, ensure_ascii=False))
     if found:
-        raise BrokenRow(SPECIAL_TOKEN_FOUND.format(found.group()))
-
-
-def _reject_special_ids(text: dict[str, Any], tokenizer: Any) -> None:
-    """Refuse plain text that gives a special token although no special token is looked for in it."""
-    if _spells_special_tokens(tokenizer):
-        texts = [text.get(name) or "" for name in ("prompt", "chosen", "rejected")]
-        found = _find_special_ids(texts, tokenizer)
-        if found:
-            raise BrokenRow(SPECIAL_TOKEN_FOUND.format(tokenizer.convert_ids_to_tokens(min(found))))
+        raise BrokenRow(
+            f"expected text without special tokens, found {found.group()!r}, which the model would read as that token"
+        )
 
 
 @cache
-def _spells_special_tokens(tokenizer: Any) -> bool:
-    """Whether plain text may give special tokens, since they stand in the model's own vocabulary, as in Unigram's."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return bool(tokens and _find_special_ids([f"a {token}" for token in tokens], tokenizer))
-
-
-def _find_special_ids(texts: list[str], tokenizer: Any) -> set[int]:
-    """The ids of special tokens in plain texts, except for unknown characters."""
-    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special.intersection(chain.from_iterable(ids)) - {tokenizer.unk_token_id}
+def _reads_special_tokens_in_text(tokenizer: Any) -> bool:
+    """Whether special tokens are also in the model's own vocabulary, as Unigram's: plain text then gives them too."""
+    special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.pop(tokenizer.unk_token_id, None)  # any unknown character gives this one
+    text = "\n".join(f"{token} {token}" for token in special.values())
+    plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return not special.keys().isdisjoint(plain)
 
 
 @cache

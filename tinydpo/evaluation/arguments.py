@@ -77,12 +77,11 @@ class ComparisonArguments(PolicyArguments):
     def describe_reference(self) -> str:
         """A line on a reference that is not the one of the policy's own run; else ""."""
         config = RunFolder.of_model(self.model_name_or_path).read_config()
-        if not config or get_reference(config).name == self.ref_model_name_or_path:
+        given = self.ref_model_name_or_path
+        if not config or Path(get_reference(config).name) == Path(given):
             return ""
-        return (
-            f"The reference here is {self.ref_model_name_or_path}, but {self.model_name_or_path} was trained from "
-            f"{get_reference(config).name}: rewards and KL are not those of its training.\n"
-        )
+        own = get_reference(config).name
+        return f"The reference is {given}, that of the run was {own}: rewards and KL are not those of its training.\n"
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer, after a check that policy, reference and `max_length` fit together (UserError)."""

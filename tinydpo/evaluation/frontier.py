@@ -109,9 +109,8 @@ def load_dpo_recipe(path: str) -> dict[str, Any]:
     recipe = read_yaml(path)
     if not isinstance(recipe.get("max_length"), int):
         raise UserError(f"{path} sets no max_length; a frontier needs the token budget of its runs")
-    dropped = {field.name for field in fields(DataArguments)} | {
-        "hub_token"
-    }  # a secret: the keys are written to files
+    dropped = {field.name for field in fields(DataArguments)}
+    dropped.add("hub_token")  # a secret: the keys are written to files
     return {key: value for key, value in recipe.items() if key not in dropped}
 
 

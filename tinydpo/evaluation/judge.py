@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
@@ -25,6 +26,12 @@ from tinydpo.errors import UserError, print_stderr
 from tinydpo.evaluation.arguments import check_given
 from tinydpo.evaluation.metrics import wilson_interval
 from tinydpo.evaluation.sampling import choose_prompts
+from tinydpo.evaluation.winrate import get_outcome
+
+try:
+    import openai
+except ImportError:  # an extra
+    openai = None
 
 QUESTION = """\
 Below are a conversation and two replies to its last turn. Which reply helps the person more? Weigh what is said, not \
@@ -83,23 +90,12 @@ def read_verdict(reply: str) -> str:
     return match[1] if match[1] in "AB" else "tie"
 
 
-def get_outcome(as_a: str, as_b: str) -> float | None:
-    """1 if an answer, shown as A and then as B, wins in both orders, 0 if it loses in both; None if one is invalid."""
-    if "invalid" in (as_a, as_b):
-        return None
-    if (as_a, as_b) == ("A", "B"):
-        return 1.0
-    return 0.0 if (as_a, as_b) == ("B", "A") else 0.5  # a tie, or the verdict changes with the order
-
-
 class Judge:
     """A judge and its verdicts so far, saved as JSON lines in `cache_file`."""
 
     def __init__(self, args: JudgeArguments, cache_file: Path):
-        try:
-            import openai  # noqa: F401 - only whether it is there
-        except ImportError:
-            raise UserError("the judge's client is missing; run `make winrate`, or pip install '.[judge]'") from None
+        if openai is None:
+            raise UserError("the judge's client is missing; run `make winrate`, or pip install '.[judge]'")
         self.args = args
         self.cache_file = cache_file
         self._key = (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
@@ -130,17 +126,19 @@ class Judge:
     def count_tokens(self) -> dict[str, int]:
         """Tokens spent on the verdicts used, and how many of these were asked for now and how many were cached."""
         rows = [self._rows[key] for key in self._used]
+
+        def count(kind: str) -> int:
+            return sum(row[kind] for row in rows if isinstance(row[kind], int))  # servers may not count, or send text
+
         return {
-            "prompt": sum(read_count(row["prompt_tokens"]) for row in rows),
-            "completion": sum(read_count(row["completion_tokens"]) for row in rows),
+            "prompt": count("prompt_tokens"),
+            "completion": count("completion_tokens"),
             "verdicts_asked": self._asked,
             "verdicts_cached": len(rows) - self._asked,
         }
 
     def _ask(self, questions: Sequence[str], desc: str) -> list[str]:
         """The verdict on each question; only new questions are sent."""
-        import openai
-
         keys = [self._get_key(question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._rows}
         try:
@@ -155,9 +153,7 @@ class Judge:
         return [self._rows[key]["verdict"] for key in keys]
 
     async def _ask_all(self, questions: dict[str, str], desc: str) -> None:
-        from openai import AsyncOpenAI
-
-        client = AsyncOpenAI(
+        client = openai.AsyncOpenAI(
             base_url=self.args.judge_base_url,
             api_key=self._key or "none",  # a local server needs none, but the client insists on one
             timeout=self.args.judge_timeout,
@@ -181,7 +177,7 @@ class Judge:
         row = {
             "key": key,
             "verdict": verdict,
-            "prompt_tokens": getattr(usage, "prompt_tokens", None),  # some servers do not count
+            "prompt_tokens": getattr(usage, "prompt_tokens", None),
             "completion_tokens": getattr(usage, "completion_tokens", None),
             "judge": self.args.judge_model,
             "question": question,
@@ -194,8 +190,6 @@ class Judge:
 
     async def _get_reply(self, client: Any, question: str) -> tuple[str, str, Any]:
         """The judge's text, its verdict, and the tokens it took if the endpoint counts them."""
-        import openai
-
         try:
             completion = await self._create_completion(client, question)
             choice = completion.choices[0]
@@ -211,28 +205,26 @@ class Judge:
 
     async def _create_completion(self, client: Any, question: str) -> Any:
         """Ask with the settings of `INSTEAD`; one that the judge refuses is replaced from then on."""
-        import openai
-
+        model = self.args.judge_model
         messages = [{"role": "user", "content": question}]
-        while True:
-            options = dict(self._options)
-            try:
-                return await client.chat.completions.create(model=self.args.judge_model, messages=messages, **options)
-            except openai.BadRequestError as error:
-                complaint = f"{error.param} {error.message}"
-                refused = next((name for name in INSTEAD if name in options and name in complaint), None)
-                if refused is None:
-                    raise
-                if refused in self._options:  # else another question has met the same refusal
-                    del self._options[refused]
-                    self._options |= INSTEAD[refused]
-                    instead = ", ".join(INSTEAD[refused]) or "its default"
-                    print_stderr(f"{self.args.judge_model} refuses {refused}; asking with {instead} instead.")
+        options = dict(self._options)
+        try:
+            return await client.chat.completions.create(model=model, messages=messages, **options)
+        except openai.BadRequestError as error:
+            complaint = f"{error.param} {error.message}"
+            refused = next((name for name in INSTEAD if name in options and name in complaint), None)
+            if refused is None:
+                raise
+            if refused in self._options:  # else another question has met the same refusal
+                del self._options[refused]
+                self._options |= INSTEAD[refused]
+                print_stderr(
+                    f"{model} refuses {refused}; asking with {', '.join(INSTEAD[refused]) or 'its own'} instead."
+                )
+        return await self._create_completion(client, question)
 
     def _describe_error(self, error: Exception) -> str:
         """What went wrong, as the rest of a sentence that begins with the judge."""
-        import openai
-
         match error:
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 return f"refuses the key ({error.status_code}); set JUDGE_API_KEY or OPENAI_API_KEY to one it accepts"
@@ -273,8 +265,6 @@ def make_http_client(timeout: float) -> Any:
 
     Its own timeout starts again with every byte, and it reads a body of any size.
     """
-    import httpx2
-    import openai
 
     class LimitedClient(openai.DefaultAsyncHttpxClient):
         async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
@@ -296,14 +286,6 @@ def make_http_client(timeout: float) -> Any:
     return LimitedClient()
 
 
-def read_count(value: Any) -> int:
-    """A token count as an endpoint gave it, maybe as text; 0 if it is none."""
-    try:
-        return max(0, int(value))
-    except (ValueError, TypeError, OverflowError):
-        return 0
-
-
 def calibrate_judge(judge: Judge, texts: Dataset, tokenizer: Any, pairs: int, seed: int) -> dict[str, Any] | None:
     """`measure_agreement` on up to `pairs` held-out pairs, chosen against rejected, uncut; None if `pairs` is 0."""
     if not pairs:
@@ -319,7 +301,7 @@ def measure_agreement(verdicts: Sequence[tuple[str, str]]) -> dict[str, Any]:
     `agreement` is the share of valid pairs whose chosen answer the judge prefers (ties half, as in a win rate), and
     `turned_share` the share of those on which the verdict changes with the order.
     """
-    valid = [pair for pair in verdicts if get_outcome(*pair) is not None]
+    valid = [pair for pair in verdicts if "invalid" not in pair]
     outcomes = [get_outcome(*pair) for pair in valid]
     return {
         "pairs": len(verdicts),

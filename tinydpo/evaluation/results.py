@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import EvalResult, ModelCard
 
 from tinydpo.config.arguments import list_sources
@@ -23,12 +22,6 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     if key:
         change = f"a different {key} ({before.get(key)}, not {settings.get(key)})"
         raise UserError(f"{path} was made with {change}; pass a different --output_dir, or delete its folder")
-
-
-def columns_to_rows(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Columns of n values as n rows, NumPy's numbers as Python's."""
-    plain = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*plain, strict=True)]
 
 
 def save_evaluation(output_dir: Path, results: dict[str, Any], **tables: Sequence[dict[str, Any]]) -> None:

@@ -8,7 +8,6 @@ has learned to stop differs from its reference there more than anywhere else. Wh
 import contextlib
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 from trl.trainer.utils import hash_module, pad
 
 from tinydpo.data.fitting import get_bos_ids, tokenize_prompts
@@ -120,7 +118,11 @@ def sample_answers(
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, tuple[list[int], bool]] = {}
     torch.manual_seed(seed)
-    with _generation_config(model, config):
+    # transformers fills what a GenerationConfig leaves out from the checkpoint's own (Qwen2's repetition_penalty 1.1,
+    # an instruct model's min_p …), and then the samples are not the policy's.
+    checkpoint_config = model.generation_config
+    model.generation_config = config
+    try:
         for start in tqdm(range(0, len(prompts), batch_size), desc=desc, leave=False, disable=None):
             rows = longest_first[start : start + batch_size]
             inputs = [torch.tensor(prompts[i]) for i in rows]
@@ -130,23 +132,7 @@ def sample_answers(
             for i, generated in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 length = next((n for n, token in enumerate(generated, 1) if token in stops), None)
                 answers[i] = (generated[:length], length is not None)
-    in_order = [answers[i] for i in range(len(prompts))]
-    return Answers([ids for ids, _ in in_order], [ended for _, ended in in_order])
-
-
-@contextlib.contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Give the model this config instead of its own while it generates."""
-    # transformers fills what a GenerationConfig leaves out from the checkpoint's own (Qwen2's repetition_penalty 1.1,
-    # an instruct model's min_p …), and then the samples are not the policy's.
-    checkpoint_config = model.generation_config
-    model.generation_config = config
-    # `generate` drops a mask that hides nothing, and the model then warns that it has none.
-    logger = logging.get_logger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
     finally:
         model.generation_config = checkpoint_config
-        logger.setLevel(level)
+    in_order = [answers[i] for i in range(len(prompts))]
+    return Answers([ids for ids, _ in in_order], [ended for _, ended in in_order])

@@ -28,11 +28,11 @@ FIGURES = [
     ("raw_likelihood_accuracy", "raw likelihood accuracy", None,
      "how often chosen is likelier than rejected\nunder the model alone; biased towards short answers"),
     ("kl_per_sequence", "KL per sequence", None, "how far the policy has moved from the reference{kl_warning}"),
-    ("kl_per_token", "KL per token", None, "nats: the same sum over all sampled tokens"),
+    ("kl_per_token", "KL per token", None, "nats: the total divided by the sampled tokens"),
     ("mean_length", "mean answer length", None, "tokens, end token included, of at most {room}"),
-    ("ended", "ended by themselves", None, "share of answers with an end token within {room} tokens"),
+    ("ended", "ended on their own", None, "share of answers with an end token within {room} tokens"),
     ("reward", "reward", None, "mean of {reward_name}"),
-    ("win_rate_vs_ref", "win rate", 0.5, "how often the policy's answer has the higher reward, ties half"),
+    ("win_rate_vs_ref", "win rate", 0.5, "how often the policy's answer has the higher reward; ties count half"),
     ("rank_correlation", "rank correlation", 0.0,
      "Spearman's, of the reward model with the reward functions,\nover both models' answers"),
 ]  # fmt: skip
@@ -76,11 +76,10 @@ def headline_rows(results: dict[str, Any]) -> list[Row]:
     """The figures of `eval_results.json`, in the order to read them in."""
     settings = results["settings"]
     reward = RewardArguments(settings.get("reward_funcs"), settings.get("reward_model_name_or_path"))
-    samples_are_own = (settings["temperature"], settings["top_k"], settings["top_p"]) == (1, 0, 1)
     values = results | {
         "room": settings["max_length"] // 2,
         "reward_name": reward.name(),
-        "kl_warning": "" if samples_are_own else KL_WARNING,
+        "kl_warning": "" if has_own_samples(settings) else KL_WARNING,
     }
     rows = []
     for name, label, chance, meaning in FIGURES:
@@ -98,6 +97,11 @@ def headline_rows(results: dict[str, Any]) -> list[Row]:
                 meaning = f"{label} over {figures['pairs']} pairs of {subset}"
                 rows.append(make_row(figures, name, f"… {subset[:20]}", meaning, chance))
     return rows
+
+
+def has_own_samples(settings: dict[str, Any]) -> bool:
+    """Whether answers were sampled from the policy's own distribution: others give no estimate of its KL."""
+    return (settings["temperature"], settings["top_k"], settings["top_p"]) == (1, 0, 1)
 
 
 def make_row(results: dict[str, Any], name: str, label: str, meaning: str, chance: float | None = None) -> Row:
@@ -126,8 +130,8 @@ def format_table(results: dict[str, Any]) -> str:
     lines = [
         f"policy     {settings['model_name_or_path']}",
         f"reference  {settings['ref_model_name_or_path']}",
-        f"pairs      {results['pairs']} held-out ones, β {results['beta']:g}",
-        f"answers    to {settings['num_prompts']} held-out prompts, temperature {settings['temperature']:g}, "
+        f"pairs      {results['pairs']} held-out, β {results['beta']:g}",
+        f"answers    sampled for {settings['num_prompts']} held-out prompts, temperature {settings['temperature']:g}, "
         f"top_k {settings['top_k']}, top_p {settings['top_p']:g}",
         "",
         *format_rows(headline_rows(results)),
@@ -138,11 +142,10 @@ def format_table(results: dict[str, Any]) -> str:
 def summarize_results(results: dict[str, Any]) -> str:
     """What an evaluation says: has the policy learned, how far is it from its reference, do its answers end?"""
     sentences = [summarize_accuracy(results["reward_accuracy"], results["pairs"])]
-    settings = results["settings"]
-    if (settings["temperature"], settings["top_k"], settings["top_p"]) == (1, 0, 1):  # else the samples give no KL
-        sentences.append(f"It is {results['kl_per_sequence']:.1f} nats from its reference.")
+    if has_own_samples(results["settings"]):
+        sentences.append(f"KL from its reference: {results['kl_per_sequence']:.1f} nats.")
     policy, ref = (results[f"ended_{role}"] for role in ("policy", "ref"))
-    sentences.append(f"{policy:.0%} of its answers end by themselves (of the reference's: {ref:.0%}).")
+    sentences.append(f"{policy:.0%} of its answers end on their own (reference: {ref:.0%}).")
     if policy < ref - 0.15:
         sentences.append("To keep answers ending, raise beta or add the chosen answers' NLL (docs/losses.md).")
     return " ".join(sentences)
@@ -162,7 +165,9 @@ def summarize_accuracy(accuracy: float, pairs: int) -> str:
     sentence += ", which includes 50 %: inconclusive."
     if accuracy > 0.5:
         needed = math.ceil((Z95 / (2 * accuracy - 1)) ** 2)  # at which the interval of this share ends at one half
-        sentence += f" About {needed:,} pairs would tell; --test_split_size, in every stage, holds out more."
+        sentence += (
+            f" About {needed:,} pairs would tell: to hold out more, pass the same --test_split_size to every stage."
+        )
     return sentence
 
 

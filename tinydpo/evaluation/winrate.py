@@ -8,7 +8,6 @@ import numpy as np
 from transformers.hf_argparser import HfArg
 
 from tinydpo.evaluation.arguments import ComparisonArguments
-from tinydpo.evaluation.judge import get_outcome
 from tinydpo.evaluation.metrics import Z95, wilson_interval
 from tinydpo.evaluation.table import Estimate, Row, format_interval, format_rows
 from tinydpo.files import public_name
@@ -34,6 +33,15 @@ def cut_answers(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> list[s
     """Answers cut to the tokens that a sampled one may have; the dataset's whole answers would have an advantage."""
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
     return tokenizer.batch_decode([answer[:max_tokens] for answer in ids], skip_special_tokens=True)
+
+
+def get_outcome(as_a: str, as_b: str) -> float | None:
+    """1 if an answer, shown as A and then as B, wins in both orders, 0 if it loses in both; None if one is invalid."""
+    if "invalid" in (as_a, as_b):
+        return None
+    if (as_a, as_b) == ("A", "B"):
+        return 1.0
+    return 0.0 if (as_a, as_b) == ("B", "A") else 0.5  # a tie, or the verdict changes with the order
 
 
 def summarize_verdicts(
@@ -119,7 +127,7 @@ def winrate_rows(results: dict[str, Any]) -> list[Row]:
     if calibration:
         agreement = Estimate(calibration["agreement"], *calibration["agreement_ci95"])
         meaning = (
-            f"share of {calibration['pairs']} held-out pairs on which {judge} sides with the labels, ties half;\n"
+            f"share of {calibration['pairs']} held-out pairs on which {judge} agrees with the labels, ties half;\n"
             f"{calibration['turned_share']:.0%} of its verdicts change with the order, "
             f"{calibration['invalid']} pairs are invalid"
         )
@@ -128,7 +136,7 @@ def winrate_rows(results: dict[str, Any]) -> list[Row]:
         controlled = Estimate(comparison["length_controlled_win_rate"], *comparison["length_controlled_ci95"])
         equal_length = Row("at equal length", "", controlled, chance=0.5)
         meaning = (
-            f"how often {judge} prefers the policy's answers to {OPPONENTS[comparison['opponent']]}, ties half\n"
+            f"how often {judge} prefers the policy's answers to {OPPONENTS[comparison['opponent']]}; ties count half\n"
             f"(temperature {comparison['temperature']:g}; {comparison['wins']} wins, {comparison['ties']} ties, "
             f"{comparison['losses']} losses, {comparison['invalid']} invalid;\n"
             f"{comparison['mean_length_policy']:.0f} words against {comparison['mean_length_opponent']:.0f});\n"

@@ -72,11 +72,11 @@ def get_make_command(model: str) -> str:
 
 
 def download_dataset(name: str, revision: str | None, data_dir: str | None) -> Path:
-    """Download a dataset repository's JSON and Parquet files and return the local folder (the Hub's cache)."""
+    """Download a dataset repository's files of rows and return the local folder (the Hub's cache)."""
     from huggingface_hub import snapshot_download
 
     folder = f"{data_dir}/" if data_dir else ""
-    suffixes = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+    suffixes = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
     patterns = ["README.md", *(f"{folder}*{suffix}" for suffix in suffixes)]
     with explain_load_errors("dataset", name, revision):
         return Path(snapshot_download(name, revision=revision, repo_type="dataset", allow_patterns=patterns))

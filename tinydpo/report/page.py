@@ -24,7 +24,7 @@ from tinydpo.run_folder import RunFolder
 from tinydpo.training.curves import describe_rewards
 
 # Rows of an evaluation's table that are shown at the top of the page
-HEAD = ("reward accuracy", "win rate", "KL per sequence", "ended by themselves", "NLL of chosen")
+HEAD = ("reward accuracy", "win rate", "KL per sequence", "ended on their own", "NLL of chosen")
 ANSWERS = 20  # held-out prompts on the page
 SETTINGS = (  # shown of each run and evaluation, where they have them
     "seed", "sample_seed", "loss_type", "beta", "learning_rate", "num_train_epochs", "pairs_per_step", "max_length",

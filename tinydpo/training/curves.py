@@ -72,9 +72,7 @@ def describe_rewards(log_history: Sequence[dict[str, Any]], beta: float) -> str:
     if chosen <= rejected:
         return f"{sentence}: it has not learned to prefer the chosen ones"
     if chosen < 0:
-        return (
-            f"{sentence}; that even chosen answers lose is expected (arXiv 2404.12358), the margin is what is trained"
-        )
+        return f"{sentence}; chosen answers may become less likely too: DPO trains the margin (arXiv 2404.12358)"
     return sentence
 
 
