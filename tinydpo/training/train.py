@@ -141,14 +141,3 @@ def push_run(trainer: Any, run: RunFolder) -> None:
         )
     except Exception as error:
         raise UserError(f"{run.path} could not be pushed to the Hub ({error}); run the same command again") from error
-
-
-def was_trained_on_chat(model: str) -> bool | None:
-    """Whether a chat template wrote most rows that `model` was trained on; None if no run recorded it."""
-    rows = RunFolder.of_model(model).read_summary().get("train", {})
-    return is_chat_data(rows) if "templated" in rows else None
-
-
-def is_chat_data(rows: dict[str, Any]) -> bool:
-    """Whether a chat template wrote most rows of a split, by its summary."""
-    return 2 * rows["templated"] > rows["pairs_in"]
