@@ -130,7 +130,6 @@ def _quiet_libraries() -> None:
     trainer_logger = transformers_logging.get_logger("transformers.trainer")
     trainer_logger.addFilter(lambda record: "missing keys" not in record.getMessage())
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch.distributed")
-    transformers_logging.disable_progress_bar()  # of loading and writing shards, over in a moment
 
 
 def check_launch(training_args: Any, accelerate_config: str | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinydpo.errors import UserError
-from tinydpo.files import read_json
+from tinydpo.files import hash_file, read_json
 from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.precision import set_compute_dtype
 from tinydpo.run_folder import RunFolder
@@ -50,7 +50,7 @@ def load_pretrained(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of loading, over in a moment
+    logging.disable_progress_bar()  # of loading and writing shards, over in a moment
     logging.get_logger("transformers.modeling_utils").addFilter(_is_no_load_report)
     with explain_load_errors("model", name, revision):
         _check_shards(name, revision)
@@ -252,8 +252,5 @@ def hash_start_weights(settings: dict[str, Any]) -> dict[str, str]:
 
 def hash_weights(folder: Path) -> str:
     """One digest of a folder's safetensors files."""
-    digests = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [hash_file(path) for path in sorted(folder.glob("*.safetensors"))]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()

@@ -5,7 +5,6 @@ missing optimizer silently changes the result. Here a checkpoint's last file, it
 their digests. A folder that does not match its seal is set aside, and the one before it is used.
 """
 
-import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_model, save_model
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from tinydpo.errors import UserError
-from tinydpo.files import read_json, write_json
+from tinydpo.files import hash_file, read_json, write_json
 
 SEAL = "complete.json"
 REFERENCE = "reference.safetensors"  # the weights of a reference that --sync_ref_model moves
@@ -158,9 +157,5 @@ def find_fault(checkpoint: Path) -> str:
 
 def hash_files(checkpoint: Path) -> dict[str, str]:
     """Every file of a checkpoint except its seal, with its SHA-256."""
-    digests = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and SEAL not in path.name:
-            with open(path, "rb") as file:
-                digests[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and SEAL not in path.name]
+    return {path.relative_to(checkpoint).as_posix(): hash_file(path) for path in files}

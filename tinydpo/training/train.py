@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import upload_folder
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import sort_checkpoints
 
 from tinydpo.errors import Stopped, UserError
 from tinydpo.files import write_atomic, write_json
@@ -26,7 +26,7 @@ from tinydpo.run_folder import RunFolder
 from tinydpo.training import curves
 from tinydpo.training.callbacks import StopOnDivergence, StopOnSignal
 from tinydpo.training.card import write_card
-from tinydpo.training.checkpoints import find_resume_checkpoint
+from tinydpo.training.checkpoints import SEAL, find_resume_checkpoint
 from tinydpo.training.progress import show_progress
 from tinydpo.training.setup import PreparedRun, lock_folder, to_yaml_values
 from tinydpo.training.throughput import Throughput
@@ -57,8 +57,8 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
         try:
             results = trainer.train(resume_from_checkpoint=checkpoint).metrics
         except KeyboardInterrupt:
-            last = get_last_checkpoint(run.path)
-            resumes = f"resumes from {last}" if last else "starts over, as no checkpoint was saved"
+            sealed = [path for path in sort_checkpoints(run.path) if Path(path, SEAL).exists()]
+            resumes = f"resumes from {sealed[-1]}" if sealed else "starts over, as no checkpoint was saved"
             raise Stopped(f"interrupted; the same command {resumes}", signal.SIGINT) from None
         finally:
             stop.restore_handlers()  # from here on a signal ends the process at once
