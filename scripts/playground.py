@@ -18,6 +18,7 @@ from tinydpo.config.recipe import parse_args
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation.arguments import EvaluateArguments, RewardArguments
+from tinydpo.run_folder import was_trained_on_chat
 
 
 @dataclass
@@ -45,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
 
     from tinydpo.models.loading import load_model
     from tinydpo.playground.side_by_side import SideBySide
-    from tinydpo.training.train import was_trained_on_chat
 
     disable_progress_bars()  # each typed pair would show one
     tokenizer = args.load_tokenizer()

@@ -13,6 +13,7 @@ from stages import end_processes, get_config_path, train_missing_model
 from tinydpo.config.arguments import DataArguments, RunArguments
 from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import report_errors
+from tinydpo.run_folder import is_chat_data
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     from tinydpo.models.stop_tokens import get_end_token_id
     from tinydpo.training.reward_trainer import FittedRewardTrainer, PackedRewardTrainer
     from tinydpo.training.setup import explain_trainer_errors, prepare_training
-    from tinydpo.training.train import is_chat_data, train
+    from tinydpo.training.train import train
 
     prepared = prepare_training("reward", data, run, training, model, settings)
     if prepared is None:

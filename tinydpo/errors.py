@@ -21,10 +21,9 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """Ctrl-C, SIGTERM or the launcher's end stopped the run early, and it has saved a checkpoint.
+    """Ctrl-C, SIGTERM or the launcher's end stopped the run early; the arguments are a sentence and the signal.
 
-    The arguments are a sentence and the signal. Not an `Exception`: a loop over runs that skips failed ones, as in
-    `frontier.py`, must not continue after this.
+    Not an `Exception`: a loop over runs that skips failed ones, as in `frontier.py`, must not continue after this.
     """
 
 
@@ -43,8 +42,8 @@ def report_errors() -> Iterator[None]:
         if get_rank() == 0:
             print_stderr(message)
         raise SystemExit(128 + number) from None
-    except KeyboardInterrupt as interrupt:
-        print_stderr(f"interrupted; {interrupt.args[0] if interrupt.args else 'run the same command again'}")
+    except KeyboardInterrupt:
+        print_stderr("interrupted; run the same command again")
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         message = " ".join(str(error).split())

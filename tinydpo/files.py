@@ -1,5 +1,6 @@
 """Files are written whole or not at all. Reading a damaged one is a `UserError`."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Set
@@ -104,6 +105,12 @@ class _NoDuplicatesLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def hash_file(path: Path) -> str:
+    """A file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_difference(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Set[str] = frozenset()) -> str | None:

@@ -1,11 +1,15 @@
 """The folder of one training run: which files it holds, and what is in them."""
 
+import errno
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from tinydpo.files import read_json, read_yaml
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # a mount without a lock manager, as some NFS are
 
 
 class RunFolder:
@@ -42,13 +46,22 @@ class RunFolder:
     def is_finished(self) -> bool:
         return self.results_file.is_file() and any(self.path.glob("*.safetensors"))
 
+    def lock(self) -> AbstractContextManager:
+        """Hold the folder while this process lives, however it ends (filelock.Timeout: another one trains into it)."""
+        try:
+            return FileLock(self.lock_file, timeout=0, fallback_to_soft=False).acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return nullcontext()
+
     @property
     def is_locked(self) -> bool:
         """Whether a process on this machine trains into the folder."""
         try:
-            with FileLock(self.lock_file, timeout=0):
+            with self.lock():
                 return False
-        except OSError as error:  # or nothing can be locked there
+        except OSError as error:  # or it cannot be written to
             return isinstance(error, Timeout)
 
     def read_config(self) -> dict[str, Any]:
@@ -66,3 +79,14 @@ class RunFolder:
     def read_log(self) -> list[dict[str, Any]]:
         """What the trainer logged, in order."""
         return read_json(self.state_file).get("log_history", [])
+
+
+def was_trained_on_chat(model: str) -> bool | None:
+    """Whether a chat template wrote most rows that `model` was trained on; None if no run recorded it."""
+    rows = RunFolder.of_model(model).read_summary().get("train", {})
+    return is_chat_data(rows) if "templated" in rows else None
+
+
+def is_chat_data(rows: dict[str, Any]) -> bool:
+    """Whether a chat template wrote most rows of a split, by its summary."""
+    return 2 * rows["templated"] > rows["pairs_in"]

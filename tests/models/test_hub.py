@@ -1,6 +1,5 @@
 """Models and data by their real ids and revisions, from a stand-in Hub on 127.0.0.1; failures are one sentence."""
 
-import argparse
 import gzip
 import importlib
 import json
@@ -65,10 +64,7 @@ def hub_root(task: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def server(hub_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A stand-in Hub that this process's clients use, with an empty cache."""
-    sha = {MODEL: MODEL_SHA, DATA: DATA_SHA}
-    args = argparse.Namespace(root=hub_root, port=0, sha=sha, log=None, fail_every=0, truncate_once=())
-    server = Server(args)
-    server.RequestHandlerClass = WatchedHandler
+    server = Server(hub_root, {MODEL: MODEL_SHA, DATA: DATA_SHA}, WatchedHandler)
     server.requests, server.error = [], None
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the clients' pauses between attempts

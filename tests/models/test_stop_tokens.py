@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
 from tinydpo.models.stop_tokens import find_turn_end, get_stop_token_ids
-from tinydpo.training.train import was_trained_on_chat
+from tinydpo.run_folder import was_trained_on_chat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ASKED = [say("user", "Hi!"), say("assistant", "Hello."), say("user", "How are you?")]

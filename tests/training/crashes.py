@@ -78,7 +78,6 @@ def _run(prepare: Callable | None, script: str, argv: list[str], output: str) ->
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    multiprocessing.set_start_method("fork", force=True)  # of data loader workers, as in a script on Linux
     import datasets.config
     import torch
 

@@ -54,6 +54,13 @@ REFUSED_ALWAYS |= dict.fromkeys(
     ("fsdp", "fsdp_config", "deepspeed"),
     "but the accelerate file decides that; start with accelerate_configs/fsdp.yaml, zero2.yaml or zero3.yaml",
 )
+REFUSED_IN_STAGE = {
+    "sft": {},
+    "dpo": {"label_smoothing_factor": "but DPO does not read it; pass --label_smoothing instead (docs/losses.md)"},
+    "reward": dict.fromkeys(
+        (*ADAPTER_FLAGS, "use_peft"), "but a reward model is trained and saved whole; leave it out"
+    ),
+}
 REFUSED_FOR_PACKED_ROWS = {
     "pad_to_multiple_of": "but packed rows have their own padding; pass --shared_prefix false, or leave it out",
     "neftune_noise_alpha": "but its noise depends on a sequence's length; pass --shared_prefix false, or leave it out",
@@ -62,12 +69,8 @@ REFUSED_FOR_PACKED_ROWS = {
 
 def list_refused_flags(flags: Collection[str]) -> set[str]:
     """Those that a script with these flags refuses in every run."""
-    refused = set(REFUSED_ALWAYS)
-    if "center_rewards_coefficient" in flags:  # a reward model's
-        refused |= {*ADAPTER_FLAGS, "use_peft"}
-    elif "beta" in flags:
-        refused.add("label_smoothing_factor")
-    return refused
+    stage = "reward" if "center_rewards_coefficient" in flags else "dpo" if "beta" in flags else "sft"
+    return {*REFUSED_ALWAYS, *REFUSED_IN_STAGE[stage]}
 
 
 def suggest_flag(key: str, flags: Collection[str]) -> str | None:
@@ -92,7 +95,10 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
     `settings` holds every key of the run; `configs` are the libraries' dataclasses that the flags come from.
     """
     defaults = {field.name: field.default for config in configs for field in fields(config)}
-    refused = REFUSED_ALWAYS | _refuse_for_adapters(stage, settings)
+    refused = REFUSED_ALWAYS | REFUSED_IN_STAGE[stage]
+    if not settings["use_peft"]:
+        reason = "but it is for adapters; pass --use_peft true as well, or leave it out"
+        refused = dict.fromkeys(ADAPTER_FLAGS, reason) | refused
     if settings["shared_prefix"]:
         refused |= REFUSED_FOR_PACKED_ROWS
     if settings["train_sampling_strategy"] in ("group_by_length", "batch_rebalance"):
@@ -112,17 +118,8 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
             raise UserError(f"{flag} is {value}, {reason}")
 
 
-def _refuse_for_adapters(stage: str, settings: Settings) -> dict[str, str]:
-    if stage == "reward":
-        reason = "but a reward model is trained and saved whole; leave it out"
-        return dict.fromkeys((*ADAPTER_FLAGS, "use_peft"), reason)
-    if not settings["use_peft"]:
-        return dict.fromkeys(ADAPTER_FLAGS, "but it is for adapters; pass --use_peft true as well, or leave it out")
-    return {}
-
-
 def _refuse_for_dpo(settings: Settings) -> dict[str, str]:
-    refused = {"label_smoothing_factor": "but DPO does not read it; pass --label_smoothing instead (docs/losses.md)"}
+    refused = {}
     if not settings.get("ref_model_name_or_path"):
         refused["ref_model_revision"] = "but --ref_model_name_or_path is not set"
     losses = set(settings["loss_type"])

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,10 @@ def prepare_process(training_args: Any, model_args: Any, accelerate_config: str 
         torch.set_float32_matmul_precision("medium")
     else:
         torch.set_float32_matmul_precision("high" if training_args.tf32 else "highest")
+    if training_args.dataloader_num_workers and sys.platform == "linux":
+        # Python 3.14's default is a server that forks them: SIGTERM ends it, and workers end with their parent.
+        training_args.dataloader_multiprocessing_context = "fork"
+    training_args.hub_strategy = "end"  # `train.push_run` pushes a run once, without files that hold local paths
     if training_args.n_gpu > 1:
         training_args._n_gpu = 1  # or one process would take all GPUs (nn.DataParallel), each with its own batch
     training_args.model_init_kwargs = {
@@ -125,7 +130,6 @@ def _quiet_libraries() -> None:
     trainer_logger = transformers_logging.get_logger("transformers.trainer")
     trainer_logger.addFilter(lambda record: "missing keys" not in record.getMessage())
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch.distributed")
-    transformers_logging.disable_progress_bar()  # of loading and writing shards, over in a moment
 
 
 def check_launch(training_args: Any, accelerate_config: str | None) -> None:

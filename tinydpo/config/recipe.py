@@ -63,7 +63,7 @@ def parse_training_args(
     from_run = _read_run_defaults(given, parser.defaults, given.get(defaults_from_run))
     settings = parser.defaults | from_run | given
     try:
-        if "bf16" in settings:  # a training script
+        if parser.is_training:
             _fill_training_settings(settings, path, command_line)
         return parser.parse_dict(settings), settings
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:  # the dataclasses' own checks
@@ -94,18 +94,17 @@ class _StrictParser(HfArgumentParser):
         del self.defaults["config"]
         if "logging_nan_inf_filter" in self.defaults:
             self.defaults["logging_nan_inf_filter"] = False  # it hides NaN losses, and waits for the GPU each batch
-        self.help_flag = "--help"
-        if "bf16" in self.defaults:  # a training script: with the libraries' flags --help would be a thousand lines
-            self.help_flag = "--help-all"
-            self.add_argument(self.help_flag, action="help", help="All flags, also the libraries'.")
+        self.is_training = "bf16" in self.defaults
+        if self.is_training:  # with the libraries' flags --help would be a thousand lines
+            self.add_argument("--help-all", action="help", help="All flags, also the libraries'.")
 
     def error(self, message: str) -> None:
-        raise UserError(f"{self.source}: {message}; {self.help_flag} lists every flag")
+        raise UserError(f"{self.source}: {message}; see --help")
 
     def format_help(self) -> str:
         """The help without refused flags; a training script's `--help` has only those that most runs set."""
         shown = self.defaults.keys() - list_refused_flags(self.defaults)
-        if self.help_flag == "--help-all" and "--help-all" not in self.argv:
+        if self.is_training and "--help-all" not in self.argv:
             shown &= set(FIRST_FLAGS)
         for action in self._actions:
             is_opposite = action.option_strings[0].startswith("--no_")
@@ -157,7 +156,7 @@ class _StrictParser(HfArgumentParser):
 
     def refuse_key(self, key: str) -> None:
         near = suggest_flag(key, [*self.defaults, "config"])
-        hint = f"did you mean {near!r}?" if near else f"{self.help_flag} lists every flag"
+        hint = f"did you mean {near!r}?" if near else "see --help"
         raise UserError(f"{self.source}: {key!r} is not a known key; {hint}")
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from tinydpo.errors import UserError
-from tinydpo.files import read_json
+from tinydpo.files import hash_file, read_json
 from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.precision import set_compute_dtype
 from tinydpo.run_folder import RunFolder
 
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 ADAPTER_CONFIG = "adapter_config.json"
+DIGESTS = {"model_name_or_path": "base_sha256", "ref_model_name_or_path": "ref_sha256"}
 
 
 def load_model(name: str, revision: str | None = None, dtype: Any = None, device: Any = None) -> Any:
@@ -49,7 +50,7 @@ def load_pretrained(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of loading, over in a moment
+    logging.disable_progress_bar()  # of loading and writing shards, over in a moment
     logging.get_logger("transformers.modeling_utils").addFilter(_is_no_load_report)
     with explain_load_errors("model", name, revision):
         _check_shards(name, revision)
@@ -87,8 +88,8 @@ def _check_shards(name: str, revision: str | None) -> None:
 
 def check_model(
     name: str, revision: str | None, tokenizer: Any, max_length: int, architecture: Any = None, trust: bool = False
-) -> None:
-    """Refuse a model, or an adapter's base, that lacks weights, positions or embeddings; no weights are read.
+) -> Any:
+    """Refuse a model, or an adapter's base, that lacks weights, positions or embeddings; returns it as shapes alone.
 
     `architecture` is the auto class that will load it, by default a causal language model's; `trust` runs its code.
     """
@@ -112,8 +113,7 @@ def check_model(
         raise UserError(f"model {name} embeds {tokens} tokens, its tokenizer has {len(tokenizer)}; they do not match")
     needs_values = is_deepspeed_zero3_enabled() or hasattr(config, "quantization_config")
     device_map = None if needs_values else "meta"  # shapes only
-    architecture = architecture or AutoModelForCausalLM
-    load_pretrained(architecture, name, revision, device_map=device_map, trust_remote_code=trust)
+    return load_pretrained(architecture or AutoModelForCausalLM, name, revision, device_map, trust)
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -205,12 +205,12 @@ def merge_adapter(folder: Path, base: str | None = None) -> Any:
         return PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True).eval()
 
 
-def refuse_adapter(name: str, needed: str, instead: str) -> None:
+def refuse_adapter(name: str) -> None:
     """Refuse a local adapter where TRL would load a model (UserError that says how to merge it)."""
     if (Path(name) / ADAPTER_CONFIG).exists():
         raise UserError(
-            f"{name} is an adapter, and {needed}: merge it into its base with "
-            f"`scripts/merge.py --model_name_or_path {name} --output_dir {name}-merged`, and {instead}"
+            f"{name} is an adapter, and training takes plain checkpoints: merge it into its base with "
+            f"`scripts/merge.py --model_name_or_path {name} --output_dir {name}-merged`, and pass that folder"
         )
 
 
@@ -237,21 +237,20 @@ def get_adapter_kwargs(model_args: Any) -> dict[str, Any]:
     return {"quantization_config": quantization_config, "peft_config": peft_config}
 
 
-def record_base_weights(settings: dict[str, Any]) -> dict[str, str]:
-    """For a run's `environment.json`: a digest of the weights of a local folder that it starts from.
+def hash_start_weights(settings: dict[str, Any]) -> dict[str, str]:
+    """For a run's `environment.json`: digests of the weights in the local folders that it starts from.
 
-    Empty for the Hub, where revisions say it, and for a quantized folder, which no adapter can be merged into.
+    Not of quantized ones: an adapter is merged into the same weights in full precision.
     """
-    folder = Path(settings["model_name_or_path"])
-    if not folder.is_dir() or "quantization_config" in (folder / "config.json").read_text(encoding="utf-8"):
-        return {}
-    return {"base_sha256": hash_weights(folder)}
+    digests = {}
+    for setting, key in DIGESTS.items():
+        folder = Path(settings.get(setting) or "none")
+        if folder.is_dir() and "quantization_config" not in (folder / "config.json").read_text(encoding="utf-8"):
+            digests[key] = hash_weights(folder)
+    return digests
 
 
 def hash_weights(folder: Path) -> str:
     """One digest of a folder's safetensors files."""
-    digests = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [hash_file(path) for path in sorted(folder.glob("*.safetensors"))]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()

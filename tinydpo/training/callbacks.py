@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
-from tinydpo.errors import UserError, print_stderr
+from tinydpo.errors import UserError, get_rank, print_stderr
 
 # Read when this module is imported, before the reference pass: the launcher may be gone when training begins.
 LAUNCHER_PID = os.getppid()
@@ -52,7 +53,8 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.reason = "Ctrl-C"
         self.signal = signal.SIGINT
-        print_stderr("Ctrl-C: saving a checkpoint after this step; Ctrl-C again ends the run at once")
+        if get_rank() == 0 and get_worker_info() is None:  # data loader workers inherit this handler
+            print_stderr("Ctrl-C: saving a checkpoint after this step; Ctrl-C again ends the run at once")
 
     def restore_handlers(self) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -11,7 +11,7 @@ from tinydpo.config.arguments import list_sources
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.data.rows import ASSISTANT
 from tinydpo.files import public_name
-from tinydpo.run_folder import RunFolder
+from tinydpo.run_folder import RunFolder, is_chat_data
 from tinydpo.training.curves import describe_rewards
 from tinydpo.training.setup import PreparedRun
 
@@ -57,7 +57,7 @@ def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], l
         datasets=datasets,
         loss=format_loss(settings) if is_dpo else None,
         train=train,
-        is_chat=2 * train["templated"] > train["pairs_in"],
+        is_chat=is_chat_data(train),
         is_dialogue=last_prompt.endswith(ASSISTANT),
         steps=log[-1],
         held_out=len(prepared.test or ()),

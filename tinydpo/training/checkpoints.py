@@ -5,7 +5,6 @@ missing optimizer silently changes the result. Here a checkpoint's last file, it
 their digests. A folder that does not match its seal is set aside, and the one before it is used.
 """
 
-import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_model, save_model
-from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from tinydpo.errors import UserError
-from tinydpo.files import read_json, write_json
+from tinydpo.files import hash_file, read_json, write_json
 
 SEAL = "complete.json"
 REFERENCE = "reference.safetensors"  # the weights of a reference that --sync_ref_model moves
@@ -26,14 +24,6 @@ REFERENCE = "reference.safetensors"  # the weights of a reference that --sync_re
 
 class SealedCheckpointsMixin:
     """For a `Trainer`: seals each checkpoint, deletes older ones only then, and saves no NaN or infinite weights."""
-
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, **kwargs)
-        torch_loader = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper has this one start them
-        if torch_loader.num_workers and torch_loader.multiprocessing_context is None and sys.platform == "linux":
-            # Python 3.14's default is a server that forks them: SIGTERM ends it, and workers end with their parent.
-            torch_loader.multiprocessing_context = "fork"
-        return loader
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: TRL would write one at every checkpoint, and `card` writes it when there are results."""
@@ -68,9 +58,6 @@ class SealedCheckpointsMixin:
                 f"push_to_hub is true, but the Hub gave no repository ({error}); log in with `hf auth login`, check "
                 "--hub_model_id and the network, or leave it out"
             ) from error
-
-    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: `train.push_results` pushes a run once, without files that hold local paths."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite_weights()
@@ -170,9 +157,5 @@ def find_fault(checkpoint: Path) -> str:
 
 def hash_files(checkpoint: Path) -> dict[str, str]:
     """Every file of a checkpoint except its seal, with its SHA-256."""
-    digests = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and SEAL not in path.name:
-            with open(path, "rb") as file:
-                digests[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and SEAL not in path.name]
+    return {path.relative_to(checkpoint).as_posix(): hash_file(path) for path in files}

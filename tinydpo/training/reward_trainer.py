@@ -58,9 +58,7 @@ class FittedRewardTrainer(FittedTrainerMixin, RewardTrainer):
                 processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
             )
         super().__init__(args=args, processing_class=processing_class, data_collator=data_collator, **kwargs)
-        self.model.config.fitted_to = (
-            self.args.max_length
-        )  # evaluation reads it and cuts what it scores to the same length
+        self.model.config.fitted_to = args.max_length  # evaluation cuts what it scores to the same length
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]

@@ -3,7 +3,6 @@
 Each check comes before the expensive work that it could save.
 """
 
-import errno
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tinydpo.config.arguments import DataArguments, RunArguments, find_reference, list_sources
@@ -26,15 +25,15 @@ from tinydpo.errors import UserError, get_rank
 from tinydpo.files import check_output_folder, find_difference
 from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.loading import (
+    DIGESTS,
     check_model,
     check_same_vocabulary,
-    hash_weights,
+    hash_start_weights,
     load_tokenizer,
-    record_base_weights,
     refuse_adapter,
 )
 from tinydpo.run_folder import RunFolder
-from tinydpo.training.throughput import estimate_cpu_hours
+from tinydpo.training.throughput import warn_of_long_run
 
 # Where a run executes and how much it logs, not what it trains: these settings may change before it is resumed.
 NOT_COMPARED = {
@@ -69,10 +68,14 @@ def prepare_training(
     check_reporters(training)
     prepare_process(training, model, run.accelerate_config)
     runs = find_runs(training)
-    for earlier in runs:
-        _check_same_settings(earlier, settings, (data, run, training, model))
-    finished = is_finished(runs[0])
-    tokenizer = load_and_check_models(stage, training, model, settings)
+    check_same_settings(runs, settings, (data, run, training, model))
+    finished = broadcast_object_list([runs[0].is_finished])[0]  # machines may not share the folder
+    if not finished:
+        check_output_folder(training.output_dir, runs[0].config_file.name)
+        if runs[0].path.exists():
+            with lock_folder(runs[0]):  # a second run is refused now, not after an hour of reference log-probs
+                pass
+    tokenizer, shapes = load_and_check_models(stage, training, model, settings)
     need_pairs = stage != "sft"  # SFT does without rejected answers
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs, training.dataset_num_proc)
     summary = {name: split.summary for name, split in splits.items()}
@@ -85,23 +88,13 @@ def prepare_training(
     if notes and not get_rank():
         print(notes)
     if training.use_cpu and not get_rank():
-        warn_of_long_run(stage, training, model, splits["train"].pairs)
+        warn_of_long_run(stage, training, shapes, splits["train"].pairs)
     test = None
     if training.eval_strategy != "no":
         test = splits["test"].pairs
         if len(test) > run.eval_pairs:  # the same rows in every run
             test = test.shuffle(seed=HOLD_OUT_SEED).select(range(run.eval_pairs))
     return PreparedRun(stage, settings, tokenizer, splits["train"].pairs, test, summary, digests)
-
-
-def warn_of_long_run(stage: str, training: Any, model: Any, pairs: Dataset) -> None:
-    """Print how long a run will take on a CPU, if that is hours."""
-    hours = estimate_cpu_hours(stage, training, model.model_name_or_path, model.model_revision, pairs)
-    if hours > 2:
-        print(
-            f"This takes at least {hours:.0f} hours on this CPU; a GPU takes minutes, and so does a CPU with "
-            "RECIPE=recipes/smollm2-hh and --max_train_pairs 2000."
-        )
 
 
 def find_runs(training: Any) -> list[RunFolder]:
@@ -118,57 +111,41 @@ def find_runs(training: Any) -> list[RunFolder]:
     return runs
 
 
-def is_finished(run: RunFolder) -> bool:
-    """Whether the folder holds a finished run (UserError: it cannot become one)."""
-    if broadcast_object_list([run.is_finished])[0]:  # machines may not share the folder
-        return True
-    check_output_folder(run.path, run.config_file.name)
-    if run.path.exists():
-        with lock_folder(run):  # a second run is refused now, not after an hour of reference log-probs
-            pass
-    return False
-
-
-def _check_same_settings(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> None:
-    """`configs` are the dataclasses whose fields are the keys of `settings`."""
-    if not run.is_started:
-        return
-    before = run.read_config()
+def check_same_settings(runs: list[RunFolder], settings: dict[str, Any], configs: Iterable[Any]) -> None:
+    """Refuse to go on with runs of other settings; `configs` are the dataclasses whose fields are their keys."""
     now = to_yaml_values(settings)
-    ignored = set(NOT_COMPARED)
-    if now.get("pairs_per_step"):  # from which these follow
-        ignored |= {"gradient_accumulation_steps", "per_device_train_batch_size"}
-    # After an upgrade, TRL and transformers have new flags, which change nothing at their defaults, and lack others.
     defaults = to_yaml_values({field.name: field.default for config in configs for field in fields(config)})
-    ignored |= {key for key in now.keys() - before.keys() if now[key] == defaults.get(key)}
-    ignored |= before.keys() - settings.keys()
-    key = find_difference(before, now, ignored)
-    if key:
-        raise UserError(
-            f"{run.path} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
-            "pass another --output_dir, or delete the folder"
-        )
+    for run in runs:
+        before = run.read_config()
+        if not before:
+            continue
+        ignored = set(NOT_COMPARED)
+        if now.get("pairs_per_step"):  # from which these follow
+            ignored |= {"gradient_accumulation_steps", "per_device_train_batch_size"}
+        # After an upgrade, TRL and transformers have new flags, which change nothing at their defaults; some are gone.
+        ignored |= {key for key in now.keys() - before.keys() if now[key] == defaults.get(key)}
+        ignored |= before.keys() - settings.keys()
+        key = find_difference(before, now, ignored)
+        if key:
+            raise UserError(
+                f"{run.path} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
+                "pass another --output_dir, or delete the folder"
+            )
 
 
 def check_same_inputs(runs: list[RunFolder], settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
-    """Refuse to use runs whose data or first weights have changed since (UserError); digests of the weights now."""
+    """Refuse to go on with runs whose data or first weights have changed since; returns the weights' digests now."""
     digests = {}
     error = None
-    if not get_rank():
-        digests = record_base_weights(settings)
-        reference = find_reference(settings)
-        if reference and Path(reference.name).is_dir():
-            digests["ref_sha256"] = hash_weights(Path(reference.name))
+    if not get_rank():  # which alone may have the models
+        digests = hash_start_weights(settings)
         for run in runs:
             changed = find_changed_input(run, settings, summary, digests)
             if changed and (run.is_finished or any(run.path.glob("checkpoint-*"))):
-                error = (
-                    f"{changed} has changed since the run in {run.path} started; delete that, or pass another "
-                    "--output_dir"
-                )
-    error = broadcast_object_list([error])[0]  # all processes stop, not only the first
+                error = f"{changed} has changed since the run in {run.path} started"
+    error = broadcast_object_list([error])[0]
     if error:
-        raise UserError(error)
+        raise UserError(f"{error}; delete the run, or pass another --output_dir")
     return digests
 
 
@@ -176,11 +153,11 @@ def find_changed_input(
     run: RunFolder, settings: dict[str, Any], summary: dict[str, Any], digests: dict[str, str]
 ) -> str | None:
     """The dataset or model that has changed since the run started, or None."""
-    splits_before = run.read_summary()
-    if any(splits_before[name]["sha256"] != summary[name]["sha256"] for name in splits_before):
-        return list_sources(settings)[0].name
+    for name, split in run.read_summary().items():
+        if split["sha256"] != summary[name]["sha256"]:
+            return list_sources(settings)[0].name
     before = run.read_environment()
-    for setting, key in (("model_name_or_path", "base_sha256"), ("ref_model_name_or_path", "ref_sha256")):
+    for setting, key in DIGESTS.items():
         if before.get(key) and before[key] != digests.get(key):
             return settings[setting]
     return None
@@ -193,34 +170,30 @@ def to_yaml_values(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def lock_folder(run: RunFolder) -> AbstractContextManager:
-    """Hold a run's folder while its main process lives; the system frees it however that process ends."""
-    if get_rank():
-        return nullcontext()
+    """Hold a run's folder while its main process lives (UserError: another one does)."""
     try:
-        return FileLock(run.lock_file, timeout=0, fallback_to_soft=False).acquire()
+        return nullcontext() if get_rank() else run.lock()
     except Timeout:
-        message = f"another run is training into {run.path}; wait until it ends, or pass another --output_dir"
-        raise UserError(message) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        return nullcontext()  # a mount without a lock manager, as some NFS are
+        raise UserError(
+            f"another run is training into {run.path}; wait until it ends, or pass another --output_dir"
+        ) from None
 
 
-def load_and_check_models(stage: str, training: Any, model: Any, settings: dict[str, Any]) -> Any:
-    """The tokenizer, after a check that model, reference and tokenizer fit together."""
+def load_and_check_models(stage: str, training: Any, model: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """The tokenizer, and the model's shapes, after a check that model, reference and tokenizer fit together."""
     trust = training.trust_remote_code
-    refuse_adapter(model.model_name_or_path, "training starts from a plain checkpoint", "start from that folder")
+    refuse_adapter(model.model_name_or_path)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, trust)
     apply_tokenizer_flags(tokenizer, training)
     architecture = AutoModel if stage == "reward" else AutoModelForCausalLM  # a reward model gets a new head
-    check_model(model.model_name_or_path, model.model_revision, tokenizer, training.max_length, architecture, trust)
+    fits = (tokenizer, training.max_length, architecture, trust)
+    shapes = check_model(model.model_name_or_path, model.model_revision, *fits)
     reference = find_reference(settings)
     if reference:
-        refuse_adapter(reference.name, "a reference is a plain checkpoint", "pass that folder")
+        refuse_adapter(reference.name)
         check_same_vocabulary(tokenizer, load_tokenizer(*reference, trust))
-        check_model(*reference, tokenizer, training.max_length, architecture, trust)
-    return tokenizer
+        check_model(*reference, *fits)
+    return tokenizer, shapes
 
 
 def apply_tokenizer_flags(tokenizer: Any, training: Any) -> None:

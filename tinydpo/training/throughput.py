@@ -7,11 +7,10 @@ warms up, and what is between steps (evaluation, checkpoints) do not count. A re
 import time
 from typing import Any, NamedTuple
 
-import pyarrow.compute as pc
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 
 class Counts(NamedTuple):
@@ -40,33 +39,32 @@ def forward_flop(model: Any, tokens: float, scored: float) -> float:
     return flop
 
 
-def estimate_cpu_hours(stage: str, training: Any, model: str, revision: str | None, pairs: Dataset) -> float:
-    """Hours that a run takes at least on this CPU: its FLOP at the speed of a large matrix product.
+def warn_of_long_run(stage: str, training: Any, model: Any, pairs: Dataset) -> None:
+    """Print how long a run takes at least on this CPU, if that is hours: its FLOP at the speed of matrix products.
 
-    `training` are TRL's arguments; `pairs` are fitted ones, of which SFT computes the chosen answer only.
+    `training` are TRL's arguments; `model` may hold shapes alone; the first fitted pairs stand for all.
     """
-    trust = training.trust_remote_code
-    config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=trust)
-    with torch.device("meta"):  # shapes alone, without weights
-        shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    names = ["chosen_ids"] if stage == "sft" else ["chosen_ids", "rejected_ids"]
-    table = pairs.with_format("arrow")[:]
-    scored = sum(pc.sum(pc.list_value_length(table[name])).as_py() for name in names)
-    tokens = scored + pc.sum(pc.list_value_length(table["prompt_ids"])).as_py()
-    epochs = training.num_train_epochs
+    first = pairs[:1000]
+    columns = ["chosen_ids"] if stage == "sft" else ["chosen_ids", "rejected_ids"]
+    scored = sum(len(ids) for column in columns for ids in first[column]) / len(first["prompt_ids"])
+    prompt = sum(len(ids) for ids in first["prompt_ids"]) / len(first["prompt_ids"])
+    drawn = training.num_train_epochs * len(pairs) / training.world_size  # by each process
     if training.max_steps > 0:
-        per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-        epochs = training.max_steps * per_step / len(pairs)
+        drawn = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
     passes = 4 if stage == "dpo" else 3  # forward, backward as two, and DPO's reference
-    flop = passes * epochs * forward_flop(shapes, tokens, scored)
+    flop = passes * drawn * forward_flop(model, prompt + scored, scored)
 
     matrix = torch.ones(1024, 1024, dtype=torch.bfloat16 if training.bf16 else torch.float32)
     matrix @ matrix  # warm up
     start = time.perf_counter()
     for _ in range(4):
         matrix @ matrix
-    flop_per_second = 4 * 2 * 1024**3 / (time.perf_counter() - start) * training.world_size
-    return flop / flop_per_second / 3600
+    hours = flop / (4 * 2 * 1024**3) * (time.perf_counter() - start) / 3600
+    if hours > 2:
+        print(
+            f"This takes at least {hours:,.0f} hours on this CPU; a GPU takes minutes, and so does a CPU with "
+            "RECIPE=recipes/smollm2-hh and --max_train_pairs 2000."
+        )
 
 
 class Throughput(TrainerCallback):

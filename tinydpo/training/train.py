@@ -8,6 +8,7 @@ which marks the run as finished.
 import importlib.metadata
 import platform
 import re
+import signal
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import upload_folder
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import sort_checkpoints
 
 from tinydpo.errors import Stopped, UserError
 from tinydpo.files import write_atomic, write_json
@@ -25,7 +26,7 @@ from tinydpo.run_folder import RunFolder
 from tinydpo.training import curves
 from tinydpo.training.callbacks import StopOnDivergence, StopOnSignal
 from tinydpo.training.card import write_card
-from tinydpo.training.checkpoints import find_resume_checkpoint
+from tinydpo.training.checkpoints import SEAL, find_resume_checkpoint
 from tinydpo.training.progress import show_progress
 from tinydpo.training.setup import PreparedRun, lock_folder, to_yaml_values
 from tinydpo.training.throughput import Throughput
@@ -56,9 +57,9 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
         try:
             results = trainer.train(resume_from_checkpoint=checkpoint).metrics
         except KeyboardInterrupt:
-            last = get_last_checkpoint(run.path)
-            resumes = f"resumes from {last}" if last else "starts over, as no checkpoint was saved"
-            raise KeyboardInterrupt(f"the same command {resumes}") from None
+            sealed = [path for path in sort_checkpoints(run.path) if Path(path, SEAL).exists()]
+            resumes = f"resumes from {sealed[-1]}" if sealed else "starts over, as no checkpoint was saved"
+            raise Stopped(f"interrupted; the same command {resumes}", signal.SIGINT) from None
         finally:
             stop.restore_handlers()  # from here on a signal ends the process at once
         if checkpoint:  # transformers counts only what this process trained
@@ -72,10 +73,10 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
     if stopped:
         trainer.end()
         step = trainer.state.global_step
-        message = (
-            f"stopped by {stop.reason} after step {step}; the same command resumes from {run.path}/checkpoint-{step}"
+        raise Stopped(
+            f"stopped by {stop.reason} after step {step}; the same command resumes from {run.path}/checkpoint-{step}",
+            stop.signal,
         )
-        raise Stopped(message, stop.signal)
 
 
 def write_run_inputs(run: RunFolder, prepared: PreparedRun, seed: int) -> None:
@@ -123,15 +124,14 @@ def save_results(trainer: Any, run: RunFolder, prepared: PreparedRun, results: d
     if trainer.is_world_process_zero():
         curves.draw_curves(trainer.state.log_history, run.curves_file)
         write_card(run, prepared, results, trainer.state.log_history)
-        write_json(run.results_file, results)
         if trainer.args.push_to_hub:
-            push_results(trainer, run)
+            push_run(trainer, run)
+        write_json(run.results_file, results)  # after the push: if that fails, the same command tries again
         print(f"Done: {run.path} holds the model and its card (README.md).")
 
 
-def push_results(trainer: Any, run: RunFolder) -> None:
-    """Upload a run's folder; if that fails, the run is not finished, so that the same command tries again."""
-    is_pushed = False
+def push_run(trainer: Any, run: RunFolder) -> None:
+    """Upload a run's folder; `Trainer.push_to_hub` would upload local paths, too."""
     try:
         upload_folder(
             repo_id=trainer.hub_model_id,
@@ -139,20 +139,5 @@ def push_results(trainer: Any, run: RunFolder) -> None:
             ignore_patterns=NOT_PUSHED,
             revision=trainer.args.hub_revision,
         )
-        is_pushed = True
     except Exception as error:
         raise UserError(f"{run.path} could not be pushed to the Hub ({error}); run the same command again") from error
-    finally:  # after Ctrl-C, too
-        if not is_pushed:
-            run.results_file.unlink(missing_ok=True)
-
-
-def was_trained_on_chat(model: str) -> bool | None:
-    """Whether a chat template wrote most rows that `model` was trained on; None if no run recorded it."""
-    rows = RunFolder.of_model(model).read_summary().get("train", {})
-    return is_chat_data(rows) if "templated" in rows else None
-
-
-def is_chat_data(rows: dict[str, Any]) -> bool:
-    """Whether a chat template wrote most rows of a split, by its summary."""
-    return 2 * rows["templated"] > rows["pairs_in"]
