@@ -216,7 +216,7 @@ def test_a_run_without_its_model_says_what_it_is(folder: Path):
     run.results_file.write_text("{}")
     load_model(str(folder))
     (folder / "model.safetensors").unlink()
-    assert "has lost its weights (*.safetensors)" in sentence(lambda: load_model(str(folder)))
+    assert "has no weights file (*.safetensors)" in sentence(lambda: load_model(str(folder)))
 
 
 def test_a_missing_model_names_the_command_that_makes_it(monkeypatch: pytest.MonkeyPatch):

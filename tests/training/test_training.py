@@ -87,7 +87,7 @@ def test_the_card_is_one_for_the_hub(dpo: Path):
     namespace: dict = {}
     exec(code.replace(card.text.split()[1], str(dpo)), namespace)
     assert namespace["prompt"].endswith("\n\nAssistant:"), "the example is not in the form of the training data"
-    assert "12 steps, 2 epochs" in card.text and f"trl {version('trl')}" in card.text
+    assert "12 steps, 2 epochs of 96 pairs" in card.text and f"trl {version('trl')}" in card.text
     held_out = card.text.partition("## Training")[2]
     assert "on 16 held-out pairs" in held_out and "| rewards/accuracies |" in held_out
     assert "None yet." in card.text.partition("## Evaluation")[2].partition("##")[0]
@@ -129,7 +129,7 @@ def test_a_failed_push_is_tried_again(task: Path, tiny_model: Path, tmp_path: Pa
     flags = ["--model_name_or_path", tiny_model, "--dataset_name", task / "data", "--output_dir", tmp_path,
              "--max_steps", "2", "--save_steps", "1", "--eval_strategy", "no", "--push_to_hub", "true"]  # fmt: skip
     monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it would keep this test's Hub for others
-    with pytest.raises(UserError, match="push_to_hub is true, but the Hub gave no repository"):
+    with pytest.raises(UserError, match="push_to_hub is true, but the Hub repository could not be created"):
         run("sft", *flags)
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer: setattr(trainer, "hub_model_id", "me/sft"))
     monkeypatch.setattr(training, "upload_folder", upload_folder)

@@ -131,6 +131,11 @@ class _StrictParser(HfArgumentParser):
     def parse_recipe(self, path: str, ignored: Iterable[type]) -> dict[str, Any]:
         """A recipe's values as their flags would give them; its `env` goes into the environment."""
         self.source = path
+        if not Path(path).is_file():
+            folder = Path(path).parent
+            others = sorted(other.stem for other in folder.glob("*.yaml"))
+            hint = f"{folder} has {', '.join(others)}" if others else "check --config (make: RECIPE and STAGE)"
+            raise UserError(f"there is no recipe {path}; {hint}")
         recipe = read_yaml(path)
         os.environ.update({name: str(value) for name, value in recipe.pop("env", {}).items()})
         skipped = {field.name for kind in ignored for field in fields(kind)}

@@ -143,7 +143,13 @@ def summarize_results(results: dict[str, Any]) -> str:
     """What an evaluation says: has the policy learned, how far is it from its reference, do its answers end?"""
     sentences = [summarize_accuracy(results["reward_accuracy"], results["pairs"])]
     if has_own_samples(results["settings"]):
-        sentences.append(f"KL from its reference: {results['kl_per_sequence']:.1f} nats.")
+        kl = _estimate(results, "kl_per_sequence")
+        is_moved = kl.low is None or kl.low > 0
+        sentences.append(
+            f"KL from its reference: {kl.value:.1f} nats."
+            if is_moved
+            else "It has not measurably moved from its reference."
+        )
     policy, ref = (results[f"ended_{role}"] for role in ("policy", "ref"))
     sentences.append(f"{policy:.0%} of its answers end on their own (reference: {ref:.0%}).")
     if policy < ref - 0.15:

@@ -64,8 +64,10 @@ def get_make_command(model: str) -> str:
     """The command that makes a local model such as runs/gpt2-medium-hh/dpo-512; without a recipe all of them."""
     path = Path(model)
     recipe = Path("recipes", path.parent.name, f"{path.name}.yaml")
-    if path.parent.name == "quickstart" or not recipe.is_file():
+    if path.parent.name == "quickstart" or not recipe.parent.is_dir():
         return "`make sft`, `make dpo`, `make reward` or `make quickstart`"
+    if not recipe.is_file():
+        return f"`make dpo RECIPE={recipe.parent} NAME={path.name}`"
     target = path.name.split("-")[0]
     stage = "" if path.name == target else f" STAGE={path.name}"
     return f"`make {target} RECIPE={recipe.parent}{stage}`"

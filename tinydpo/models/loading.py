@@ -139,7 +139,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def check_run(run: RunFolder) -> None:
-    """Refuse the folder of a run without its model: it trains, was stopped, or has lost its weights (UserError)."""
+    """Refuse the folder of a run without its model: it trains, was stopped, or has no weights (UserError)."""
     from transformers.trainer_utils import get_last_checkpoint
 
     if not run.is_started or run.is_finished:
@@ -148,7 +148,7 @@ def check_run(run: RunFolder) -> None:
     alternative = f", or pass {checkpoint}" if checkpoint else ""
     if run.is_locked:
         raise UserError(f"{run.path} is still training; wait until it has finished{alternative}")
-    state = "has lost its weights (*.safetensors)" if run.results_file.is_file() else "was stopped"
+    state = "has no weights file (*.safetensors)" if run.results_file.is_file() else "was stopped"
     raise UserError(f"{run.path} {state}; the command that started it finishes it{alternative}")
 
 
@@ -224,6 +224,9 @@ def get_adapter_kwargs(model_args: Any) -> dict[str, Any]:
     from trl import get_peft_config, get_quantization_config
 
     name = model_args.model_name_or_path
+    if isinstance(model_args.lora_target_modules, str) and model_args.lora_target_modules != "all-linear":
+        # TRL makes a text of a list of one, which peft would take for a pattern of the layer's whole name.
+        model_args.lora_target_modules = [model_args.lora_target_modules]
     quantization_config = get_quantization_config(model_args)
     peft_config = get_peft_config(model_args)
     if quantization_config is not None:

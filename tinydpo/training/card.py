@@ -21,8 +21,13 @@ NO_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"
 TAGS = {"sft": "sft", "dpo": "dpo", "reward": "reward-model"}
 
 
-def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], log: list[dict[str, Any]]) -> None:
-    """Write the run's `README.md` from its settings, its results and what its trainer logged."""
+def write_card(
+    run: RunFolder, prepared: PreparedRun, trained: int, results: dict[str, Any], log: list[dict[str, Any]]
+) -> None:
+    """Write the run's `README.md` from its settings, its results and what its trainer logged.
+
+    `trained` are the pairs of an epoch: with --max_steps maybe fewer than all.
+    """
     settings = prepared.settings
     is_dpo = prepared.stage == "dpo"
     datasets = list_sources(settings)
@@ -60,6 +65,7 @@ def write_card(run: RunFolder, prepared: PreparedRun, results: dict[str, Any], l
         is_chat=is_chat_data(train),
         is_dialogue=last_prompt.endswith(ASSISTANT),
         steps=log[-1],
+        trained=trained,
         held_out=len(prepared.test or ()),
         results={
             name: value for name, value in results.items() if name.startswith("eval_") and name not in NO_METRICS

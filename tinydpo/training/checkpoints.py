@@ -55,7 +55,7 @@ class SealedCheckpointsMixin:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:
             raise UserError(
-                f"push_to_hub is true, but the Hub gave no repository ({error}); log in with `hf auth login`, check "
+                f"push_to_hub is true, but the Hub repository could not be created ({error}); log in with `hf auth login`, check "
                 "--hub_model_id and the network, or leave it out"
             ) from error
 

@@ -129,7 +129,7 @@ def check_same_settings(runs: list[RunFolder], settings: dict[str, Any], configs
         if key:
             raise UserError(
                 f"{run.path} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
-                "pass another --output_dir, or delete the folder"
+                "choose another --output_dir (make: NAME=…), or delete the folder"
             )
 
 
@@ -175,7 +175,7 @@ def lock_folder(run: RunFolder) -> AbstractContextManager:
         return nullcontext() if get_rank() else run.lock()
     except Timeout:
         raise UserError(
-            f"another run is training into {run.path}; wait until it ends, or pass another --output_dir"
+            f"another run is training into {run.path}; wait until it ends, or choose another --output_dir (make: NAME=…)"
         ) from None
 
 

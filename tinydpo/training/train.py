@@ -123,7 +123,7 @@ def save_results(trainer: Any, run: RunFolder, prepared: PreparedRun, results: d
     trainer.save_state()
     if trainer.is_world_process_zero():
         curves.draw_curves(trainer.state.log_history, run.curves_file)
-        write_card(run, prepared, results, trainer.state.log_history)
+        write_card(run, prepared, len(trainer.train_dataset), results, trainer.state.log_history)
         if trainer.args.push_to_hub:
             push_run(trainer, run)
         write_json(run.results_file, results)  # after the push: if that fails, the same command tries again
