@@ -170,7 +170,7 @@ def test_a_recipes_dataset_keys_belong_to_its_dataset(recipe):
 
 
 def test_an_unreadable_recipe_is_named(recipe):
-    assert "no file missing.yaml" in mistake(["--config", "missing.yaml"])
+    assert "no recipe missing.yaml" in mistake(["--config", "missing.yaml"])
     for text in ("beta: [", "- beta", "beta: 0.1\nseed: 1\nbeta: 0.2"):
         assert "recipe.yaml" in mistake(recipe(text)), f"{text!r}: the file is not named"
 

@@ -404,7 +404,7 @@ def test_judge_is_judged_by_the_labels_first(
     assert (own["pairs"], own["agreed"], own["agreement"], own["turned_share"]) == (12, 12, 1.0, 0.0)
     assert about_labels[:24] == [True] * 24 and not any(about_labels[24:]), "the labelled pairs do not come first"
     shown = capfd.readouterr().out
-    assert "share of 12 held-out pairs on which scripted sides with the labels" in shown
+    assert "share of 12 held-out pairs on which scripted agrees with the labels" in shown
     assert "95 % interval" in shown and "95 % between" not in shown
     assert "share of 12 held-out pairs on which scripted" in (tmp_path / "knows/report.html").read_text()
     card = (policy / "README.md").read_text()

@@ -14,7 +14,7 @@ NOISE = [{"rewards/chosen": 99.0, "rewards/rejected": 99.0}] * 9
             {"rewards/chosen": 0.2, "rewards/rejected": -0.5},
             "answers 2.0 nats likelier and rejected ones 5.0 nats less",
         ),
-        ({"rewards/chosen": -0.3, "rewards/rejected": -0.9}, "is expected (arXiv 2404.12358)"),
+        ({"rewards/chosen": -0.3, "rewards/rejected": -0.9}, "DPO trains the margin (arXiv 2404.12358)"),
         ({"eval_rewards/chosen": -0.5, "eval_rewards/rejected": -0.4}, "not learned to prefer the chosen"),
     ],
 )

@@ -85,7 +85,7 @@ def test_the_card_is_one_for_the_hub(dpo: Path):
     assert card.data.base_model is None, "a model is claimed as base that it was not trained from"
     code = card.text.partition("```python\n")[2].partition("```")[0]
     namespace: dict = {}
-    exec(code.replace(card.text.split()[1], str(dpo)), namespace)
+    exec(code.replace(f'"{dpo.name}"', f'"{dpo}"'), namespace)  # an absolute path is not shown
     assert namespace["prompt"].endswith("\n\nAssistant:"), "the example is not in the form of the training data"
     assert "12 steps, 2 epochs of 96 pairs" in card.text and f"trl {version('trl')}" in card.text
     held_out = card.text.partition("## Training")[2]

@@ -55,8 +55,8 @@ class SealedCheckpointsMixin:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:
             raise UserError(
-                f"push_to_hub is true, but the Hub repository could not be created ({error}); log in with `hf auth login`, check "
-                "--hub_model_id and the network, or leave it out"
+                f"push_to_hub is true, but the Hub repository could not be created ({error}); log in with `hf auth "
+                "login`, check --hub_model_id and the network, or drop --push_to_hub"
             ) from error
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -175,7 +175,8 @@ def lock_folder(run: RunFolder) -> AbstractContextManager:
         return nullcontext() if get_rank() else run.lock()
     except Timeout:
         raise UserError(
-            f"another run is training into {run.path}; wait until it ends, or choose another --output_dir (make: NAME=…)"
+            f"another run is training into {run.path}; wait until it ends, or choose another --output_dir (make: "
+            "NAME=…)"
         ) from None
 
 
