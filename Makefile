@@ -11,12 +11,15 @@ ROUNDS     ?= 2
 PYTHON     := .venv/bin/python
 RUNS        = runs/$(notdir $(RECIPE))
 
+ifneq ($(and $(NAME),$(filter frontier pairs round inspect,$(MAKECMDGOALS))),)
+$(error NAME is for sft, dpo, reward, merge, evaluate, winrate and playground)
+endif
 ifeq ($(wildcard $(ACCELERATE)),)
 $(error ACCELERATE=$(ACCELERATE): there is no such file, see accelerate_configs/)
 endif
 # The cores, shared out among the processes. accelerate's own default counts those of the machine, not of a container.
 PROCESSES   = $(or $(shell sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' $(ACCELERATE)),1)
-THREADS     = $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(PROCESSES) \| 1)
+THREADS     = $(shell expr $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / $(PROCESSES) \| 1)
 WAITING     = The launcher waits until all $(MACHINES) machines run this command, each with its --machine_rank in NODE.
 LAUNCH      = $(if $(MACHINES),$(info $(WAITING))).venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE) $(NODE)
 TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE) $(if $(NAME),--output_dir $(RUNS)/$(NAME)) $(ARGS)

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = frontier.load_dpo_recipe(args.dpo_config)
     device, dtype = pick_device_and_dtype(get_dtype(recipe))  # as the runs compute
     functions = load_rewards(reward, device, args.batch_size, dtype, required=True)
-    if train_missing_model(args.model_name_or_path, args.dpo_config):
+    if train_missing_model(args.model_name_or_path, args.dpo_config, dataset_name=data.dataset_name):
         args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     reference = load_model(args.model_name_or_path, dtype=dtype, device=device)
     measure = frontier.FrontierMeasure(args, data, recipe, functions, reference)

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     types = (on_policy.PairsArguments, RewardArguments, DataArguments)
     args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     folder = check_output_folder(args.output_dir, "rewards.png")  # the first file that it writes
-    if train_missing_model(args.model_name_or_path, get_config_path(argv)):
+    if train_missing_model(args.model_name_or_path, get_config_path(argv), dataset_name=data.dataset_name):
         args, reward, data = parse_args(*types, argv=argv, defaults_from_run="model_name_or_path")
     settings = on_policy.get_pairs_settings(args, reward, data)
     check_settings(folder / on_policy.PAIRS_RESULTS, settings)

@@ -33,7 +33,7 @@ def train_missing_model(
         model_name_or_path: the model that the command starts from.
         config_path: the command's own recipe.
         accelerate_config: passed on to the SFT run, which gets no other flag of the command.
-        dataset_name: the command's data. If they are not those of its recipe, nothing is trained.
+        dataset_name: the command's data. If no recipe has them, nothing is trained.
 
     Returns:
         Whether it trained. A training script must then parse its arguments again: they hold the state of the
@@ -59,11 +59,12 @@ def train_missing_model(
         return False
     if recipe_name == "quickstart":
         raise UserError(f"{model} is not there or not finished; `make quickstart` makes it, with its data")
-    recipes_data = as_list(read_yaml(config_path).get("dataset_name"))
-    if dataset_name and as_list(dataset_name) != recipes_data and not run.is_started:
+    known = [set(as_list(read_yaml(path).get("dataset_name"))) for path in (config_path, recipe)]
+    if dataset_name and set(as_list(dataset_name)) not in known and not run.is_started:
+        names = " ".join(as_list(dataset_name))
         raise UserError(
-            f"{model} is not there; start from another model with --model_name_or_path, or train this one on the same "
-            f'data first: make sft RECIPE={recipe.parent} ARGS="--dataset_name {" ".join(as_list(dataset_name))}"'
+            f"{model} is not there; start from another model with --model_name_or_path, or train this one first, with "
+            f'the same data flags: make sft RECIPE={recipe.parent} ARGS="--dataset_name {names}"'
         )
     argv = ["--config", str(recipe)]
     state = "not there"

@@ -272,7 +272,7 @@ def test_a_second_ctrl_c_ends_at_once_and_says_that_nothing_was_saved(
     child.join(60)
     log = (tmp_path / "log").read_text()
     assert child.exitcode == 130 and "Traceback" not in log, log
-    assert "interrupted; the same command starts over, as no checkpoint was saved" in log
+    assert "interrupted; the same command starts over, as no checkpoint is complete" in log
     assert "holds no checkpoint: starting over." in resume("dpo", "--save_strategy", "epoch")
 
 

@@ -21,7 +21,7 @@ from tinydpo.config.arguments import DataArguments, as_list, get_reference, reso
 from tinydpo.config.flags import FIRST_FLAGS, list_refused_flags, suggest_flag
 from tinydpo.errors import UserError
 from tinydpo.files import read_yaml
-from tinydpo.run_folder import RunFolder
+from tinydpo.run_folder import RunFolder, was_trained_on_chat
 
 # Settings that describe one model or dataset: if the command line names a different one, a recipe's are dropped.
 DATASET_KEYS = {"dataset_config", "dataset_revision", "dataset_data_dir", "dataset_weights", "column", "role"}
@@ -195,6 +195,7 @@ def _read_run_defaults(given: dict[str, Any], known: dict[str, Any], model: str 
     keys = {field.name for field in fields(DataArguments)} | {"max_length", "beta", "dtype"}
     if as_list(given.get("dataset_name", config.get("dataset_name"))) != as_list(config.get("dataset_name")):
         keys -= DATASET_KEYS
+        config["chat"] = was_trained_on_chat(model)  # on-policy pairs are messages already, other data may be texts
     defaults = {key: config[key] for key in keys & set(known) if config.get(key) is not None}
     if "ref_model_name_or_path" in known and "ref_model_name_or_path" not in given:
         defaults["ref_model_name_or_path"], defaults["ref_model_revision"] = get_reference(config)

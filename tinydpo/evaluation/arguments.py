@@ -78,7 +78,7 @@ class ComparisonArguments(PolicyArguments):
         """A line on a reference that is not the one of the policy's own run; else ""."""
         config = RunFolder.of_model(self.model_name_or_path).read_config()
         given = self.ref_model_name_or_path
-        if not config or Path(get_reference(config).name) == Path(given):
+        if not config or Path(get_reference(config).name).absolute() == Path(given).absolute():
             return ""
         own = get_reference(config).name
         return f"The reference is {given}, that of the run was {own}: rewards and KL are not those of its training.\n"

@@ -169,11 +169,10 @@ def summarize_accuracy(accuracy: float, pairs: int) -> str:
     if low > 0.5:
         return f"{sentence}: better than chance."
     sentence += ", which includes 50 %: inconclusive."
-    if accuracy > 0.5:
+    if accuracy > 0.52:  # else thousands of pairs could not tell
         needed = math.ceil((Z95 / (2 * accuracy - 1)) ** 2)  # at which the interval of this share ends at one half
-        sentence += (
-            f" About {needed:,} pairs would tell: to hold out more, pass the same --test_split_size to every stage."
-        )
+        sentence += f" About {needed:,} pairs would tell"
+        sentence += "; without a test split, --test_split_size in every stage holds out more."
     return sentence
 
 

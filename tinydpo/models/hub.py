@@ -66,9 +66,11 @@ def get_make_command(model: str) -> str:
     recipe = Path("recipes", path.parent.name, f"{path.name}.yaml")
     if path.parent.name == "quickstart" or not recipe.parent.is_dir():
         return "`make sft`, `make dpo`, `make reward` or `make quickstart`"
-    if not recipe.is_file():
-        return f"`make dpo RECIPE={recipe.parent} NAME={path.name}`"
     target = path.name.split("-")[0]
+    if path.name.endswith("-merged"):
+        return f"`make merge RECIPE={recipe.parent} NAME={path.name.removesuffix('-merged')}`"
+    if not recipe.is_file() or target not in ("sft", "dpo", "reward"):
+        return f"`make dpo RECIPE={recipe.parent} NAME={path.name}`"
     stage = "" if path.name == target else f" STAGE={path.name}"
     return f"`make {target} RECIPE={recipe.parent}{stage}`"
 

@@ -140,12 +140,14 @@ def describe_models(results: dict[str, Any]) -> str:
 
 
 def collect_evaluations(folder: Path) -> dict[str, list[Row]]:
-    """The main figures of every evaluation in a recipe's run folder, by the models that it compared."""
+    """The main figures of every evaluation in a recipe's run folder, by its folder and models."""
     evaluations = {}
     for path in sorted(folder.glob("*/eval_results.json")):
         results = read_json(path, "pairs", "reward_accuracy", "settings")
         rows = headline_rows(results)
-        evaluations[describe_models(results)] = [row for label in HEAD for row in rows if row.label == label]
+        evaluations[f"{path.parent.name}: {describe_models(results)}"] = [
+            row for label in HEAD for row in rows if row.label == label
+        ]
     return evaluations
 
 

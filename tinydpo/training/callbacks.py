@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
-from tinydpo.errors import UserError, get_rank, print_stderr
+from tinydpo.errors import UserError, get_rank
 
 # Read when this module is imported, before the reference pass: the launcher may be gone when training begins.
 LAUNCHER_PID = os.getppid()
@@ -46,7 +47,7 @@ class StopOnSignal(TrainerCallback):
             self._group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
 
     def _handle_sigterm(self, *_: Any) -> None:
-        self.reason = "SIGTERM"
+        self.reason = self.reason or "SIGTERM"
 
     def _handle_ctrl_c(self, *_: Any) -> None:
         if self.reason:
@@ -54,7 +55,9 @@ class StopOnSignal(TrainerCallback):
         self.reason = "Ctrl-C"
         self.signal = signal.SIGINT
         if get_rank() == 0 and get_worker_info() is None:  # data loader workers inherit this handler
-            print_stderr("Ctrl-C: saving a checkpoint after this step; Ctrl-C again ends the run at once")
+            # accelerate's launcher ends at once, and a second Ctrl-C no longer comes here.
+            hint = "wait for the line that names it" if self._has_launcher else "Ctrl-C again ends the run at once"
+            print(f"\nCtrl-C: saving a checkpoint after this step; {hint}", file=sys.__stderr__, flush=True)
 
     def restore_handlers(self) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -63,7 +66,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if signal.SIGTERM in signal.sigpending():
-            self.reason = "SIGTERM"
+            self._handle_sigterm()
         if self._has_launcher and os.getppid() != LAUNCHER_PID:  # orphans get a new parent
             self.reason = self.reason or "the launcher's end"
         stop = torch.tensor(bool(self.reason), dtype=torch.int32)

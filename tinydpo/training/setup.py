@@ -155,7 +155,7 @@ def find_changed_input(
     """The dataset or model that has changed since the run started, or None."""
     for name, split in run.read_summary().items():
         if split["sha256"] != summary[name]["sha256"]:
-            return list_sources(settings)[0].name
+            return " or ".join(source.name for source in list_sources(settings))
     before = run.read_environment()
     for setting, key in DIGESTS.items():
         if before.get(key) and before[key] != digests.get(key):

@@ -51,8 +51,10 @@ def warn_of_long_run(stage: str, training: Any, model: Any, pairs: Dataset) -> N
     drawn = training.num_train_epochs * len(pairs) / training.world_size  # by each process
     if training.max_steps > 0:
         drawn = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
-    passes = 4 if stage == "dpo" else 3  # forward, backward as two, and DPO's reference
-    flop = passes * drawn * forward_flop(model, prompt + scored, scored)
+    passes = 3 * drawn  # forward, and backward as two
+    if stage == "dpo":
+        passes += min(drawn, len(pairs))  # the reference, once
+    flop = passes * forward_flop(model, prompt + scored, scored)
 
     matrix = torch.ones(1024, 1024, dtype=torch.bfloat16 if training.bf16 else torch.float32)
     matrix @ matrix  # warm up

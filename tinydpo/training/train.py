@@ -8,6 +8,7 @@ which marks the run as finished.
 import importlib.metadata
 import platform
 import re
+import shutil
 import signal
 import subprocess
 from datetime import UTC, datetime
@@ -32,8 +33,8 @@ from tinydpo.training.setup import PreparedRun, lock_folder, to_yaml_values
 from tinydpo.training.throughput import Throughput
 
 PACKAGES = ("tinydpo", "torch", "trl", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "tokenizers")
-# Checkpoints, and the files that hold paths of this machine.
-NOT_PUSHED = ["_*", ".*", "checkpoint-*", "run_config.yaml", "training_args.bin", "trainer_state.json"]
+# Checkpoints, and the files that hold paths of this machine (`runs/` is TensorBoard's).
+NOT_PUSHED = ["_*", ".*", "checkpoint-*", "runs/*", "run_config.yaml", "training_args.bin", "trainer_state.json"]
 
 
 def train(trainer: Any, prepared: PreparedRun) -> None:
@@ -58,7 +59,7 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
             results = trainer.train(resume_from_checkpoint=checkpoint).metrics
         except KeyboardInterrupt:
             sealed = [path for path in sort_checkpoints(run.path) if Path(path, SEAL).exists()]
-            resumes = f"resumes from {sealed[-1]}" if sealed else "starts over, as no checkpoint was saved"
+            resumes = f"resumes from {sealed[-1]}" if sealed else "starts over, as no checkpoint is complete"
             raise Stopped(f"interrupted; the same command {resumes}", signal.SIGINT) from None
         finally:
             stop.restore_handlers()  # from here on a signal ends the process at once
@@ -73,10 +74,11 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
     if stopped:
         trainer.end()
         step = trainer.state.global_step
-        raise Stopped(
-            f"stopped by {stop.reason} after step {step}; the same command resumes from {run.path}/checkpoint-{step}",
-            stop.signal,
-        )
+        command = "the same command"
+        if trainer.args.resume_from_checkpoint:
+            command += " without --resume_from_checkpoint"
+        message = f"stopped by {stop.reason} after step {step}; {command} resumes from {run.path}/checkpoint-{step}"
+        raise Stopped(message, stop.signal)
 
 
 def write_run_inputs(run: RunFolder, prepared: PreparedRun, seed: int) -> None:
@@ -88,12 +90,14 @@ def write_run_inputs(run: RunFolder, prepared: PreparedRun, seed: int) -> None:
 
 def describe_environment(seed: int) -> dict[str, Any]:
     """Versions, commit, device, day and seed of this process."""
+    commit = None
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     return {
         "seed": seed,
-        "git_commit": commit or None,
+        "git_commit": commit,
         "device": get_device_name(),
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
