@@ -46,7 +46,7 @@ def test_a_reader_gets_from_a_file_to_an_evaluated_policy(project: Path):
         )
         assert done.returncode == 0, f"the page's commands fail:\n{commands}\n{done.stdout}\n{done.stderr}"
         out += done.stdout
-    by_talks, by_texts = re.findall(r"^train: .*\n(?:.*\n)*?  token positions.*", out, re.MULTILINE)
+    by_talks, by_texts = re.findall(r"^train: .*\n(?:.*\n)*?  tokens computed.*", out, re.MULTILINE)
     assert by_talks == by_texts, "the same pairs as conversations and as texts are not the same to the model"
     results = json.loads((project / "runs/mine/evaluation/eval_results.json").read_text())
     assert results["pairs"] == 50 and results["reward_accuracy"] > 0.7, f"DPO does not learn the pairs: {results}"
