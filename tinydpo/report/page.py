@@ -65,7 +65,7 @@ def write_report(folder: Path, evaluation: Path | None = None) -> Path:
         evaluations=collect_evaluations(folder),
         made=[describe_training(title, run) for title, run in runs.items() if "date" in run.read_environment()],
         is_toy_task="tinydpo.toy_task.gold_reward" in (results.get("settings", {}).get("reward_funcs") or ()),
-        head=[row for label in HEAD for row in rows if row.label == label] + _select_judged(winrate),
+        head=select_head(rows) + _select_judged(winrate),
         rows=[row for row in rows if row.label not in HEAD],
         margins=margins,
         subsets=results.get("subsets"),
@@ -144,11 +144,13 @@ def collect_evaluations(folder: Path) -> dict[str, list[Row]]:
     evaluations = {}
     for path in sorted(folder.glob("*/eval_results.json")):
         results = read_json(path, "pairs", "reward_accuracy", "settings")
-        rows = headline_rows(results)
-        evaluations[f"{path.parent.name}: {describe_models(results)}"] = [
-            row for label in HEAD for row in rows if row.label == label
-        ]
+        evaluations[f"{path.parent.name}: {describe_models(results)}"] = select_head(headline_rows(results))
     return evaluations
+
+
+def select_head(rows: Sequence[Row]) -> list[Row]:
+    """The rows of an evaluation's table that `HEAD` names, in its order."""
+    return [row for label in HEAD for row in rows if row.label == label]
 
 
 def describe_training(title: str, run: RunFolder) -> str:

@@ -48,12 +48,13 @@ def warn_of_long_run(stage: str, training: Any, model: Any, pairs: Dataset) -> N
     columns = ["chosen_ids"] if stage == "sft" else ["chosen_ids", "rejected_ids"]
     scored = sum(len(ids) for column in columns for ids in first[column]) / len(first["prompt_ids"])
     prompt = sum(len(ids) for ids in first["prompt_ids"]) / len(first["prompt_ids"])
-    drawn = training.num_train_epochs * len(pairs) / training.world_size  # by each process
+    share = len(pairs) / training.world_size  # of each process
+    drawn = training.num_train_epochs * share
     if training.max_steps > 0:
         drawn = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
     passes = 3 * drawn  # forward, and backward as two
     if stage == "dpo":
-        passes += min(drawn, len(pairs))  # the reference, once
+        passes += min(drawn, share)  # the reference, once
     flop = passes * forward_flop(model, prompt + scored, scored)
 
     matrix = torch.ones(1024, 1024, dtype=torch.bfloat16 if training.bf16 else torch.float32)
