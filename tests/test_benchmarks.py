@@ -15,7 +15,7 @@ from tinydpo.errors import UserError
 def test_throughput_compares_tinydpo_with_trl(tmp_path: Path):
     """One step of a toy model: far from the documented ratios, but never slower or larger than stock TRL."""
     done = call(sys.executable, "benchmarks/throughput.py", "--model", "gpt2-tiny", "--steps", "1", "--threads", "1",
-                "--output", tmp_path / "bench.json", OMP_NUM_THREADS="1")  # fmt: skip
+                "--contenders", "bcd", "--output", tmp_path / "bench.json", OMP_NUM_THREADS="1")  # fmt: skip
     assert done.returncode == 0, f"make bench fails:\n{done.stdout}{done.stderr}"
     rows = json.loads((tmp_path / "bench.json").read_text())["contenders"]
     for name in ("trl", "trl-tuned"):
