@@ -35,6 +35,13 @@ def load_tokenizer_and_data(
     return load_tokenizer(name or model)
 
 
+def name_data(data: DataArguments) -> str:
+    """What the tables call the pairs."""
+    if data.dataset_name is None:
+        return "the toy task's"
+    return " + ".join(Path(source.name).name for source in data.sources())
+
+
 def save_random_model(name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
     """A model of GPT-2's shape `name`, or of that model folder's, with random weights; saved with the tokenizer."""
     config = GPT2Config(**SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(name)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from models import load_tokenizer_and_data, save_random_model
+from models import load_tokenizer_and_data, name_data, save_random_model
 from transformers.hf_argparser import HfArg
 
 from tinydpo.config.arguments import DataArguments
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / MARK).touch()
-    drawn_from = Path(data.dataset_name).name if data.dataset_name else "the toy task's"
+    drawn_from = name_data(data)
     tokenizer = load_tokenizer_and_data(data, args.tokenizer_name, args.model, folder / "given")
     save_random_model(args.model, tokenizer, folder / "base")
     splits = load_pairs(data, tokenizer, args.max_length)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import contenders
 import torch
-from models import SHAPES, load_tokenizer_and_data, save_random_model
+from models import SHAPES, load_tokenizer_and_data, name_data, save_random_model
 from transformers.hf_argparser import HfArg
 from trl.trainer.utils import get_peak_flops
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare_spec(args: BenchArguments, data: DataArguments, folder: Path) -> dict[str, Any]:
     """The same pairs, model and settings for every contender."""
-    dataset = Path(data.dataset_name).name if data.dataset_name else "the toy task's"
+    dataset = name_data(data)
     tokenizer = load_tokenizer_and_data(data, args.tokenizer_name, args.model, folder)
     count = args.pairs_per_step * (args.steps + 1)
     pairs = load_split(data, tokenizer, args.max_length, "train").pairs.shuffle(seed=0)

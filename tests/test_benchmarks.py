@@ -9,6 +9,7 @@ import throughput
 from running import call
 
 from tinydpo.errors import UserError
+from tinydpo.toy_task import write_task
 
 
 @pytest.mark.slow
@@ -36,9 +37,13 @@ def test_impossible_bench_is_one_sentence(flags: list[str], message: str):
 
 @pytest.mark.slow
 def test_speedrun_ends_in_a_table(tmp_path: Path):
+    for seed, name in enumerate(("helpful", "harmless")):
+        write_task(tmp_path / name, tmp_path / "base", seed=seed)
     done = call(sys.executable, "benchmarks/speedrun.py", "--train_pairs", "64", "--test_pairs", "16", "--num_prompts",
-                "4", "--output_dir", tmp_path / "run", OMP_NUM_THREADS="1")  # fmt: skip
+                "4", "--dataset_name", tmp_path / "helpful", tmp_path / "harmless", "--tokenizer_name",
+                tmp_path / "base", "--output_dir", tmp_path / "run", OMP_NUM_THREADS="1")  # fmt: skip
     assert done.returncode == 0, f"make speedrun fails:\n{done.stdout}{done.stderr}"
     assert "not HH's full size" in done.stdout, "a small run passes for the full one"
+    assert "from helpful + harmless pairs" in done.stdout, "the table does not name the data"
     results = json.loads((tmp_path / "run/speedrun.json").read_text())
     assert results["total_seconds"] > 0 and set(results["seconds"]) >= {"SFT", "evaluation"}
