@@ -89,6 +89,8 @@ def train(name: str, spec: dict[str, Any], turns: Turns) -> None:
     flags = {}
     if name != "trl":
         flags |= {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
+        # As scripts/dpo.py: losses are not read at each batch, and copies to a GPU are not waited for.
+        flags |= {"logging_nan_inf_filter": False, "accelerator_config": {"non_blocking": spec["device"] == "cuda"}}
     if name == "trl-tuned":
         lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs]
         pairs = pairs.add_column("length", lengths)

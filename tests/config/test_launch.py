@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from running import FAST_BF16, ROOT
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import DPOConfig, ModelConfig
 
 from tinydpo.config import launch
@@ -74,6 +75,7 @@ def running(processes: int = 1, **given: object) -> SimpleNamespace:
     args = {
         "distributed_state": SimpleNamespace(num_processes=processes), "use_cpu": True, "bf16": False, "fp16": False,
         "device": torch.device("cpu"), "process_index": 0, "hub_token": None, "tf32": None,
+        "accelerator_config": AcceleratorConfig(),
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "dataloader_num_workers": 0,
     }  # fmt: skip
     return SimpleNamespace(**{**args, **given})
@@ -205,4 +207,5 @@ def test_one_process_uses_one_gpu(capsys):
     model = SimpleNamespace(model_revision="main", dtype="float32", attn_implementation=None)
     launch.prepare_process(args, model, None)
     assert args._n_gpu == 1, "pairs per step would be 4 times what the line says"
+    assert args.accelerator_config.non_blocking, "the host waits for the GPU at each tensor of a batch"
     assert "32 pairs per step" in capsys.readouterr().out

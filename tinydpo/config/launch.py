@@ -108,6 +108,9 @@ def prepare_process(training_args: Any, model_args: Any, accelerate_config: str 
     if training_args.dataloader_num_workers and sys.platform == "linux":
         # Python 3.14's default is a server that forks them: SIGTERM ends it, and workers end with their parent.
         training_args.dataloader_multiprocessing_context = "fork"
+    if training_args.device.type == "cuda":
+        # A batch lies in pinned memory; else the host would wait once for each of its tensors, packed rows' too.
+        training_args.accelerator_config.non_blocking = True
     training_args.hub_strategy = "end"  # `train.push_run` pushes a run once, without files that hold local paths
     if training_args.n_gpu > 1:
         training_args._n_gpu = 1  # or one process would take all GPUs (nn.DataParallel), each with its own batch

@@ -78,10 +78,13 @@ def _packed_forward(
             fused_lm_head=True,
             **kwargs,
         )
+    # By index: the backward pass of `masked_scatter` waits for the GPU to say how many places the mask has.
+    places = torch.nonzero_static(answers.flatten(), size=len(packed["targets"])).flatten()
     for name in PER_TOKEN_FIELDS:
         values = getattr(output, name)
         if values is not None:
-            setattr(output, name, values.new_zeros(answers.shape).masked_scatter(answers, values))
+            padded = values.new_zeros(answers.numel()).index_copy(0, places, values.flatten())
+            setattr(output, name, padded.view(answers.shape))
     output.label_mask = answers
     return output
 
