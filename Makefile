@@ -9,6 +9,8 @@ NODE       ?=
 SEED       ?= 0
 ROUNDS     ?= 2
 PYTHON     := .venv/bin/python
+NEWEST     := .venv-newest/bin/python
+FAST       := -m 'not slow' -n auto --maxprocesses 4 --dist loadfile
 RUNS        = runs/$(notdir $(RECIPE))
 
 ifneq ($(and $(NAME),$(filter frontier pairs round inspect,$(MAKECMDGOALS))),)
@@ -41,7 +43,7 @@ merge:               STAGE = dpo-lora
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart sft dpo reward merge pairs round evaluate frontier winrate report playground
-.PHONY: inspect bench speedrun test test-all lint clean
+.PHONY: inspect bench speedrun test test-newest test-all lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -106,7 +108,17 @@ speedrun: install ## SFT, DPO and evaluation against the clock
 	$(PYTHON) benchmarks/speedrun.py $(ARGS)
 
 test: install ## Run the tests (minutes)
-	$(PYTHON) -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(PYTHON) -m pytest $(FAST) $(ARGS)
+
+# PyTorch stays at its pin: each build is gigabytes.
+test-newest: ## Run them with the newest libraries that pyproject.toml admits, in .venv-newest
+	test -x $(NEWEST) || python3 -m venv .venv-newest
+	$(NEWEST) -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		--editable '.[dev]' $(shell grep ^torch== constraints.txt)
+	@$(NEWEST) -m pip list --format=freeze | awk -F '==|[+]' 'NR == FNR { pin[$$1] = $$2; next } \
+		$$1 in pin && $$2 != pin[$$1] { line = line ", " $$1 " " $$2 " (" pin[$$1] " pinned)" } \
+		END { print "newest:" (line ? substr(line, 2) : " as pinned") }' constraints.txt -
+	$(NEWEST) -m pytest $(FAST) $(ARGS)
 
 test-all: .venv/judge .venv/playground .venv/browser .venv/deepspeed ## Run the slow tests too
 	$(PYTHON) -m pytest $(ARGS)
@@ -117,6 +129,6 @@ lint: install ## Check format, style and the order of the rooms
 	.venv/bin/lint-imports --no-cache
 	.venv/bin/shellcheck .ci/run accelerate_configs/slurm.sbatch
 
-clean: ## Delete .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache
+clean: ## Delete the virtual environments and caches; runs/ stays
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache
 	@echo 'runs/ is kept: delete it by hand.'

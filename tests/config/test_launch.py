@@ -201,11 +201,19 @@ def test_real_arguments_on_the_cpu(tmp_path: Path, capsys):
     assert kwargs["use_cache"] is False, "the user's own model_init_kwargs are lost"
 
 
-def test_one_process_uses_one_gpu(capsys):
+def test_one_process_uses_one_gpu(tmp_path: Path):
     """Otherwise transformers would spread one process over all GPUs, each with a batch of its own."""
-    args = running(use_cpu=False, device=torch.device("cuda", 0), n_gpu=4, model_init_kwargs=None)
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    args._n_gpu = 4
+    assert args.n_gpu == args.train_batch_size / args.per_device_train_batch_size == 4, "transformers counts elsewhere"
     model = SimpleNamespace(model_revision="main", dtype="float32", attn_implementation=None)
     launch.prepare_process(args, model, None)
-    assert args._n_gpu == 1, "pairs per step would be 4 times what the line says"
+    assert args.train_batch_size == args.per_device_train_batch_size, "pairs per step are 4 times what the line says"
+
+
+def test_copies_to_a_gpu_are_not_waited_for():
+    args = running(use_cpu=False, device=torch.device("cuda", 0), n_gpu=1, model_init_kwargs=None)
+    launch.prepare_process(
+        args, SimpleNamespace(model_revision="main", dtype="float32", attn_implementation=None), None
+    )
     assert args.accelerator_config.non_blocking, "the host waits for the GPU at each tensor of a batch"
-    assert "32 pairs per step" in capsys.readouterr().out

@@ -143,9 +143,12 @@ def test_a_base_that_moved_is_named_by_a_flag(adapter: Path, base: Path, tmp_pat
     assert logits(merge_adapter(adapter, moved)).equal(logits(merge_adapter(adapter)))
 
 
-def test_qlora_trains_after_a_reference_pass_and_evaluations(base: Path, task: Path, tmp_path: Path, capsys):
+def test_qlora_trains_after_a_reference_pass_and_evaluations(
+    base: Path, task: Path, tmp_path: Path, capsys, monkeypatch
+):
     from bitsandbytes.nn import Linear4bit
 
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)  # so that it shows on every CPU
     trainer = dpo(base, task, tmp_path / "run", *QLORA, "--learning_rate", "1e-2")
     layers = [m for m in trainer.model.modules() if isinstance(m, Linear4bit)]
     assert len(layers) == 8, "not every layer is in 4 bits"

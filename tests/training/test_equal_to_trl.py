@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from running import ROOT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
 from trl import DPOConfig, DPOTrainer, RewardTrainer, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from tinydpo.training.reward_trainer import FittedRewardTrainer, PackedRewardTrainer
 from tinydpo.training.trainers import (
@@ -92,6 +93,11 @@ def test_the_page_names_every_loss_of_trl():
     assert losses == {flags.split()[1] for flags in FIRST_LOSS if re.match(r"--loss_type \w+( --|$)", flags)}
     divergences = set(re.findall(r"--f_divergence_type (\w+)", PAGE)) | {"reverse_kl"}  # the default
     assert divergences == find_values_in_source("f_divergence_type")
+
+
+def test_trl_still_reads_the_size_of_its_tiles():
+    """The package sets it for speed alone: no result would show that it has a new name."""
+    assert "_CHUNKED_LOGPROB_CHUNK_SIZE" in inspect.getsource(add_fused_lm_head), "setting it has no effect any more"
 
 
 def parse_flags(flags: str) -> dict[str, Any]:

@@ -117,7 +117,7 @@ SLURM = {
     "srun": """echo "srun $*" >>calls; for last; do :; done
 while case $1 in --*) ;; *) false;; esac; do shift; done; exec "$@" """,
     "scontrol": """echo "scontrol $*" >>calls; [ "$1" = requeue ] || printf 'first\\nsecond\\n' """,
-    "scancel": """echo "scancel $*" >>calls; touch stopped""",
+    "scancel": """echo "scancel $*" >>calls; touch stopped; sleep 0.5""",  # the launcher ends first
     "accelerate": """echo "accelerate $*" >>calls; until [ -e stopped ]; do sleep 0.05; done; exit $CODE""",
 }
 

@@ -149,7 +149,8 @@ def test_a_failed_push_is_tried_again(task: Path, tiny_model: Path, tmp_path: Pa
 
 
 def test_reference_cache_knows_ld_alpha(sft: Path, dpo: Path, task: Path, tmp_path: Path):
-    run("dpo", *dpo_args(sft, task, tmp_path), "--ld_alpha", "0.5", "--max_steps", "1")
+    # Six steps take every row, as `dpo` did: with fewer rows there would be no log-probs of its to mistake.
+    run("dpo", *dpo_args(sft, task, tmp_path), "--ld_alpha", "0.5", "--max_steps", "6")
     assert log(tmp_path, "loss")[0] == pytest.approx(0.6931, abs=1e-3), "log-probs of a different ld_alpha were taken"
 
 

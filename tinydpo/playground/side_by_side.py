@@ -4,6 +4,7 @@ The two answers grow token by token as two rows of one batch. Both models read b
 policy and reference is there when the token is sampled: nothing is scored afterwards.
 """
 
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.fitting import fit_pairs, get_bos_ids, tokenize_prompts
@@ -40,6 +42,9 @@ from tinydpo.errors import UserError
 from tinydpo.evaluation.sampling import choose_prompts, cut_prompt
 from tinydpo.models.stop_tokens import get_stop_token_ids
 from tinydpo.training.logps import token_logps
+
+# What models call their keys and values of earlier tokens: `past_key_values` before transformers 5.24.
+CACHE = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
 
 
 @dataclass
@@ -128,8 +133,8 @@ class SideBySide:
         for _ in range(max_new_tokens):
             logits = []
             for i, model in enumerate(models):
-                out = model(ids, attention_mask=mask, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
-                caches[i] = out.past_key_values
+                out = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **{CACHE: caches[i]})
+                caches[i] = out[CACHE]
                 logits.append(out.logits[:, -1].float())
             own_logits = torch.stack([logits[0][0], logits[1][1]])
             ids = torch.multinomial(warpers(None, own_logits).softmax(-1), 1, generator=generator)

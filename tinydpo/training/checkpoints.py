@@ -61,7 +61,7 @@ class SealedCheckpointsMixin:
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.check_finite_weights()
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (folder / SEAL).unlink(missing_ok=True)
         # transformers would delete old checkpoints before this one is sealed.

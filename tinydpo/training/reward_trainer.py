@@ -57,11 +57,9 @@ class FittedRewardTrainer(FittedTrainerMixin, RewardTrainer):
             data_collator = PreferenceCollator(
                 processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
             )
+        args.remove_unused_columns = False  # TRL's rows have no prompt; the collator takes what it needs
         super().__init__(args=args, processing_class=processing_class, data_collator=data_collator, **kwargs)
         self.model.config.fitted_to = args.max_length  # evaluation cuts what it scores to the same length
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
     def _prepare_models(self) -> None:
         use_float32_head(self.model)

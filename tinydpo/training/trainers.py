@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import trl.trainer.utils
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
@@ -91,7 +92,7 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
 
         TRL would average the means of batches, which are not equally large.
         """
-        inputs = self._prepare_inputs(inputs)
+        inputs = send_to_device(inputs, self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             scores = self.score_rows(model, inputs)
         return None, scores, scores  # transformers computes metrics only if there are labels as well
@@ -324,7 +325,7 @@ class PackedTrainerMixin:
         self._checked.add(key)
         if model.training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules()):
             raise UserError(f"packed rows need dropout off; leave --disable_dropout true, or {USE_PADDED_HINT}")
-        batch = self._prepare_inputs(self._build_full_row())
+        batch = send_to_device(self._build_full_row(), self.args.device)
         plain_batch = {name: value for name, value in batch.items() if name != "packed"}
         unwrapped = unwrap_peft(self.accelerator.unwrap_model(model))
         in_float32 = has_float32_weights(unwrapped)
