@@ -257,13 +257,20 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     def wait_for(text: str) -> None:
         page.get_by_text(re.compile(text)).first.wait_for(timeout=60_000)
 
+    def unfold(part: Any, field: str) -> None:
+        part.click()
+        page.get_by_label(field).wait_for()
+        # Gradio builds these fields when they are first shown and sets them once more within two frames, over what a
+        # script has typed; a person sees them later.
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
     wait_for("may be offensive or upsetting")
     wait_for("Votes so far: 0")
     press("Generate")
     wait_for("type a prompt first")
 
     page.get_by_label("Prompt").first.fill(question)
-    page.get_by_text("Sampling").click()
+    unfold(page.get_by_text("Sampling"), "number input for Most tokens")
     page.get_by_label("number input for Most tokens").fill("12")
     page.get_by_label(re.compile("Seed")).fill("1")
     press("Generate")
@@ -308,7 +315,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     time.sleep(1)
     assert page.locator(".token").count() == written, "Stop does not stop the answers"
 
-    page.get_by_role("tab", name="Your own pair").click()
+    unfold(page.get_by_role("tab", name="Your own pair"), "Answer B")
     for label, typed in (("Prompt", "Hi?"), ("Answer A", "<img src=x onerror=alert(1)>"), ("Answer B", "Good day!")):
         page.get_by_label(label).last.fill(typed)
     press("Compare")
