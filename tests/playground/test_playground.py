@@ -272,9 +272,11 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     page.get_by_label("Prompt").first.fill(question)
     unfold(page.get_by_text("Sampling"), "number input for Most tokens")
     page.get_by_label("number input for Most tokens").fill("12")
+    press("Generate")
+    wait_for(r"Seed [1-9]\d*\.")  # a new one, as none is typed
     page.get_by_label(re.compile("Seed")).fill("1")
     press("Generate")
-    wait_for("Seed 1")
+    wait_for(r"Seed 1\.")
     assert tokens.count() == 24
     tokens.nth(5).hover()
     shown = tokens.nth(5).evaluate("token => getComputedStyle(token, '::after').content")
@@ -288,7 +290,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     wait_for("no pair is saved")
     assert not (tmp_path / "votes.jsonl").exists(), "a tie becomes a preference pair"
     press("Generate")
-    wait_for("Seed 1")
+    wait_for(r"Seed 1\.")
     press("First is better")
     wait_for("You preferred SFT")
     wait_for("Votes so far: 1")
@@ -296,7 +298,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     page.get_by_label(re.compile("Blind")).check()
     page.get_by_label(re.compile("Seed")).fill("2")
     press("Generate")
-    wait_for("Seed 2")
+    wait_for(r"Seed 2\.")
     assert tokens.count() == 0, "colours give away a blind answer"
     press("Second is better")
     wait_for("You preferred (SFT|DPO)")
