@@ -257,17 +257,26 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     def wait_for(text: str) -> None:
         page.get_by_text(re.compile(text)).first.wait_for(timeout=60_000)
 
+    def unfold(part: Any, field: str) -> None:
+        part.click()
+        page.get_by_label(field).wait_for()
+        # Gradio builds these fields when they are first shown and sets them once more within two frames, over what a
+        # script has typed; a person sees them later.
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
     wait_for("may be offensive or upsetting")
     wait_for("Votes so far: 0")
     press("Generate")
     wait_for("type a prompt first")
 
     page.get_by_label("Prompt").first.fill(question)
-    page.get_by_text("Sampling").click()
+    unfold(page.get_by_text("Sampling"), "number input for Most tokens")
     page.get_by_label("number input for Most tokens").fill("12")
+    press("Generate")
+    wait_for(r"Seed [1-9]\d*\.")  # a new one, as none is typed
     page.get_by_label(re.compile("Seed")).fill("1")
     press("Generate")
-    wait_for("Seed 1")
+    wait_for(r"Seed 1\.")
     assert tokens.count() == 24
     tokens.nth(5).hover()
     shown = tokens.nth(5).evaluate("token => getComputedStyle(token, '::after').content")
@@ -281,7 +290,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     wait_for("no pair is saved")
     assert not (tmp_path / "votes.jsonl").exists(), "a tie becomes a preference pair"
     press("Generate")
-    wait_for("Seed 1")
+    wait_for(r"Seed 1\.")
     press("First is better")
     wait_for("You preferred SFT")
     wait_for("Votes so far: 1")
@@ -289,7 +298,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     page.get_by_label(re.compile("Blind")).check()
     page.get_by_label(re.compile("Seed")).fill("2")
     press("Generate")
-    wait_for("Seed 2")
+    wait_for(r"Seed 2\.")
     assert tokens.count() == 0, "colours give away a blind answer"
     press("Second is better")
     wait_for("You preferred (SFT|DPO)")
@@ -308,7 +317,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     time.sleep(1)
     assert page.locator(".token").count() == written, "Stop does not stop the answers"
 
-    page.get_by_role("tab", name="Your own pair").click()
+    unfold(page.get_by_role("tab", name="Your own pair"), "Answer B")
     for label, typed in (("Prompt", "Hi?"), ("Answer A", "<img src=x onerror=alert(1)>"), ("Answer B", "Good day!")):
         page.get_by_label(label).last.fill(typed)
     press("Compare")

@@ -75,7 +75,7 @@ class Handlers:
         except UserError as error:
             yield "", "", f"Nothing generated: {error}.", None, *DISABLED
             return
-        seed = random.randrange(2**31) if seed is None else seed
+        seed = seed or random.randrange(1, 2**31)
         names = ("SFT", "DPO")
         is_swapped = blind and random.random() < 0.5
         drawn_at = 0.0
@@ -179,7 +179,7 @@ def build_ask_tab(app: gr.Blocks, handlers: Handlers, args: EvaluateArguments, e
             gr.Slider(0.05, max(2.0, args.temperature), args.temperature, step=0.05, label="Temperature"),
             gr.Slider(0, max(200, args.top_k), args.top_k, step=1, label="Top k (0: all)"),
             gr.Slider(0.05, 1, args.top_p, step=0.05, label="Top p (1: all)"),
-            gr.Number(label="Seed (empty: a new one)", value=None, precision=0),
+            gr.Number(0, label="Seed (0: a new one)", precision=0),  # Gradio shows 0 for no value and sends it
         ]
     with gr.Row(equal_height=True):
         ask = gr.Button("Generate", variant="primary")
