@@ -41,7 +41,7 @@ merge:               STAGE = dpo-lora
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart sft dpo reward merge pairs round evaluate frontier winrate report playground
-.PHONY: inspect bench speedrun test test-all lint clean
+.PHONY: inspect bench speedrun test test-all test-gpu lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -110,6 +110,9 @@ test: install ## Run the tests (minutes)
 
 test-all: .venv/judge .venv/playground .venv/browser .venv/deepspeed ## Run the slow tests too
 	$(PYTHON) -m pytest $(ARGS)
+
+test-gpu: install ## Run the tests that need a GPU (minutes)
+	$(PYTHON) -m pytest -m gpu -rs $(ARGS)
 
 lint: install ## Check format, style and the order of the rooms
 	$(PYTHON) -m ruff format --check .
