@@ -43,7 +43,7 @@ merge:               STAGE = dpo-lora
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart sft dpo reward merge pairs round evaluate frontier winrate report playground
-.PHONY: inspect bench speedrun test test-newest test-all lint clean
+.PHONY: inspect bench speedrun test test-all test-gpu test-newest lint clean
 
 help: ## List every target
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -122,6 +122,9 @@ test-newest: ## Run them with the newest libraries that pyproject.toml admits, i
 
 test-all: .venv/judge .venv/playground .venv/browser .venv/deepspeed ## Run the slow tests too
 	$(PYTHON) -m pytest $(ARGS)
+
+test-gpu: install ## Run the tests that need a GPU (minutes)
+	$(PYTHON) -m pytest -m gpu -rs $(ARGS)
 
 lint: install ## Check format, style and the order of the rooms
 	$(PYTHON) -m ruff format --check .

@@ -198,6 +198,7 @@ def test_real_arguments_on_the_cpu(tmp_path: Path, capsys):
     kwargs = training.model_init_kwargs
     assert kwargs["revision"] == "abc", "the pinned model would not be the one that trains"
     assert kwargs["use_safetensors"] is True, "weights could be unpickled"
+    assert kwargs["device_map"] is None, "on a machine with several GPUs the model would be spread over them"
     assert kwargs["use_cache"] is False, "the user's own model_init_kwargs are lost"
 
 

@@ -55,7 +55,7 @@ class Gradients(TrainerCallback):
 
 
 def build(engine: type, model: Any, tokenizer: Any, rows: Dataset, folder: Path, **settings: Any) -> Any:
-    """A trainer on the CPU that saves nothing and by default takes one step over all rows."""
+    """A trainer, by default on the CPU, that saves nothing and takes one step over all rows."""
     outside = ("eval_dataset", "peft_config", "ref_model")
     given = {name: settings.pop(name) for name in outside if name in settings}
     defaults = {
@@ -71,8 +71,9 @@ def build(engine: type, model: Any, tokenizer: Any, rows: Dataset, folder: Path,
     elif issubclass(engine, RewardTrainer):
         config = RewardConfig
     if issubclass(engine, PackedTrainerMixin):
-        given["row_length"] = ROW_LENGTH
+        given["row_length"] = settings.pop("row_length", ROW_LENGTH)
     args = config(**defaults | settings)
+    args._n_gpu = min(args.n_gpu, 1)  # as `launch.prepare_process` does
     return engine(
         model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[Gradients()], **given
     )
@@ -84,7 +85,7 @@ def nudge(model: torch.nn.Module, scale: float = 0.03) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".ref." not in name:
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def first_batch(trainer: Any) -> dict[str, Any]:

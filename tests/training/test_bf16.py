@@ -51,6 +51,12 @@ def test_training_runs_in_bf16_and_learns(sft: Path, dpo: Path):
     assert dtypes == {torch.float32}, "steps too small for bf16's precision are lost in the weights"
 
 
+@pytest.mark.parametrize("shared_prefix", ["true", "false"])
+def test_a_reference_in_memory_computes_as_the_policy_does(shared_prefix: str, sft: Path, task: Path, tmp_path: Path):
+    train("dpo", sft, task, tmp_path, "--max_steps", "1", "--eval_strategy", "no", "--shared_prefix", shared_prefix)
+    assert log(tmp_path, "rewards/margins") == [0], "one of two equal models computes in another precision"
+
+
 def test_evaluation_in_bf16_measures_what_float32_measures(sft: Path, dpo: Path, task: Path):
     """Only the blocks' rounding is left, far below what six steps of DPO move."""
     results = {}

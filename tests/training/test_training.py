@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def test_folder_holds_what_the_docs_promise(sft: Path, dpo: Path):
         config = yaml.safe_load((folder / "run_config.yaml").read_text())
         assert "hub_token" not in config and config["learning_rate"] == 3e-3
     assert "beta 0.1" in (dpo / "README.md").read_text()
+
+
+def test_the_record_names_the_version_that_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    older = tmp_path / "trl-0.1.dist-info"
+    older.mkdir()
+    (older / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.1\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    assert training.describe_environment(seed=0)["packages"]["trl"] == version("trl") != "0.1"
 
 
 def test_the_card_is_one_for_the_hub(dpo: Path):

@@ -119,6 +119,7 @@ def prepare_process(training_args: Any, model_args: Any, accelerate_config: str 
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation,
         "use_safetensors": True,  # never unpickle a stranger's weights
+        "device_map": None,  # TRL's "auto" would spread the model over all GPUs that one process sees
         **(training_args.model_init_kwargs or {}),
     }
 

@@ -14,7 +14,7 @@ import torch
 
 Tree = tuple[Sequence[int], Sequence[Sequence[int]]]  # a prompt and its completions, all as token ids
 ATTENTION_TOKENS = 4608  # row length at which attention costs a block of GPT-2 small as much as its matrices do
-PAD_MULTIPLE = 8  # attention kernels on GPUs want masks whose rows are aligned
+PAD_MULTIPLE = 16  # PyTorch's attention on GPUs would copy other masks, padded, in every layer
 PADDING = {"input_ids": 0, "position_ids": 0, "segment_ids": -1, "prefix_ids": -1}
 
 

@@ -94,7 +94,9 @@ def describe_environment(seed: int) -> dict[str, Any]:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     if shutil.which("git"):
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    # Of two versions of a package Python imports the one that it finds first: it has to come last here.
+    found = [*importlib.metadata.distributions()]
+    installed = {package.name: package.version for package in reversed(found)}
     return {
         "seed": seed,
         "git_commit": commit,

@@ -73,9 +73,15 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
 
     def prepare_models(self) -> None:
         """Change the models' forward, once, before they compute anything."""
-        if not self._models_are_prepared:
-            self._models_are_prepared = True
-            self._prepare_models()
+        if self._models_are_prepared:
+            return
+        self._models_are_prepared = True
+        self._prepare_models()
+        reference = getattr(self, "ref_model", None)
+        if reference is not None:
+            # The forward that accelerate wrapped in autocast is replaced: without this, it would compute in float32.
+            reference = self.accelerator.unwrap_model(reference)
+            reference.forward = self.accelerator.autocast()(reference.forward)
 
     def _prepare_models(self) -> None:
         # TRL's own LM head again, but in float32, outside autocast; `models.precision` says why.
