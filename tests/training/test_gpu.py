@@ -243,7 +243,7 @@ def count_waits(trainer: Any) -> int:
 
 
 @needs_gpu
-def test_a_step_waits_for_the_gpu_at_most_once_more_than_trls(
+def test_a_step_waits_for_the_gpu_no_more_often_than_trls(
     make: Callable, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ):
     pairs = uneven_pairs(8, len(tiny_tokenizer))
@@ -254,7 +254,7 @@ def test_a_step_waits_for_the_gpu_at_most_once_more_than_trls(
     with capsys.disabled():
         print(f"\na step waits for the GPU {packed} times, TRL's {stock} times")
     assert stock > 0, "no wait is noticed"
-    assert packed <= stock + 1
+    assert packed <= stock
 
 
 def test_resume_is_bitwise_equal_with_deterministic_kernels(task: Path, tiny_model: Path, tmp_path: Path):

@@ -79,7 +79,7 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
         self._prepare_models()
         reference = getattr(self, "ref_model", None)
         if reference is not None:
-            # The forward that accelerate wrapped in autocast is replaced: without this, it would compute in float32.
+            # Ours replaced the forward that accelerate wrapped in autocast; the reference would compute in float32.
             reference = self.accelerator.unwrap_model(reference)
             reference.forward = self.accelerator.autocast()(reference.forward)
 
