@@ -10,7 +10,14 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from tinydpo.training.trainers import PackedTrainerMixin
+from tinydpo.training.reward_trainer import FittedRewardTrainer, PackedRewardTrainer
+from tinydpo.training.trainers import (
+    FittedDPOTrainer,
+    FittedSFTTrainer,
+    PackedSFTTrainer,
+    PackedTrainerMixin,
+    SharedPrefixDPOTrainer,
+)
 
 ROW_LENGTH = 160
 LENGTHS = (1, 1, 2, 7, 20, 50)
@@ -23,6 +30,13 @@ class StockDPOTrainer(DPOTrainer):
         return dataset
 
 
+ENGINES = {  # TRL's trainer, ours with padded rows and with packed ones
+    "dpo": (StockDPOTrainer, FittedDPOTrainer, SharedPrefixDPOTrainer),
+    "sft": (SFTTrainer, FittedSFTTrainer, PackedSFTTrainer),
+    "reward": (RewardTrainer, FittedRewardTrainer, PackedRewardTrainer),
+}
+
+
 def uneven_pairs(count: int, vocab_size: int, seed: int = 0) -> Dataset:
     """Random tokens; prompts and completions have one token to fifty."""
     rng = np.random.default_rng(seed)
@@ -32,6 +46,12 @@ def uneven_pairs(count: int, vocab_size: int, seed: int = 0) -> Dataset:
             for part in ("prompt", "chosen", "rejected")
         }
     )
+
+
+def join_prompts(pairs: Dataset) -> Dataset:
+    """The rows of pairs as TRL's `RewardTrainer` takes them: each answer with its prompt."""
+    both = ("chosen_ids", "rejected_ids")
+    return Dataset.from_list([{name: row["prompt_ids"] + row[name] for name in both} for row in pairs])
 
 
 def tiny_gpt2(tokenizer: PreTrainedTokenizerBase, folder: Path, **config: Any) -> str:

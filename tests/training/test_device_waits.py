@@ -13,23 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from engines import StockDPOTrainer, build, uneven_pairs
+from engines import ENGINES, build, join_prompts, uneven_pairs
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 from trl import RewardTrainer, SFTTrainer
 
 from tinydpo.training.progress import show_progress
-from tinydpo.training.reward_trainer import FittedRewardTrainer, PackedRewardTrainer
 from tinydpo.training.throughput import Throughput
-from tinydpo.training.trainers import (
-    FittedDPOTrainer,
-    FittedSFTTrainer,
-    PackedSFTTrainer,
-    SharedPrefixDPOTrainer,
-    build_sft_rows,
-)
+from tinydpo.training.trainers import FittedTrainerMixin, build_sft_rows
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal}  # `item`, `float`, `int`, `bool`
@@ -38,11 +30,6 @@ INDEXINGS = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 COPIES = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.tensor}
 STEPS = 2
 ACCUMULATION = 2
-ENGINES = {
-    "dpo": (StockDPOTrainer, FittedDPOTrainer, SharedPrefixDPOTrainer),
-    "sft": (SFTTrainer, FittedSFTTrainer, PackedSFTTrainer),
-    "reward": (RewardTrainer, FittedRewardTrainer, PackedRewardTrainer),
-}
 SETTINGS = [
     ("dpo", {}),
     ("dpo", {"precompute_ref_log_probs": True}),
@@ -121,14 +108,13 @@ def trainer(gpt2: str, tiny_tokenizer: Any, tmp_path: Path) -> Callable:
             tiny_tokenizer.pad_token = tiny_tokenizer.eos_token
             model = AutoModelForSequenceClassification.from_pretrained(gpt2, num_labels=1)
         if engine is RewardTrainer:
-            answers = ("chosen_ids", "rejected_ids")
-            rows = Dataset.from_list([{name: row["prompt_ids"] + row[name] for name in answers} for row in rows])
+            rows = join_prompts(rows)
         made = build(
             engine, model, tiny_tokenizer, rows, tmp_path, per_device_train_batch_size=4, max_steps=STEPS,
             gradient_accumulation_steps=ACCUMULATION, logging_steps=STEPS, logging_nan_inf_filter=False,
             max_grad_norm=1.0, **settings,
         )  # fmt: skip
-        if engine not in (StockDPOTrainer, SFTTrainer, RewardTrainer):
+        if isinstance(made, FittedTrainerMixin):
             made.add_callback(Throughput(made))
             show_progress(made)
         return made

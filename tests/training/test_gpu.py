@@ -20,11 +20,13 @@ import transformers
 import yaml
 from datasets import Dataset
 from engines import (
+    ENGINES,
     Gradients,
     StockDPOTrainer,
     assert_same_step,
     build,
     first_batch,
+    join_prompts,
     nudge,
     uneven_pairs,
 )
@@ -33,16 +35,9 @@ from safetensors.torch import load_file
 from test_compiled import assert_same_losses, train_plain_and_compiled
 from test_nothing_lost import cut
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
-from trl import RewardTrainer, SFTTrainer
+from trl import RewardTrainer
 
-from tinydpo.training.reward_trainer import FittedRewardTrainer, PackedRewardTrainer
-from tinydpo.training.trainers import (
-    FittedDPOTrainer,
-    FittedSFTTrainer,
-    PackedSFTTrainer,
-    SharedPrefixDPOTrainer,
-    build_sft_rows,
-)
+from tinydpo.training.trainers import SharedPrefixDPOTrainer, build_sft_rows
 
 DEVICE = os.environ.get("TINYDPO_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
@@ -52,11 +47,6 @@ pytestmark = [
 ]
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="asks CUDA itself, whatever TINYDPO_TEST_DEVICE says")
 ACCELERATE = ROOT / f"accelerate_configs/{'single_gpu' if ON_GPU else 'cpu'}.yaml"
-STAGES = {  # TRL's trainer, ours with padded rows and with packed ones
-    "dpo": (StockDPOTrainer, FittedDPOTrainer, SharedPrefixDPOTrainer),
-    "sft": (SFTTrainer, FittedSFTTrainer, PackedSFTTrainer),
-    "reward": (RewardTrainer, FittedRewardTrainer, PackedRewardTrainer),
-}
 SHAPES = {  # heads as wide as in the real models
     "GPT2": {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 256,
              "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -93,8 +83,7 @@ def make(tiny_tokenizer: Any, tmp_path: Path) -> Callable:
         elif stage == "dpo":
             settings["precompute_ref_log_probs"] = True
         elif engine is RewardTrainer:  # whose answers hold their prompt
-            both = ("chosen_ids", "rejected_ids")
-            rows = Dataset.from_list([{name: row["prompt_ids"] + row[name] for name in both} for row in pairs])
+            rows = join_prompts(pairs)
         model = architecture.from_config(config)
         made = build(engine, model, tiny_tokenizer, rows, tmp_path, use_cpu=not ON_GPU, **settings)
         assert made.model.device.type == DEVICE
@@ -105,19 +94,19 @@ def make(tiny_tokenizer: Any, tmp_path: Path) -> Callable:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ENGINES)
 def test_a_step_in_float32_is_that_of_trl(stage: str, shape: str, make: Callable, tiny_tokenizer: Any):
-    stock, _, packed = STAGES[stage]
+    stock, _, packed = ENGINES[stage]
     pairs = uneven_pairs(8, len(tiny_tokenizer))
     assert_same_step(make(stage, packed, shape, pairs), make(stage, stock, shape, pairs))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ENGINES)
 def test_packed_rows_in_bf16_round_no_more_than_padded_ones(
     stage: str, shape: str, make: Callable, tiny_tokenizer: Any
 ):
-    _, padded, packed = STAGES[stage]
+    _, padded, packed = ENGINES[stage]
     pairs = uneven_pairs(64, len(tiny_tokenizer))
     scores = []
     for engine, bf16 in ((packed, True), (padded, True), (padded, False)):

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -94,16 +95,17 @@ def describe_environment(seed: int) -> dict[str, Any]:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     if shutil.which("git"):
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    # Of two versions of a package Python imports the one that it finds first: it has to come last here.
-    found = [*importlib.metadata.distributions()]
-    installed = {package.name: package.version for package in reversed(found)}
+    packages = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     return {
         "seed": seed,
         "git_commit": commit,
         "device": get_device_name(),
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
-        "packages": {name: installed[name] for name in PACKAGES if name in installed},
+        "packages": packages,
     }
 
 
