@@ -180,6 +180,20 @@ def test_splits_by_name(tmp_path: Path):
             load_rows(DataArguments(dataset_name=str(tmp_path), **{f"dataset_{side}_split": "dev"}))
 
 
+def test_slices_of_a_split_share_no_row_and_have_every_subset(tmp_path: Path):
+    write_folder(tmp_path, a__train=make_rows(8, "a"), b__train=make_rows(4, "b"), a__test=TEN)
+    for first, second in (("train[:25%]", "train[25%:]"), ("train[:2]", "train[2:]"), ("train[-1:]", "train[:-1]")):
+        taken = [read(tmp_path, dataset_train_split=split)["train"] for split in (first, second)]
+        rows = [(row["subset"], row["row"]) for part in taken for row in part]
+        assert sorted(rows) == [("a", i) for i in range(1, 9)] + [("b", i) for i in range(1, 5)]
+        assert all({row["subset"] for row in part} == {"a", "b"} for part in taken), f"{first} lost a subset"
+    assert len(read(tmp_path, dataset_train_split="test", dataset_test_split="train[:50%]")["test"]) == 6
+    with pytest.raises(UserError, match=r"train\[9:\] has none of the 12 rows of train"):
+        read(tmp_path, dataset_train_split="train[9:]")
+    with pytest.raises(ValueError, match=r"train\[:a\] is not a slice such as train"):
+        DataArguments(dataset_train_split="train[:a]")
+
+
 def test_training_rows_are_never_the_held_out_ones(tmp_path: Path, tiny_tokenizer: Any):
     file = str(write_folder(tmp_path, train=make_rows(4)) / "train.jsonl.gz")
     with pytest.raises(UserError, match="both 'test'"):

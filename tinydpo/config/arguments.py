@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from datasets import ReadInstruction
 from transformers.hf_argparser import HfArg
 
 OneOrMore = None | str | list[str]  # HfArgumentParser fails where `list` is second
@@ -36,7 +37,7 @@ class DataArguments:
     dataset_weights: list[float] | None = HfArg(default=None, help="Share of a dataset's rows to train on, up to 1.")
     max_train_pairs: int | None = HfArg(default=None, help="Rows to draw from the train split, for a first try.")
     max_test_pairs: int | None = HfArg(default=None, help="Held-out rows to draw.")
-    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
+    dataset_train_split: str = HfArg(default="train", help="Split to train on, or a slice such as train[:25%].")
     dataset_test_split: str = HfArg(default="test", help="Held-out split; without it, part of train is held out.")
     test_split_size: float = HfArg(default=0.05, help="Share of train to hold out then, the same rows in every stage.")
     column: list[str] | None = HfArg(
@@ -56,6 +57,12 @@ class DataArguments:
             raise ValueError(f"dataset_weights are shares above 0 and up to 1, got {self.dataset_weights}")
         if not 0 < self.test_split_size < 1:
             raise ValueError(f"test_split_size must be between 0 and 1, got {self.test_split_size}")
+        for split in (self.dataset_train_split, self.dataset_test_split):
+            if "[" in split:
+                try:
+                    ReadInstruction.from_spec(split)
+                except ValueError as error:
+                    raise ValueError(f"{split} is not a slice such as train[:25%] ({error})") from None
 
     @property
     def names(self) -> str:

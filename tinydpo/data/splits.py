@@ -20,10 +20,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow
+import pyarrow.compute as pc
 import pyarrow.parquet
 from datasets import (
     Dataset,
     Features,
+    ReadInstruction,
     Value,
     are_progress_bars_disabled,
     concatenate_datasets,
@@ -106,8 +108,8 @@ def count_shared_prompts(train: Dataset, test: Dataset) -> int:
 
 def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Dataset, Dataset]:
     """The train and the test rows of one dataset."""
-    train = data.dataset_train_split
-    test = data.dataset_test_split
+    train = _get_split_name(data.dataset_train_split)
+    test = _get_split_name(data.dataset_test_split)
     files = _find_files(data, source, label)
     for split, flag in ((train, "--dataset_train_split"), (test, "--dataset_test_split")):
         may_be_missing = split == test == "test"  # the default: nobody asked for it by name
@@ -115,17 +117,40 @@ def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Datas
             raise UserError(f"{source.name} has no split {split!r}, only {', '.join(sorted(files))}; check {flag}")
     columns = parse_renames(data.column)
     roles = parse_renames(data.role)
-    rows = _read_files(files[train], columns, roles)
+    rows = _take_slice(_read_files(files[train], columns, roles), data.dataset_train_split)
     if test in files:
-        return rows, _read_files(files[test], columns, roles)
+        return rows, _take_slice(_read_files(files[test], columns, roles), data.dataset_test_split)
     return hold_out(rows, data.test_split_size, source.name)
+
+
+def _get_split_name(split: str) -> str:
+    return split.partition("[")[0]
+
+
+def _take_slice(rows: Dataset, split: str) -> Dataset:
+    """Take the rows that a split such as `train[:25%]` names, as `datasets` slices a split, but from each file.
+
+    So every subset is in the slice: HH's are files, one after the other.
+    """
+    name = _get_split_name(split)
+    if split == name:
+        return rows
+    kept: list[int] = []
+    start = 0
+    for count in pc.value_counts(rows.with_format("arrow")["file"][:]).field("counts").to_pylist():
+        for part in ReadInstruction.from_spec(split).to_absolute({name: count}):
+            kept.extend(range(start + part.from_, start + part.to))
+        start += count
+    if not kept:
+        raise UserError(f"{split} has none of the {len(rows):,} rows of {name}; name another slice")
+    return rows.select(kept)
 
 
 def _find_files(data: DataArguments, source: Source, label: str) -> dict[str, list[DataFile]]:
     """Every split's files; a single file is the `train` split. `label` goes before the subset of their rows."""
     path = Path(source.name).expanduser()
     if path.is_file():
-        return {data.dataset_train_split: [DataFile(str(path), str(path), label)]}
+        return {_get_split_name(data.dataset_train_split): [DataFile(str(path), str(path), label)]}
     if not path.is_dir():
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source.name) or path.name.endswith(FILE_SUFFIXES):
             raise UserError(f"there is no file or folder {source.name!r}; check --dataset_name")
@@ -136,7 +161,8 @@ def _find_files(data: DataArguments, source: Source, label: str) -> dict[str, li
     if set("*?[") & set(str(root)):
         raise UserError(f"{root}: `datasets` takes *, ? and [ in a folder's name for a pattern; rename it")
     splits = _split_files(path, root, source)
-    read = {name for split in (data.dataset_train_split, data.dataset_test_split) for name in splits.get(split, ())}
+    used = {_get_split_name(data.dataset_train_split), _get_split_name(data.dataset_test_split)}
+    read = {name for split in used for name in splits.get(split, ())}
     found = (file.relative_to(root).as_posix() for file in sorted(root.rglob("[!._]*")) if file.name not in NO_ROWS)
     unread = [name for name in found if name.endswith(FILE_SUFFIXES) and name not in read]
     if unread and not get_rank():
