@@ -84,6 +84,19 @@ def test_zero_trains_like_one_process_and_saves_a_plain_model(config, cpu_runs, 
 
 @pytest.mark.slow
 @needs_deepspeed
+def test_zero_in_bf16_does_not_round_the_cached_reference(cpu_runs, task, tmp_path):
+    train(on_cpus("zero2", tmp_path), "dpo", "--max_steps", "1", "--save_strategy", "no", "--bf16", "true",
+          "--precompute_ref_log_probs", "true", "--dataset_name", task / "data",
+          "--model_name_or_path", cpu_runs / "sft", "--output_dir", tmp_path / "dpo")  # fmt: skip
+    for answer in ("chosen", "rejected"):
+        rewards = log(tmp_path / "dpo", f"rewards/{answer}")
+        assert rewards == pytest.approx([0], abs=1e-4), (
+            f"the untrained policy differs from its own log-probs: {rewards}"
+        )
+
+
+@pytest.mark.slow
+@needs_deepspeed
 def test_a_zero3_run_goes_on_from_its_checkpoint(cpu_runs, task, tiny_model, tmp_path):
     config, flags = on_cpus("zero3", tmp_path), ["--dataset_name", task / "data", "--model_name_or_path", tiny_model]
     train(config, "sft", "--max_steps", "6", "--save_steps", "3", *flags, "--output_dir", tmp_path / "sft")

@@ -88,6 +88,10 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
         for model, outputs in zip(self.get_models(), (self.head_outputs, ("log_probs",)), strict=False):
             add_fused_lm_head(unwrap_peft(model), cast_lm_head_to_fp32=True, outputs=outputs)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # With DeepSpeed transformers would round every float of a batch to bf16: the cached reference log-probs.
+        return send_to_device(inputs, self.args.device)
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         batch = self.count_batch(inputs)
         self.counted = Counts(*(total + new for total, new in zip(self.counted, batch, strict=True)))
