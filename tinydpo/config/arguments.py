@@ -37,7 +37,7 @@ class DataArguments:
     dataset_weights: list[float] | None = HfArg(default=None, help="Share of a dataset's rows to train on, up to 1.")
     max_train_pairs: int | None = HfArg(default=None, help="Rows to draw from the train split, for a first try.")
     max_test_pairs: int | None = HfArg(default=None, help="Held-out rows to draw.")
-    dataset_train_split: str = HfArg(default="train", help="Split to train on, or a slice such as train[:25%].")
+    dataset_train_split: str = HfArg(default="train", help="Split to train on, or a slice such as train[:2000].")
     dataset_test_split: str = HfArg(default="test", help="Held-out split; without it, part of train is held out.")
     test_split_size: float = HfArg(default=0.05, help="Share of train to hold out then, the same rows in every stage.")
     column: list[str] | None = HfArg(
