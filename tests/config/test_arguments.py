@@ -233,7 +233,8 @@ def test_another_script_may_read_a_training_recipe():
 @pytest.fixture
 def policy(tmp_path: Path) -> list[str]:
     """Flags that name a policy whose run has settings of its own."""
-    settings = {"dataset_name": "org/own", "dataset_revision": "abc", "test_split_size": 0.2, "column": ["a=prompt"],
+    settings = {"dataset_name": "org/own", "dataset_train_split": "part[:9]",
+                "dataset_revision": "abc", "test_split_size": 0.2, "column": ["a=prompt"],
                 "chat": True, "max_length": 96, "beta": 0.4, "seed": 7, "bf16": False, "dtype": "bfloat16",
                 "model_name_or_path": "org/start", "model_revision": "def"}  # fmt: skip
     folder = tmp_path / "policy"
@@ -277,7 +278,7 @@ def test_recipe_and_command_line_win_over_the_policys_run(policy, recipe):
     _, data = evaluated([*policy, *recipe({"dataset_name": "org/other"}), "--dataset_name", "org/own"])
     assert (data.dataset_revision, data.column) == ("abc", ["a=prompt"]), "the run's own dataset is not read its way"
     _, data = evaluated([*policy, "--dataset_name", "org/other"])
-    assert (data.dataset_revision, data.column) == (None, None), (
-        "the run's dataset lends its columns to a different one"
+    assert (data.dataset_revision, data.column, data.dataset_train_split) == (None, None, "part"), (
+        "the run's dataset lends its columns or its slice to a different one"
     )
     assert data.test_split_size == 0.2

@@ -37,9 +37,13 @@ class DataArguments:
     dataset_weights: list[float] | None = HfArg(default=None, help="Share of a dataset's rows to train on, up to 1.")
     max_train_pairs: int | None = HfArg(default=None, help="Rows to draw from the train split, for a first try.")
     max_test_pairs: int | None = HfArg(default=None, help="Held-out rows to draw.")
-    dataset_train_split: str = HfArg(default="train", help="Split to train on, or a slice such as train[:2000].")
+    dataset_train_split: str = HfArg(
+        default="train", help="Split to train on, or a slice of each of its files, train[:2000]."
+    )
     dataset_test_split: str = HfArg(default="test", help="Held-out split; without it, part of train is held out.")
-    test_split_size: float = HfArg(default=0.05, help="Share of train to hold out then, the same rows in every stage.")
+    test_split_size: float = HfArg(
+        default=0.05, help="Share of train to hold out then, the same rows in every stage of one slice."
+    )
     column: list[str] | None = HfArg(
         default=None,
         help="Columns, or keys of messages: THEIRS=OURS, such as conversations=messages from=role value=content.",
@@ -57,12 +61,20 @@ class DataArguments:
             raise ValueError(f"dataset_weights are shares above 0 and up to 1, got {self.dataset_weights}")
         if not 0 < self.test_split_size < 1:
             raise ValueError(f"test_split_size must be between 0 and 1, got {self.test_split_size}")
-        for split in (self.dataset_train_split, self.dataset_test_split):
-            if "[" in split:
-                try:
-                    ReadInstruction.from_spec(split)
-                except ValueError as error:
-                    raise ValueError(f"{split} is not a slice such as train[:25%] ({error})") from None
+        if "[" in self.dataset_test_split:
+            raise ValueError(f"dataset_test_split is a whole split, not {self.dataset_test_split}; use max_test_pairs")
+        if "[" in self.dataset_train_split:
+            try:
+                if set("+(") & set(self.dataset_train_split):
+                    raise ValueError("one slice, without + or a rounding")
+                ReadInstruction.from_spec(self.dataset_train_split)
+            except ValueError as error:
+                raise ValueError(f"{self.dataset_train_split} is not a slice such as train[:25%] ({error})") from None
+
+    @property
+    def train_split_name(self) -> str:
+        """The split to train on, without its slice."""
+        return self.dataset_train_split.partition("[")[0]
 
     @property
     def names(self) -> str:

@@ -38,9 +38,9 @@ def load_pairs(
     None takes pairs as DPO does and other rows as SFT does. `workers` are processes: by default one, or all cores for
     large data. Data that cannot be read, a broken row and a split that keeps no pair are a UserError.
     """
-    if data.dataset_train_split == data.dataset_test_split:
+    if data.train_split_name == data.dataset_test_split:
         raise UserError(
-            f"dataset_train_split and dataset_test_split are both {data.dataset_train_split!r}, so evaluation would "
+            f"dataset_train_split and dataset_test_split are both {data.train_split_name!r}, so evaluation would "
             "see trained rows; name two splits"
         )
     with global_then_local_main_first():  # the first process writes the cache, the others read it

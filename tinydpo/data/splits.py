@@ -108,8 +108,8 @@ def count_shared_prompts(train: Dataset, test: Dataset) -> int:
 
 def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Dataset, Dataset]:
     """The train and the test rows of one dataset."""
-    train = _get_split_name(data.dataset_train_split)
-    test = _get_split_name(data.dataset_test_split)
+    train = data.train_split_name
+    test = data.dataset_test_split
     files = _find_files(data, source, label)
     for split, flag in ((train, "--dataset_train_split"), (test, "--dataset_test_split")):
         may_be_missing = split == test == "test"  # the default: nobody asked for it by name
@@ -117,27 +117,23 @@ def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Datas
             raise UserError(f"{source.name} has no split {split!r}, only {', '.join(sorted(files))}; check {flag}")
     columns = parse_renames(data.column)
     roles = parse_renames(data.role)
-    rows = _take_slice(_read_files(files[train], columns, roles), data.dataset_train_split)
+    rows = _read_files(files[train], columns, roles)
+    if data.dataset_train_split != train:
+        rows = _take_slice(rows, train, data.dataset_train_split)
     if test in files:
-        return rows, _take_slice(_read_files(files[test], columns, roles), data.dataset_test_split)
+        return rows, _read_files(files[test], columns, roles)
     return hold_out(rows, data.test_split_size, source.name)
 
 
-def _get_split_name(split: str) -> str:
-    return split.partition("[")[0]
-
-
-def _take_slice(rows: Dataset, split: str) -> Dataset:
-    """Take the rows that a split such as `train[:25%]` names, as `datasets` slices a split, but from each file.
+def _take_slice(rows: Dataset, name: str, split: str) -> Dataset:
+    """Take the rows that a slice such as `train[:25%]` names, as `datasets` slices a split, but from each file.
 
     So every subset is in the slice: HH's are files, one after the other.
     """
-    name = _get_split_name(split)
-    if split == name:
-        return rows
     kept: list[int] = []
     start = 0
-    for count in pc.value_counts(rows.with_format("arrow")["file"][:]).field("counts").to_pylist():
+    counts = pc.value_counts(rows.with_format("arrow")["file"][:]).field("counts")  # files in order of appearance
+    for count in counts.to_pylist():
         for part in ReadInstruction.from_spec(split).to_absolute({name: count}):
             kept.extend(range(start + part.from_, start + part.to))
         start += count
@@ -150,7 +146,7 @@ def _find_files(data: DataArguments, source: Source, label: str) -> dict[str, li
     """Every split's files; a single file is the `train` split. `label` goes before the subset of their rows."""
     path = Path(source.name).expanduser()
     if path.is_file():
-        return {_get_split_name(data.dataset_train_split): [DataFile(str(path), str(path), label)]}
+        return {data.train_split_name: [DataFile(str(path), str(path), label)]}
     if not path.is_dir():
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source.name) or path.name.endswith(FILE_SUFFIXES):
             raise UserError(f"there is no file or folder {source.name!r}; check --dataset_name")
@@ -161,8 +157,7 @@ def _find_files(data: DataArguments, source: Source, label: str) -> dict[str, li
     if set("*?[") & set(str(root)):
         raise UserError(f"{root}: `datasets` takes *, ? and [ in a folder's name for a pattern; rename it")
     splits = _split_files(path, root, source)
-    used = {_get_split_name(data.dataset_train_split), _get_split_name(data.dataset_test_split)}
-    read = {name for split in used for name in splits.get(split, ())}
+    read = {name for split in (data.train_split_name, data.dataset_test_split) for name in splits.get(split, ())}
     found = (file.relative_to(root).as_posix() for file in sorted(root.rglob("[!._]*")) if file.name not in NO_ROWS)
     unread = [name for name in found if name.endswith(FILE_SUFFIXES) and name not in read]
     if unread and not get_rank():

@@ -89,7 +89,7 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
             add_fused_lm_head(unwrap_peft(model), cast_lm_head_to_fp32=True, outputs=outputs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # With DeepSpeed transformers would round every float of a batch to bf16: the cached reference log-probs.
+        # Under DeepSpeed transformers casts floats to the engine's dtype; cached reference log-probs stay float32.
         return send_to_device(inputs, self.args.device)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -102,7 +102,7 @@ class FittedTrainerMixin(SealedCheckpointsMixin):
 
         TRL would average the means of batches, which are not equally large.
         """
-        inputs = send_to_device(inputs, self.args.device)
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             scores = self.score_rows(model, inputs)
         return None, scores, scores  # transformers computes metrics only if there are labels as well
