@@ -64,17 +64,12 @@ class DataArguments:
         if "[" in self.dataset_test_split:
             raise ValueError(f"dataset_test_split is a whole split, not {self.dataset_test_split}; use max_test_pairs")
         if "[" in self.dataset_train_split:
-            try:
-                if set("+(") & set(self.dataset_train_split):
-                    raise ValueError("one slice, without + or a rounding")
-                ReadInstruction.from_spec(self.dataset_train_split)
-            except ValueError as error:
-                raise ValueError(f"{self.dataset_train_split} is not a slice such as train[:25%] ({error})") from None
+            parse_slice(self.dataset_train_split)
 
     @property
     def train_split_name(self) -> str:
         """The split to train on, without its slice."""
-        return self.dataset_train_split.partition("[")[0]
+        return get_split_name(self.dataset_train_split)
 
     @property
     def names(self) -> str:
@@ -98,6 +93,21 @@ class DataArguments:
 def list_sources(settings: Mapping[str, Any]) -> list[Source]:
     """The datasets that the settings of a run or an evaluation name."""
     return DataArguments(**{flag: settings.get(flag) for flag in PER_DATASET_FLAGS}).sources()
+
+
+def get_split_name(split: str) -> str:
+    """The name of a split or of a slice of it: `train` for `train[:25%]`."""
+    return split.partition("[")[0]
+
+
+def parse_slice(split: str) -> ReadInstruction:
+    """One slice, such as `train[:25%]`, in the syntax of `datasets` (ValueError: it is malformed)."""
+    if set("+(") & set(split):
+        raise ValueError(f"{split} is not a slice such as train[:25%] (one slice, without + or a rounding)")
+    try:
+        return ReadInstruction.from_spec(split)
+    except ValueError as error:
+        raise ValueError(f"{split} is not a slice such as train[:25%] ({error})") from None
 
 
 def parse_renames(pairs: list[str] | None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 
 from tinydpo.config import launch
-from tinydpo.config.arguments import DataArguments, as_list, get_reference, resolve_row_length
+from tinydpo.config.arguments import DataArguments, as_list, get_reference, get_split_name, resolve_row_length
 from tinydpo.config.flags import FIRST_FLAGS, list_refused_flags, suggest_flag
 from tinydpo.errors import UserError
 from tinydpo.files import read_yaml
@@ -195,7 +195,7 @@ def _read_run_defaults(given: dict[str, Any], known: dict[str, Any], model: str 
     keys = {field.name for field in fields(DataArguments)} | {"max_length", "beta", "dtype"}
     if as_list(given.get("dataset_name", config.get("dataset_name"))) != as_list(config.get("dataset_name")):
         keys -= DATASET_KEYS
-        config["dataset_train_split"] = config.get("dataset_train_split", "train").partition("[")[0]
+        config["dataset_train_split"] = get_split_name(config.get("dataset_train_split", "train"))
         config["chat"] = was_trained_on_chat(model)  # on-policy pairs are messages already, other data may be texts
     defaults = {key: config[key] for key in keys & set(known) if config.get(key) is not None}
     if "ref_model_name_or_path" in known and "ref_model_name_or_path" not in given:

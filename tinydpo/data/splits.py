@@ -25,7 +25,6 @@ import pyarrow.parquet
 from datasets import (
     Dataset,
     Features,
-    ReadInstruction,
     Value,
     are_progress_bars_disabled,
     concatenate_datasets,
@@ -37,7 +36,7 @@ from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from tinydpo.config.arguments import DataArguments, Source, parse_renames
+from tinydpo.config.arguments import DataArguments, Source, get_split_name, parse_renames, parse_slice
 from tinydpo.data import CACHE_VERSION
 from tinydpo.data.rows import BrokenRow, decode_row, read_row
 from tinydpo.errors import UserError, escape_controls, get_rank
@@ -119,23 +118,25 @@ def _load_source(data: DataArguments, source: Source, label: str) -> tuple[Datas
     roles = parse_renames(data.role)
     rows = _read_files(files[train], columns, roles)
     if data.dataset_train_split != train:
-        rows = _take_slice(rows, train, data.dataset_train_split)
+        rows = _take_slice(rows, data.dataset_train_split)
     if test in files:
         return rows, _read_files(files[test], columns, roles)
     return hold_out(rows, data.test_split_size, source.name)
 
 
-def _take_slice(rows: Dataset, name: str, split: str) -> Dataset:
+def _take_slice(rows: Dataset, split: str) -> Dataset:
     """Take the rows that a slice such as `train[:25%]` names, as `datasets` slices a split, but from each file.
 
     So every subset is in the slice: HH's are files, one after the other.
     """
+    name = get_split_name(split)
+    instruction = parse_slice(split)
     kept: list[int] = []
     start = 0
     counts = pc.value_counts(rows.with_format("arrow")["file"][:]).field("counts")  # files in order of appearance
     for count in counts.to_pylist():
-        for part in ReadInstruction.from_spec(split).to_absolute({name: count}):
-            kept.extend(range(start + part.from_, start + part.to))
+        (part,) = instruction.to_absolute({name: count})
+        kept.extend(range(start + part.from_, start + part.to))
         start += count
     if not kept:
         raise UserError(f"{split} has none of the {len(rows):,} rows of {name}; name another slice")
