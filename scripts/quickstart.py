@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tinydpo.errors import report_errors
+from tinydpo.errors import UserError, report_errors
 from tinydpo.files import check_output_folder, read_json
+from tinydpo.run_folder import RunFolder
 
 RECIPE = os.path.relpath(Path(__file__).parent.parent / "recipes/quickstart")
 
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bars()  # with so few rows they only flash by
     start = time.monotonic()
     runs = check_output_folder(args.output_dir.expanduser(), "base")
+    before = RunFolder(runs / "sft").read_config().get("seed", args.seed)
+    if before != args.seed:  # its data would be replaced under its models
+        raise UserError(f"{runs} holds a run of seed {before}; choose another --output_dir, or delete the folder")
     (runs / "base").mkdir(parents=True, exist_ok=True)  # first, so that an interrupted run is known again
     common = ["--dataset_name", runs / "data", "--seed", args.seed]
 

@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{format_rounds(results['rounds'])}\nFigures: {folder / 'rounds.json'}")
     if results["reward"]:
         frontier = read_json(folder / "frontier/frontier.json", "points", "reward")
+        if frontier.get("reward") != results["reward"]:
+            frontier = {}
         figures.draw_frontier(add_rounds_to_frontier(frontier, results)).savefig(folder / "rounds.png", dpi=150)
         print(f"Drawn: {folder / 'rounds.png'}")
     if "rewards" in results["rounds"][0]:

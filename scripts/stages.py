@@ -58,20 +58,18 @@ def train_missing_model(
     if not broadcast_object_list([missing])[0]:  # the first process decides: machines may not share the folder
         return False
     if recipe_name == "quickstart":
-        raise UserError(f"{model} is not there or not finished; `make quickstart` makes it, with its data")
+        raise UserError(f"{model} does not exist or is not finished; `make quickstart` makes it, with its data")
     known = [set(as_list(read_yaml(path).get("dataset_name"))) for path in (config_path, recipe)]
     if dataset_name and set(as_list(dataset_name)) not in known and not run.is_started:
         names = " ".join(as_list(dataset_name))
         raise UserError(
-            f"{model} is not there; start from another model with --model_name_or_path, or train this one first, with "
-            f'the same data flags: make sft RECIPE={recipe.parent} ARGS="--dataset_name {names}"'
+            f"{model} does not exist; start from another model with --model_name_or_path, or train this one first, "
+            f'with the same data flags: make sft RECIPE={recipe.parent} ARGS="--dataset_name {names}"'
         )
     argv = ["--config", str(recipe)]
-    state = "not there"
+    state = "missing"
     if run.is_started:  # maybe with flags beside the recipe
         argv = ["--config", str(run.config_file), "--output_dir", str(model)]
-        if run.read_config().get("pairs_per_step"):
-            argv += ["--gradient_accumulation_steps", "1"]  # computed again: there may be more processes now
         state = "unfinished"
     if not get_rank():
         start = read_yaml(argv[1])

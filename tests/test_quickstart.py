@@ -7,7 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import quickstart
 from running import ROOT
+
+from tinydpo.errors import UserError
+
+
+def test_another_seed_does_not_replace_the_data_of_trained_models(tmp_path: Path):
+    for file in ("base/model.safetensors", "data/test.jsonl"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("of seed 0")
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/run_config.yaml").write_text("seed: 0")
+    with pytest.raises(UserError, match="holds a run of seed 0; choose another --output_dir"):
+        quickstart.main(["--seed", "1", "--output_dir", str(tmp_path)])
+    assert (tmp_path / "data/test.jsonl").read_text() == "of seed 0"
 
 
 @pytest.mark.slow

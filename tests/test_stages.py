@@ -29,7 +29,7 @@ def recipes(task: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_dpo_trains_its_missing_sft_once(recipes: Path, task: Path, tiny_model: Path, capsys: pytest.CaptureFixture):
     dpo.main(["--config", "recipes/mine/dpo.yaml", "--beta", "0.3"])
-    line = f"runs/mine/sft is not there: first training {tiny_model} on {task / 'data'} with recipes/mine/sft.yaml"
+    line = f"runs/mine/sft is missing: first training {tiny_model} on {task / 'data'} with recipes/mine/sft.yaml"
     assert capsys.readouterr().out.count(line) == 1
     assert Path("runs/mine/sft/train_results.json").is_file() and Path("runs/mine/dpo/train_results.json").is_file()
     assert "beta: 0.3" in Path("runs/mine/dpo/run_config.yaml").read_text(), "DPO lost its own flags"
@@ -82,5 +82,5 @@ def test_other_models_are_left_alone(model: str | None, recipes: Path, monkeypat
 
 def test_the_toy_task_is_made_by_its_own_command(recipes: Path):
     recipes.rename("recipes/quickstart")
-    with pytest.raises(UserError, match=r"runs/quickstart/sft is not there .*`make quickstart`"):
+    with pytest.raises(UserError, match=r"runs/quickstart/sft does not exist .*`make quickstart`"):
         train_missing_model("runs/quickstart/sft", "recipes/quickstart/dpo.yaml")

@@ -32,17 +32,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         half.unlink(missing_ok=True)
 
 
-def check_output_folder(output_dir: str | Path, *own: str) -> Path:
+def check_output_folder(output_dir: str | Path, *own_patterns: str) -> Path:
     """Refuse an output folder that cannot be written to, or whose files an earlier run of the command did not write.
 
-    `own` are patterns of which such a run leaves one. Hidden files do not count. The folder is not made.
+    `own_patterns` match what such a run leaves. Hidden files do not count. The folder is not made.
     """
     folder = Path(output_dir)
     check_writable(folder)
     held = sorted(path.name for path in folder.glob("*") if path.name[0] not in "._")
-    if held and not any(any(folder.glob(pattern)) for pattern in own):
+    if held and not any(any(folder.glob(pattern)) for pattern in own_patterns):
         raise UserError(
-            f"output_dir {folder} holds {held[0]} and no earlier run of this command; choose a new or empty folder"
+            f"output_dir {folder} already holds {held[0]}, which this command did not write; choose a new or empty "
+            "folder"
         )
     return folder
 
@@ -77,7 +78,7 @@ def _parse_object(where: Path | str, text: str, needed: tuple[str, ...]) -> dict
         value = None
     if not isinstance(value, dict) or not value.keys() >= set(needed):
         raise UserError(
-            f"{where} is damaged, or of an older version; run the command that wrote it again, or delete it"
+            f"{where} is damaged, or was written by an older version; rerun the command that wrote it, or delete it"
         )
     return value
 

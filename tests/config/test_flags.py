@@ -4,6 +4,7 @@ import importlib
 import re
 from pathlib import Path
 
+import dpo
 import pytest
 from running import run
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
@@ -49,6 +50,8 @@ dpo  --use_weighting true --loss_type sigmoid sft --loss_weights 1 1
 dpo  --warmup_steps 5 --lr_scheduler_type constant
 dpo  --warmup_steps 5 --lr_scheduler_type reduce_lr_on_plateau
 dpo  --load_best_model_at_end true --eval_steps 2 --save_steps 4
+dpo  --resume_from_checkpoint true
+dpo  --resume_from_checkpoint another-run/checkpoint-8
 dpo  --sync_ref_model true --precompute_ref_log_probs true
 dpo  --sync_ref_model true --use_peft true
 dpo  --sync_ref_model true --ref_model_name_or_path no/other
@@ -75,6 +78,12 @@ def test_a_misleading_flag_is_refused_before_anything_is_loaded(case: str, tmp_p
     with pytest.raises(UserError, match=f"^{argv[0].removeprefix('--')} is "):
         run(stage, *argv)
     assert not (tmp_path / "run").exists(), "a refused run left a folder behind"
+
+
+def test_a_run_needs_a_token_budget(tmp_path: Path):
+    (tmp_path / "dpo.yaml").write_text("max_length: null")
+    with pytest.raises(UserError, match="max_length is not set"):
+        dpo.main(["--config", str(tmp_path / "dpo.yaml"), "--output_dir", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("case", PASSED_ON)

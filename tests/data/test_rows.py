@@ -140,7 +140,7 @@ def test_columns_under_other_names():
     assert read_row(row, {"chosen": "rejected", "rejected": "chosen"}) == expected, "two names cannot change places"
     null = {"prompt": None, "question": TURNS, "chosen": GOOD, "rejected": BAD}
     assert read_row(null, {"question": "prompt"}) == expected, "a null column is taken for a second prompt"
-    with pytest.raises(BrokenRow, match="expected one column for 'prompt', found two, one of them 'question'"):
+    with pytest.raises(BrokenRow, match="two columns map to 'prompt', one of them 'question'"):
         read_row({"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}, {"question": "prompt"})
 
 

@@ -55,6 +55,7 @@ FILES = {
     "a.jsonl": encode_lines(TEN),
     "a.jsonl.gz": gzip.compress(encode_lines(TEN)),
     "a.json": json.dumps(TEN, indent=2).encode(),
+    "a.json.gz": gzip.compress(json.dumps(TEN).encode()),
     "bom.json": b"\xef\xbb\xbf" + json.dumps(TEN).encode(),
     "lines.json": encode_lines(TEN),
     "a.csv": pandas.DataFrame(TEN).to_csv(index=False).encode(),
@@ -87,6 +88,7 @@ def test_csv_cells_are_texts_or_conversations(tmp_path: Path, tiny_tokenizer: An
         "prompt": [json.dumps(TURNS), "One\nor two?"],
         "chosen": [answers[0], "12"],
         "rejected": [answers[1], "NA"],
+        "notes": ["", "a long column " * 10_000],
     }
     for split in ("train", "test"):
         pandas.DataFrame(table).to_csv(tmp_path / f"{split}.csv", index=False)

@@ -325,7 +325,7 @@ def test_agreement_with_the_labels_counts_every_pair_once(verdicts: list[tuple[s
     assert figures["agreement"] * (len(verdicts) - invalid) == pytest.approx(figures["agreed"] + figures["ties"] / 2)
     swapped = measure_agreement([(second, first) for first, second in verdicts])
     assert swapped["agreement"] == pytest.approx(1 - figures["agreement"]), "the labels' side has an advantage"
-    assert swapped["turned_share"] == figures["turned_share"]
+    assert swapped["order_flip_rate"] == figures["order_flip_rate"]
 
 
 def test_doubts_stand_beside_the_rates():
@@ -401,7 +401,7 @@ def test_judge_is_judged_by_the_labels_first(
         get_sides(question) in labels or get_sides(question)[::-1] in labels for question in server.questions
     ]
     own = json.loads((tmp_path / "knows/winrate/winrate.json").read_text())["calibration"]
-    assert (own["pairs"], own["agreed"], own["agreement"], own["turned_share"]) == (12, 12, 1.0, 0.0)
+    assert (own["pairs"], own["agreed"], own["agreement"], own["order_flip_rate"]) == (12, 12, 1.0, 0.0)
     assert about_labels[:24] == [True] * 24 and not any(about_labels[24:]), "the labelled pairs do not come first"
     shown = capfd.readouterr().out
     assert "share of 12 held-out pairs on which scripted agrees with the labels" in shown
@@ -414,7 +414,7 @@ def test_judge_is_judged_by_the_labels_first(
     with judge_server(lambda *_: "More helpful: A") as server:  # goes by the order
         winrate_script.main([*get_flags(policy, tmp_path / "order/winrate", server.url)])
     own = json.loads((tmp_path / "order/winrate/winrate.json").read_text())["calibration"]
-    assert (own["agreement"], own["turned_share"]) == (0.5, 1.0)
+    assert (own["agreement"], own["order_flip_rate"]) == (0.5, 1.0)
     warning = "the judge's agreement with the labels includes 0.5: inconclusive"
     assert capfd.readouterr().out.count(f"; {warning}\n") == 2, "the rates of such a judge have no warning"
     assert warning in html.unescape((tmp_path / "order/report.html").read_text()), "the report hides it"

@@ -85,7 +85,7 @@ def test_merged_is_a_plain_checkpoint_that_trains_on(adapter: Path, base: Path, 
     with pytest.raises(UserError, match=r"is an adapter.*scripts/merge\.py --model_name_or_path"):
         dpo(adapter, task, tmp_path / "refused")
     merge("--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
-    with pytest.raises(UserError, match="no earlier run of this command"):
+    with pytest.raises(UserError, match="which this command did not write"):
         merge("--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
     together = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -155,9 +155,7 @@ def test_code_of_a_models_own_is_not_run(folder: Path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text("raise AssertionError('code of a model was run')")
     message = sentence(lambda: load_model(str(folder)))
-    assert "brings its own code, which only training runs" in message, (
-        "a flag is advised that evaluation does not have"
-    )
+    assert "needs its own code, which only training runs" in message, "a flag is advised that evaluation does not have"
 
 
 def test_pickled_weights_are_refused(folder: Path):

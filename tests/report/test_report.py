@@ -211,7 +211,7 @@ def test_notices_of_hh_and_the_toy_task_are_only_on_their_pages(tmp_path: Path):
 
 
 def test_doubts_stand_beside_win_rates(tmp_path: Path):
-    judge = {"pairs": 64, "invalid": 0, "agreement": 0.5, "agreement_ci95": [0.4, 0.6], "turned_share": 0.75}
+    judge = {"pairs": 64, "invalid": 0, "agreement": 0.5, "agreement_ci95": [0.4, 0.6], "order_flip_rate": 0.75}
     winrate = make_winrate() | {"calibration": judge}
     winrate["comparisons"][0]["invalid"] = 14
     write(tmp_path / "winrate/winrate.json", winrate)

@@ -130,9 +130,7 @@ def continue_adapter(base: str) -> Any:
 
 @pytest.mark.parametrize("adapter", ["none", "new", "continued"])
 @pytest.mark.parametrize("ld_alpha", [None, 0.5])
-def test_a_step_with_cached_log_probs_is_that_of_trl(
-    adapter: str, ld_alpha: float | None, trainer: Callable, gpt2: str
-):
+def test_a_step_with_cached_log_probs_matches_trl(adapter: str, ld_alpha: float | None, trainer: Callable, gpt2: str):
     def make(engine: type) -> Any:
         model = continue_adapter(gpt2) if adapter == "continued" else gpt2
         settings = {"peft_config": LORA} if adapter == "new" else {}
@@ -147,7 +145,7 @@ def test_a_step_with_cached_log_probs_is_that_of_trl(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_every_family_is_that_of_trl(family: str, trainer: Callable, tiny_tokenizer: Any):
+def test_a_step_of_every_family_matches_trl(family: str, trainer: Callable, tiny_tokenizer: Any):
     attention, settings = FAMILIES[family]
 
     def make(engine: type) -> Any:
@@ -173,14 +171,14 @@ def test_a_step_of_every_family_is_that_of_trl(family: str, trainer: Callable, t
 
 @pytest.mark.parametrize("completion_only", [True, False])
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
-def test_an_sft_step_is_that_of_trl(loss_type: str, completion_only: bool, trainer: Callable, pairs: Dataset):
+def test_an_sft_step_matches_trl(loss_type: str, completion_only: bool, trainer: Callable, pairs: Dataset):
     rows = build_sft_rows(pairs, completion_only)
     stock, packed = (trainer(engine, rows, loss_type=loss_type) for engine in (SFTTrainer, PackedSFTTrainer))
     assert_same_step(packed, stock)
 
 
 @pytest.mark.parametrize("center", [None, 0.01])
-def test_a_reward_step_is_that_of_trl(
+def test_a_reward_step_matches_trl(
     center: float | None, trainer: Callable, gpt2: str, pairs: Dataset, tiny_tokenizer: Any
 ):
     """Most answers come to their end, whose token pads; one is nothing but that, one prompt ends with it too."""
@@ -210,7 +208,7 @@ def test_a_reward_step_is_that_of_trl(
 
 
 @pytest.mark.parametrize("stage", ["dpo", "sft"])
-def test_a_run_is_that_of_trl(stage: str, trainer: Callable, tiny_tokenizer: Any):
+def test_a_run_matches_trl(stage: str, trainer: Callable, tiny_tokenizer: Any):
     """Several epochs of uneven batches, accumulated, recomputed in the backward pass; padded rows too."""
     rows = uneven_pairs(24, len(tiny_tokenizer), seed=1)
     rows = build_sft_rows(rows) if stage == "sft" else rows

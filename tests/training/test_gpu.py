@@ -95,7 +95,7 @@ def make(tiny_tokenizer: Any, tmp_path: Path) -> Callable:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("stage", ENGINES)
-def test_a_step_in_float32_is_that_of_trl(stage: str, shape: str, make: Callable, tiny_tokenizer: Any):
+def test_a_step_in_float32_matches_trl(stage: str, shape: str, make: Callable, tiny_tokenizer: Any):
     stock, _, packed = ENGINES[stage]
     pairs = uneven_pairs(8, len(tiny_tokenizer))
     assert_same_step(make(stage, packed, shape, pairs), make(stage, stock, shape, pairs))
@@ -168,7 +168,7 @@ def test_qlora_trains_and_merges(task: Path, tiny_model: Path, tmp_path: Path):
 
 
 def test_a_compiled_run_is_the_same_run(tiny_tokenizer: Any, tmp_path: Path):
-    """Within the rounding of other kernels, as `test_a_run_is_that_of_trl` allows it."""
+    """Within the rounding of other kernels, as `test_a_run_matches_trl` allows it."""
     plain, compiled = train_plain_and_compiled("inductor", tiny_tokenizer, tmp_path, use_cpu=not ON_GPU)
     assert_same_losses(compiled, plain, rel=1e-3)
 

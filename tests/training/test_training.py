@@ -125,6 +125,13 @@ def test_a_finished_run_is_the_same_on_another_machine_and_after_an_upgrade(
         run("dpo", *dpo_args(sft, task, folder), "--weight_decay", "0.5")
 
 
+def test_a_run_is_repeated_with_another_batch_on_a_device(sft: Path, dpo: Path, tmp_path: Path):
+    run("dpo", "--config", dpo / "run_config.yaml", "--output_dir", tmp_path, "--per_device_train_batch_size", "1")
+    before, after = (yaml.safe_load((folder / "run_config.yaml").read_text()) for folder in (dpo, tmp_path))
+    assert before["pairs_per_step"] == after["pairs_per_step"]
+    assert "use_cpu" not in before, "repeated on a GPU, it would train on the CPU"
+
+
 def test_a_failed_push_is_tried_again(task: Path, tiny_model: Path, tmp_path: Path, monkeypatch, capsys):
     pushed = []
     failures = [OSError("no network"), KeyboardInterrupt()]

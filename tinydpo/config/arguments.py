@@ -162,7 +162,9 @@ class RunArguments(RowArguments):
         "--per_device_train_batch_size that divides a device's share; accumulation does the rest.",
     )
     eval_pairs: int = HfArg(default=512, help="Held-out pairs, drawn once, that evaluation during training uses.")
-    accelerate_config: str | None = HfArg(default=None, help="The launcher's file, to check that it is what runs.")
+    accelerate_config: str | None = HfArg(
+        default=None, help="The accelerate file; the script checks that it is what runs."
+    )
 
 
 @dataclass

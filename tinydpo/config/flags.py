@@ -6,6 +6,7 @@ Each refusal says what to do instead. Every flag that is not listed here is pass
 import difflib
 from collections.abc import Collection
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from tinydpo.errors import UserError
@@ -94,6 +95,8 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
 
     `settings` holds every key of the run; `configs` are the libraries' dataclasses that the flags come from.
     """
+    if not settings["max_length"]:
+        raise UserError("max_length is not set, but pairs are fitted to a budget of tokens; pass --max_length 128")
     defaults = {field.name: field.default for config in configs for field in fields(config)}
     refused = REFUSED_ALWAYS | REFUSED_IN_STAGE[stage]
     if not settings["use_peft"]:
@@ -109,6 +112,10 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
     eval_steps = settings["eval_steps"] or settings["logging_steps"]
     if settings["save_strategy"] == "steps" and settings["save_steps"] != eval_steps:
         refused["load_best_model_at_end"] = "but the best evaluation may have no checkpoint; pass --save_strategy best"
+    checkpoint = settings["resume_from_checkpoint"]
+    if checkpoint and Path(checkpoint).resolve().parent != Path(settings["output_dir"]).resolve():
+        reason = "but a run resumes from its own checkpoints, and by itself from the last one; leave it out"
+        refused["resume_from_checkpoint"] = reason
     if stage == "dpo":
         refused |= _refuse_for_dpo(settings)
     for flag, reason in refused.items():

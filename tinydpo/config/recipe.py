@@ -121,7 +121,7 @@ class _StrictParser(HfArgumentParser):
         if rest and rest[0].startswith("-"):
             self.refuse_key(rest[0].split("=")[0].lstrip("-").replace("-", "_"))
         if rest:
-            self.error(f"{rest[0]!r} belongs to no flag")
+            self.error(f"unexpected argument {rest[0]!r}")
         given = {key: _expand_home(value) for key, value in vars(namespace).items() if value is not unset}
         for key, value in given.items():
             if {str, list} <= self.kinds.get(key, set()) and len(value) == 1:
@@ -137,7 +137,7 @@ class _StrictParser(HfArgumentParser):
             hint = f"{folder} has {', '.join(others)}" if others else "check --config (make: RECIPE and STAGE)"
             raise UserError(f"there is no recipe {path}; {hint}")
         recipe = read_yaml(path)
-        os.environ.update({name: str(value) for name, value in recipe.pop("env", {}).items()})
+        os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
         skipped = {field.name for kind in ignored for field in fields(kind)}
         values = {}
         for key, value in recipe.items():

@@ -203,7 +203,7 @@ def _rename_keys(mapping: dict[str, Any], names: Mapping[str, str]) -> dict[str,
     for key, value in mapping.items():
         name = names.get(key, key)
         if renamed.get(name) is not None and value is not None:
-            raise BrokenRow(f"expected one column for {name!r}, found two, one of them {key!r}")
+            raise BrokenRow(f"two columns map to {name!r}, one of them {key!r}")
         if value is not None or name not in renamed:
             renamed[name] = value
     return renamed

@@ -276,6 +276,7 @@ def _iter_parquet(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 def _iter_csv(stream: Any) -> Iterator[tuple[int, bytes]]:
     # Not by pandas: "NA" and "12" are texts, and a row that has a cell too many keeps its columns.
+    csv.field_size_limit(2**31 - 1)  # the default would refuse a long dialogue
     rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
     for number, row in enumerate(rows, 1):
         yield number, json.dumps(row).encode()
@@ -300,7 +301,7 @@ def _restore_value(value: Any, arrow_type: pyarrow.DataType) -> Any:
 def _iter_json(stream: Any, is_jsonl: bool) -> Iterator[tuple[int, bytes]]:
     """Rows of a JSON-lines file, or of a JSON file, which may be one array instead."""
     records: Iterable[bytes] = stream
-    if not is_jsonl and stream.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # with a byte-order mark
+    if not is_jsonl and stream.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # with a byte-order mark
         records = (json.dumps(row).encode() for row in json.load(stream))
     for number, record in enumerate(records, 1):
         if record.strip():

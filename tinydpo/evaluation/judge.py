@@ -11,12 +11,11 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
@@ -61,9 +60,8 @@ VERDICT = re.compile(
 CONSISTENT_VERDICTS = {("A", "B"), ("B", "A"), ("tie", "tie")}  # the same whichever answer comes first
 CACHED = {"key", "verdict", "prompt_tokens", "completion_tokens"}  # what is used of a saved verdict
 MAX_TOKENS = 200  # enough for a sentence and the verdict
-# What some models refuse, and what they are asked with then; those that rename the limit count their thoughts too.
-INSTEAD: dict[str, dict[str, int]] = {"temperature": {}, "max_tokens": {"max_completion_tokens": 4000}}
-MAX_REPLY_BYTES = 1_000_000
+# What some models refuse, and what they are asked with then. max_completion_tokens counts reasoning tokens too.
+FALLBACKS: dict[str, dict[str, int]] = {"temperature": {}, "max_tokens": {"max_completion_tokens": 4000}}
 RETRIES = 5  # the client's own: of 429, 5xx, time-outs and lost connections, with growing pauses
 
 
@@ -74,7 +72,7 @@ class JudgeArguments:
     judge_base_url: str | None = HfArg(default=None, help="An endpoint of OpenAI's protocol, such as https://host/v1.")
     judge_model: str | None = HfArg(default=None, help="The judge's name at that endpoint.")
     judge_concurrency: int = HfArg(default=8, help="Questions sent at once: 1 for a server that takes one at a time.")
-    judge_timeout: float = HfArg(default=120.0, help="Seconds that one whole reply may take.")
+    judge_timeout: float = HfArg(default=120.0, help="Seconds to wait for a reply.")
 
     def __post_init__(self):
         check_given(self, "judge_base_url", "judge_model", hint="a win rate needs a judge (docs/evaluation.md)")
@@ -158,7 +156,6 @@ class Judge:
             api_key=self._key or "none",  # a local server needs none, but the client insists on one
             timeout=self.args.judge_timeout,
             max_retries=RETRIES,
-            http_client=make_http_client(self.args.judge_timeout),
         )
         limit = asyncio.Semaphore(self.args.judge_concurrency)
         async with client:
@@ -204,7 +201,7 @@ class Judge:
             raise UserError("does not answer in OpenAI's chat protocol; check --judge_base_url") from None
 
     async def _create_completion(self, client: Any, question: str) -> Any:
-        """Ask with the settings of `INSTEAD`; one that the judge refuses is replaced from then on."""
+        """Ask with the settings of `FALLBACKS`; one that the judge refuses is replaced from then on."""
         model = self.args.judge_model
         messages = [{"role": "user", "content": question}]
         options = dict(self._options)
@@ -212,14 +209,14 @@ class Judge:
             return await client.chat.completions.create(model=model, messages=messages, **options)
         except openai.BadRequestError as error:
             complaint = f"{error.param} {error.message}"
-            refused = next((name for name in INSTEAD if name in options and name in complaint), None)
+            refused = next((name for name in FALLBACKS if name in options and name in complaint), None)
             if refused is None:
                 raise
             if refused in self._options:  # else another question has met the same refusal
                 del self._options[refused]
-                self._options |= INSTEAD[refused]
+                self._options |= FALLBACKS[refused]
                 print_stderr(
-                    f"{model} refuses {refused}; asking with {', '.join(INSTEAD[refused]) or 'its own'} instead."
+                    f"{model} refuses {refused}; asking with {', '.join(FALLBACKS[refused]) or 'its own'} instead."
                 )
         return await self._create_completion(client, question)
 
@@ -260,32 +257,6 @@ class Judge:
         return text.replace(self._key, "[key]") if self._key else text
 
 
-def make_http_client(timeout: float) -> Any:
-    """Limit time (seconds) and size of a whole reply in the HTTP client of `openai`.
-
-    Its own timeout starts again with every byte, and it reads a body of any size.
-    """
-
-    class LimitedClient(openai.DefaultAsyncHttpxClient):
-        async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-            body = b""
-            try:
-                async with (
-                    asyncio.timeout(timeout),
-                    aclosing(await super().send(request, **options | {"stream": True})) as response,
-                ):
-                    async for chunk in response.aiter_bytes():
-                        body += chunk
-                        if len(body) > MAX_REPLY_BYTES:
-                            raise UserError(f"sent more than {MAX_REPLY_BYTES} bytes; check --judge_base_url")
-            except TimeoutError:
-                raise httpx2.ReadTimeout(f"no whole reply within {timeout:g} s") from None
-            headers = {name: value for name, value in response.headers.items() if name != "content-encoding"}
-            return httpx2.Response(response.status_code, headers=headers, content=body, request=request)
-
-    return LimitedClient()
-
-
 def calibrate_judge(judge: Judge, texts: Dataset, tokenizer: Any, pairs: int, seed: int) -> dict[str, Any] | None:
     """`measure_agreement` on up to `pairs` held-out pairs, chosen against rejected, uncut; None if `pairs` is 0."""
     if not pairs:
@@ -299,7 +270,7 @@ def measure_agreement(verdicts: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """How far n pairs of verdicts, with the chosen answer as A and as B, agree with the labels.
 
     `agreement` is the share of valid pairs whose chosen answer the judge prefers (ties half, as in a win rate), and
-    `turned_share` the share of those on which the verdict changes with the order.
+    `order_flip_rate` the share of those on which the verdict changes with the order.
     """
     valid = [pair for pair in verdicts if "invalid" not in pair]
     outcomes = [get_outcome(*pair) for pair in valid]
@@ -311,5 +282,5 @@ def measure_agreement(verdicts: Sequence[tuple[str, str]]) -> dict[str, Any]:
         "invalid": len(verdicts) - len(valid),
         "agreement": sum(outcomes) / len(valid),
         "agreement_ci95": list(wilson_interval(sum(outcomes), len(valid))),
-        "turned_share": sum(pair not in CONSISTENT_VERDICTS for pair in valid) / len(valid),
+        "order_flip_rate": sum(pair not in CONSISTENT_VERDICTS for pair in valid) / len(valid),
     }

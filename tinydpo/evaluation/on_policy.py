@@ -144,7 +144,7 @@ def count_answers(answers: Sequence[Sequence[ScoredAnswer]], rows: dict[str, lis
     return {
         "prompts": len(answers),
         "answers": len(every),
-        "answers_without_a_word": len(every) - len(with_words),
+        "empty_answers": len(every) - len(with_words),
         "answers_that_ended": sum(answer.ended for answer in every),
         "answers_equal_to_another": len(with_words) - sum(len(scored) for scored in distinct),
         "answers_scored_like_another": sum(len(one) - len({answer.reward for answer in one}) for one in distinct),

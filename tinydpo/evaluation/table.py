@@ -21,7 +21,7 @@ FIGURES = [
     ("reward_accuracy_cut", "… cut", 0.5,
      "the same over {reward_accuracy_cut_pairs} pairs with an answer that max_length cuts"),
     ("explicit_accuracy", "reward model's accuracy", 0.5, "share of the same pairs whose chosen it scores higher"),
-    ("implicit_minus_explicit", "implicit less explicit", 0.0, "reward accuracy minus the reward model's"),
+    ("implicit_minus_explicit", "implicit minus explicit", 0.0, "reward accuracy minus the reward model's"),
     ("reward_margin", "reward margin", 0.0, "implicit reward of chosen minus rejected, mean"),
     ("dpo_loss", "DPO loss", None, "-log σ(margin), mean: 0.693 for the reference itself, lower is better"),
     ("nll_chosen", "NLL of chosen", None, "nats per token, end token included: lower means likelier"),

@@ -128,7 +128,7 @@ def winrate_rows(results: dict[str, Any]) -> list[Row]:
         agreement = Estimate(calibration["agreement"], *calibration["agreement_ci95"])
         meaning = (
             f"share of {calibration['pairs']} held-out pairs on which {judge} agrees with the labels, ties half;\n"
-            f"{calibration['turned_share']:.0%} of its verdicts change with the order, "
+            f"{calibration['order_flip_rate']:.0%} of its verdicts change with the order, "
             f"{calibration['invalid']} pairs are invalid"
         )
         rows.append(Row("the judge's agreement", meaning, agreement, chance=0.5))

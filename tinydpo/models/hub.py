@@ -55,7 +55,7 @@ def _explain(error: Exception, kind: str, name: str, revision: str | None) -> st
     if caused_by(safetensors.SafetensorError):
         return f"{kind} {name}: a weights file is cut or damaged ({error}); download or save it again"
     if "trust_remote_code" in str(error):
-        return f"{kind} {name} brings its own code, which only training runs, with --trust_remote_code true"
+        return f"{kind} {name} needs its own code, which only training runs, with --trust_remote_code true"
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return f"{kind} {name} could not be loaded ({reason}); {OFFLINE_HINT}"
 

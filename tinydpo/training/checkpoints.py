@@ -1,8 +1,8 @@
 """Checkpoints that are complete or do not count.
 
 transformers resumes from the highest-numbered folder, whatever is in it: a truncated file is a traceback, and a
-missing optimizer silently changes the result. Here a checkpoint's last file, its seal, lists all others with
-their digests. A folder that does not match its seal is set aside, and the one before it is used.
+missing optimizer silently changes the result. Here a checkpoint's last file, its manifest, lists all others
+with their digests. A folder that does not match its manifest is set aside, and the one before it is used.
 """
 
 import shutil
@@ -18,12 +18,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from tinydpo.errors import UserError
 from tinydpo.files import hash_file, read_json, write_json
 
-SEAL = "complete.json"
+MANIFEST = "complete.json"
 REFERENCE = "reference.safetensors"  # the weights of a reference that --sync_ref_model moves
 
 
-class SealedCheckpointsMixin:
-    """For a `Trainer`: seals each checkpoint, deletes older ones only then, and saves no NaN or infinite weights."""
+class SafeCheckpointsMixin:
+    """For a `Trainer`: writes manifests, deletes older checkpoints only then, and saves no NaN or infinite weights."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: TRL would write one at every checkpoint, and `card` writes it when there are results."""
@@ -63,8 +63,8 @@ class SealedCheckpointsMixin:
         self.check_finite_weights()
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            (folder / SEAL).unlink(missing_ok=True)
-        # transformers would delete old checkpoints before this one is sealed.
+            (folder / MANIFEST).unlink(missing_ok=True)
+        # transformers would delete old checkpoints before this one is complete.
         limit = self.args.save_total_limit
         self.args.save_total_limit = None
         self.state.stateful_callbacks["num_tokens"] = self._total_train_tokens  # TRL would count from 0 after a resume
@@ -81,7 +81,7 @@ class SealedCheckpointsMixin:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process writes its own random state
         if self.args.should_save:
-            write_json(folder / SEAL, hash_files(folder))
+            write_json(folder / MANIFEST, hash_files(folder))
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
 
     def check_finite_weights(self) -> None:
@@ -143,20 +143,19 @@ def find_last_complete(run: Path) -> str | None:
 def find_fault(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or "" if it is complete."""
     try:
-        sealed = read_json(checkpoint / SEAL)
+        manifest = read_json(checkpoint / MANIFEST)
     except UserError:
-        return f"{SEAL} is damaged"
-    if not sealed:
+        return f"{MANIFEST} is damaged"
+    if not manifest:
         return "it was not written to its end"
     digests = hash_files(checkpoint)
-    for name, digest in sealed.items():
-        is_older = isinstance(digest, int)  # a seal of the version before, which held sizes
-        if name not in digests or (digests[name] != digest and not is_older):
+    for name, digest in manifest.items():
+        if digests.get(name) != digest:
             return f"{name} is missing or damaged"
     return ""
 
 
 def hash_files(checkpoint: Path) -> dict[str, str]:
-    """Every file of a checkpoint except its seal, with its SHA-256."""
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and SEAL not in path.name]
+    """Every file of a checkpoint except its manifest, with its SHA-256."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and MANIFEST not in path.name]
     return {path.relative_to(checkpoint).as_posix(): hash_file(path) for path in files}

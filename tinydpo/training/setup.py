@@ -35,7 +35,7 @@ from tinydpo.models.loading import (
 from tinydpo.run_folder import RunFolder
 from tinydpo.training.throughput import warn_of_long_run
 
-# Where a run executes and how much it logs, not what it trains: these settings may change before it is resumed.
+# Where a run executes and reports, not what it trains: these settings may change before it is resumed.
 NOT_COMPARED = {
     "accelerate_config", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "dataset_num_proc", "ddp_timeout", "disable_tqdm", "hub_always_push", "hub_model_id", "hub_private_repo",
@@ -67,19 +67,19 @@ def prepare_training(
     check_flags(stage, settings, training, model)
     check_reporters(training)
     prepare_process(training, model, run.accelerate_config)
-    runs = find_runs(training)
-    check_same_settings(runs, settings, (data, run, training, model))
-    finished = broadcast_object_list([runs[0].is_finished])[0]  # machines may not share the folder
+    folder = RunFolder(training.output_dir)
+    check_same_settings(folder, settings, (data, run, training, model))
+    finished = broadcast_object_list([folder.is_finished])[0]  # machines may not share the folder
     if not finished:
-        check_output_folder(training.output_dir, runs[0].config_file.name)
-        if runs[0].path.exists():
-            with lock_folder(runs[0]):  # a second run is refused now, not after an hour of reference log-probs
+        check_output_folder(training.output_dir, folder.config_file.name)
+        if folder.path.exists():
+            with lock_folder(folder):  # a second run is refused now, not after an hour of reference log-probs
                 pass
     tokenizer, shapes = load_and_check_models(stage, training, model, settings)
     need_pairs = stage != "sft"  # SFT does without rejected answers
     splits = load_pairs(data, tokenizer, training.max_length, need_pairs, training.dataset_num_proc)
     summary = {name: split.summary for name, split in splits.items()}
-    digests = check_same_inputs(runs, settings, summary)
+    digests = check_same_inputs(folder, settings, summary)
     if finished:
         if not get_rank():
             print(f"{training.output_dir} holds this run, finished; delete the folder to train again.")
@@ -97,52 +97,36 @@ def prepare_training(
     return PreparedRun(stage, settings, tokenizer, splits["train"].pairs, test, summary, digests)
 
 
-def find_runs(training: Any) -> list[RunFolder]:
-    """The run's own folder, and that of the checkpoint which --resume_from_checkpoint names."""
-    runs = [RunFolder(training.output_dir)]
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint:
-        runs.append(RunFolder(Path(checkpoint).parent))
-        if not runs[1].is_started:
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint} is not in the folder of a run, whose settings could be "
-                "compared; leave it out to resume from the last complete one"
-            )
-    return runs
-
-
-def check_same_settings(runs: list[RunFolder], settings: dict[str, Any], configs: Iterable[Any]) -> None:
-    """Refuse to go on with runs of other settings; `configs` are the dataclasses whose fields are their keys."""
+def check_same_settings(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> None:
+    """Refuse to go on with a run of other settings; `configs` are the dataclasses whose fields are their keys."""
+    before = run.read_config()
+    if not before:
+        return
     now = to_yaml_values(settings)
     defaults = to_yaml_values({field.name: field.default for config in configs for field in fields(config)})
-    for run in runs:
-        before = run.read_config()
-        if not before:
-            continue
-        ignored = set(NOT_COMPARED)
-        if now.get("pairs_per_step"):  # from which these follow
-            ignored |= {"gradient_accumulation_steps", "per_device_train_batch_size"}
-        # After an upgrade, TRL and transformers have new flags, which change nothing at their defaults; some are gone.
-        ignored |= {key for key in now.keys() - before.keys() if now[key] == defaults.get(key)}
-        ignored |= before.keys() - settings.keys()
-        key = find_difference(before, now, ignored)
-        if key:
-            raise UserError(
-                f"{run.path} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
-                "choose another --output_dir (make: NAME=…), or delete the folder"
-            )
+    ignored = set(NOT_COMPARED)
+    if now.get("pairs_per_step"):  # from which these follow
+        ignored |= {"gradient_accumulation_steps", "per_device_train_batch_size"}
+    # After an upgrade, TRL and transformers have new flags, which change nothing at their defaults; some are gone.
+    ignored |= {key for key in now.keys() - before.keys() if now[key] == defaults.get(key)}
+    ignored |= before.keys() - settings.keys()
+    key = find_difference(before, now, ignored)
+    if key:
+        raise UserError(
+            f"{run.path} holds a run with {key}: {before.get(key)}, this one has {key}: {now.get(key)}; "
+            "choose another --output_dir (make: NAME=…), or delete the folder"
+        )
 
 
-def check_same_inputs(runs: list[RunFolder], settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
-    """Refuse to go on with runs whose data or first weights have changed since; returns the weights' digests now."""
+def check_same_inputs(run: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
+    """Refuse to go on with a run whose data or first weights have changed since; returns the weights' digests now."""
     digests = {}
     error = None
     if not get_rank():  # which alone may have the models
         digests = hash_start_weights(settings)
-        for run in runs:
-            changed = find_changed_input(run, settings, summary, digests)
-            if changed and (run.is_finished or any(run.path.glob("checkpoint-*"))):
-                error = f"{changed} has changed since the run in {run.path} started"
+        changed = find_changed_input(run, settings, summary, digests)
+        if changed and (run.is_finished or any(run.path.glob("checkpoint-*"))):
+            error = f"{changed} has changed since the run in {run.path} started"
     error = broadcast_object_list([error])[0]
     if error:
         raise UserError(f"{error}; delete the run, or pass another --output_dir")
@@ -164,8 +148,11 @@ def find_changed_input(
 
 
 def to_yaml_values(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as YAML can hold them, without secrets and without what is unset."""
-    kept = {key: value for key, value in settings.items() if value not in (None, []) and key != "hub_token"}
+    """Settings as YAML can hold them, without secrets, what is unset, and what belongs to one start on one machine."""
+    dropped = {"hub_token", "resume_from_checkpoint", "use_cpu"}
+    if settings.get("pairs_per_step"):
+        dropped.add("gradient_accumulation_steps")
+    kept = {key: value for key, value in settings.items() if value not in (None, []) and key not in dropped}
     return json.loads(json.dumps(kept, default=lambda value: getattr(value, "value", str(value)), sort_keys=True))
 
 

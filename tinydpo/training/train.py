@@ -28,7 +28,7 @@ from tinydpo.run_folder import RunFolder
 from tinydpo.training import curves
 from tinydpo.training.callbacks import StopOnDivergence, StopOnSignal
 from tinydpo.training.card import write_card
-from tinydpo.training.checkpoints import SEAL, find_resume_checkpoint
+from tinydpo.training.checkpoints import MANIFEST, find_resume_checkpoint
 from tinydpo.training.progress import show_progress
 from tinydpo.training.setup import PreparedRun, lock_folder, to_yaml_values
 from tinydpo.training.throughput import Throughput
@@ -59,8 +59,8 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
         try:
             results = trainer.train(resume_from_checkpoint=checkpoint).metrics
         except KeyboardInterrupt:
-            sealed = [path for path in sort_checkpoints(run.path) if Path(path, SEAL).exists()]
-            resumes = f"resumes from {sealed[-1]}" if sealed else "starts over, as no checkpoint is complete"
+            complete = [path for path in sort_checkpoints(run.path) if Path(path, MANIFEST).exists()]
+            resumes = f"resumes from {complete[-1]}" if complete else "starts over, as no checkpoint is complete"
             raise Stopped(f"interrupted; the same command {resumes}", signal.SIGINT) from None
         finally:
             stop.restore_handlers()  # from here on a signal ends the process at once

@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from tinydpo.errors import UserError
-from tinydpo.training.checkpoints import SealedCheckpointsMixin
+from tinydpo.training.checkpoints import SafeCheckpointsMixin
 from tinydpo.training.packed_forward import (
     CPU_TILE,
     USE_PADDED_HINT,
@@ -37,7 +37,7 @@ from tinydpo.training.packing import Tree, count_tokens, pack
 from tinydpo.training.throughput import Counts
 
 
-class FittedTrainerMixin(SealedCheckpointsMixin):
+class FittedTrainerMixin(SafeCheckpointsMixin):
     """For a TRL trainer: trains on rows of token ids in whole steps, and evaluates every row by itself.
 
     A subclass counts what a training batch computes (`count_batch`), scores rows for an evaluation (`score_rows`, of
