@@ -126,7 +126,7 @@ test-all: .venv/judge .venv/playground .venv/browser .venv/deepspeed ## Run the 
 test-gpu: install ## Run the tests that need a GPU (minutes)
 	$(PYTHON) -m pytest -m gpu -rs $(ARGS)
 
-lint: install ## Check format, style and the order of the rooms
+lint: install ## Check format, style and the order of the packages
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	.venv/bin/lint-imports --no-cache
