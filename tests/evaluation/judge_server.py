@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers with `Server.script(question, times it was asked before)`.
 
     A text is the judge's reply, a dict the JSON body (and its `status`), bytes a body that is not JSON, a number an
-    HTTP status, with an error message that repeats the key, an iterator the pieces of a body as they come.
+    HTTP status, with an error message that repeats the key.
     """
 
     protocol_version = "HTTP/1.1"
@@ -65,12 +65,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("retry-after-ms", "5")  # otherwise the client waits half a second or more
-        if isinstance(answer, Iterator):
-            self.send_header("Connection", "close")  # the body's length is not known
-            self.end_headers()
-            for piece in answer:
-                self.wfile.write(piece)
-            return
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
