@@ -35,9 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bars()  # with so few rows they only flash by
     start = time.monotonic()
     runs = check_output_folder(args.output_dir.expanduser(), "base")
-    before = RunFolder(runs / "sft").read_config().get("seed", args.seed)
-    if before != args.seed:  # its data would be replaced under its models
-        raise UserError(f"{runs} holds a run of seed {before}; choose another --output_dir, or delete the folder")
+    for stage in ("sft", "dpo"):
+        before = RunFolder(runs / stage).read_config().get("seed", args.seed)
+        if before != args.seed:  # its data would be replaced under its models
+            raise UserError(f"{runs} holds a run of seed {before}; choose another --output_dir, or delete the folder")
     (runs / "base").mkdir(parents=True, exist_ok=True)  # first, so that an interrupted run is known again
     common = ["--dataset_name", runs / "data", "--seed", args.seed]
 

@@ -23,6 +23,7 @@ sft  --dataset_text_field body
 sft  --assistant_only_loss true
 dpo  --bf16_full_eval true
 dpo  --save_only_model true
+dpo  --resume_from_checkpoint runs/dpo/checkpoint-8
 dpo  --enable_jit_checkpoint true
 dpo  --auto_find_batch_size true
 dpo  --dataloader_drop_last true
@@ -50,8 +51,6 @@ dpo  --use_weighting true --loss_type sigmoid sft --loss_weights 1 1
 dpo  --warmup_steps 5 --lr_scheduler_type constant
 dpo  --warmup_steps 5 --lr_scheduler_type reduce_lr_on_plateau
 dpo  --load_best_model_at_end true --eval_steps 2 --save_steps 4
-dpo  --resume_from_checkpoint true
-dpo  --resume_from_checkpoint another-run/checkpoint-8
 dpo  --sync_ref_model true --precompute_ref_log_probs true
 dpo  --sync_ref_model true --use_peft true
 dpo  --sync_ref_model true --ref_model_name_or_path no/other

@@ -1,4 +1,4 @@
-"""Rows and chat templates that several tests of this room use, and the way from rows to fitted pairs."""
+"""Rows and chat templates that several tests of this folder use, and the way from rows to fitted pairs."""
 
 import copy
 import json

@@ -185,18 +185,6 @@ def refused(flags: list[Any], match: str, folder: Path, *more: Any) -> None:
         run("dpo", *flags, *flags_of("dpo"), "--output_dir", folder, *more)
 
 
-def test_a_named_checkpoint_must_be_complete(cut_short: Path, flags: list[Any]):
-    checkpoint = cut_short / "checkpoint-12"
-    (checkpoint / "optimizer.pt").unlink()
-    refused(flags, r"--resume_from_checkpoint .*checkpoint-12: optimizer\.pt", cut_short, "--resume_from_checkpoint",
-            checkpoint)  # fmt: skip
-
-
-def test_a_named_checkpoint_is_resumed(cut_short: Path, resume: Callable):
-    checkpoint = cut_short / "checkpoint-8"
-    assert f"Resuming from {checkpoint}." in resume("dpo", "--resume_from_checkpoint", checkpoint)
-
-
 def wait_for(log: Path, text: str) -> None:
     deadline = time.monotonic() + 60
     while text not in (log.read_text() if log.exists() else ""):

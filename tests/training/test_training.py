@@ -12,7 +12,7 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from running import log, run
+from running import ROOT, log, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 from trl import SFTConfig
 
@@ -84,7 +84,7 @@ def test_the_record_names_the_version_that_is_imported(tmp_path: Path, monkeypat
     older.mkdir()
     (older / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.1\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    assert training.describe_environment(seed=0)["packages"]["trl"] == version("trl") != "0.1"
+    assert training.describe_environment(seed=0, on_cpu=True)["packages"]["trl"] == version("trl") != "0.1"
 
 
 def test_the_card_is_one_for_the_hub(dpo: Path):
@@ -126,10 +126,11 @@ def test_a_finished_run_is_the_same_on_another_machine_and_after_an_upgrade(
 
 
 def test_a_run_is_repeated_with_another_batch_on_a_device(sft: Path, dpo: Path, tmp_path: Path):
-    run("dpo", "--config", dpo / "run_config.yaml", "--output_dir", tmp_path, "--per_device_train_batch_size", "1")
+    flags = ["--per_device_train_batch_size", "1", "--accelerate_config", ROOT / "accelerate_configs/cpu.yaml"]
+    run("dpo", "--config", dpo / "run_config.yaml", "--output_dir", tmp_path, *flags)
     before, after = (yaml.safe_load((folder / "run_config.yaml").read_text()) for folder in (dpo, tmp_path))
     assert before["pairs_per_step"] == after["pairs_per_step"]
-    assert "use_cpu" not in before, "repeated on a GPU, it would train on the CPU"
+    assert not {"accelerate_config", "use_cpu"} & set(after), "repeated on a GPU, it would train on the CPU"
 
 
 def test_a_failed_push_is_tried_again(task: Path, tiny_model: Path, tmp_path: Path, monkeypatch, capsys):

@@ -6,7 +6,6 @@ Each refusal says what to do instead. Every flag that is not listed here is pass
 import difflib
 from collections.abc import Collection
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from tinydpo.errors import UserError
@@ -38,6 +37,7 @@ REFUSED_ALWAYS = {
     "assistant_only_loss": "but the loss is on answers only already; leave it out",
     "bf16_full_eval": "but it would round the weights, and then save them; leave it out",
     "fp16_full_eval": "but it would round the weights, and then save them; leave it out",
+    "resume_from_checkpoint": "but a run resumes from its last checkpoint by itself; to go back, delete later ones",
     "save_only_model": "but a checkpoint without the optimizer cannot be resumed; leave it out",
     "enable_jit_checkpoint": "but SIGTERM saves a checkpoint already (docs/reliability.md); leave it out",
     "auto_find_batch_size": "but it would change the pairs per step; lower --per_device_train_batch_size instead",
@@ -112,10 +112,6 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
     eval_steps = settings["eval_steps"] or settings["logging_steps"]
     if settings["save_strategy"] == "steps" and settings["save_steps"] != eval_steps:
         refused["load_best_model_at_end"] = "but the best evaluation may have no checkpoint; pass --save_strategy best"
-    checkpoint = settings["resume_from_checkpoint"]
-    if checkpoint and Path(checkpoint).resolve().parent != Path(settings["output_dir"]).resolve():
-        reason = "but a run resumes from its own checkpoints, and by itself from the last one; leave it out"
-        refused["resume_from_checkpoint"] = reason
     if stage == "dpo":
         refused |= _refuse_for_dpo(settings)
     for flag, reason in refused.items():

@@ -72,7 +72,7 @@ class JudgeArguments:
     judge_base_url: str | None = HfArg(default=None, help="An endpoint of OpenAI's protocol, such as https://host/v1.")
     judge_model: str | None = HfArg(default=None, help="The judge's name at that endpoint.")
     judge_concurrency: int = HfArg(default=8, help="Questions sent at once: 1 for a server that takes one at a time.")
-    judge_timeout: float = HfArg(default=120.0, help="Seconds to wait for a reply.")
+    judge_timeout: float = HfArg(default=120.0, help="Seconds to wait without receiving anything.")
 
     def __post_init__(self):
         check_given(self, "judge_base_url", "judge_model", hint="a win rate needs a judge (docs/evaluation.md)")

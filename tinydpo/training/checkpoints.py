@@ -23,7 +23,7 @@ REFERENCE = "reference.safetensors"  # the weights of a reference that --sync_re
 
 
 class SafeCheckpointsMixin:
-    """For a `Trainer`: writes manifests, deletes older checkpoints only then, and saves no NaN or infinite weights."""
+    """For a `Trainer`: writes manifests, deletes older checkpoints only after that, and saves only finite weights."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: TRL would write one at every checkpoint, and `card` writes it when there are results."""
@@ -101,15 +101,9 @@ class SafeCheckpointsMixin:
 
 
 def find_resume_checkpoint(trainer: Any) -> str | None:
-    """The checkpoint of --resume_from_checkpoint, else the run's last complete one, the same in all processes."""
-    checkpoint = trainer.args.resume_from_checkpoint
-    if checkpoint:
-        fault = find_fault(Path(checkpoint))
-        if fault:
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: {fault}; leave it out to resume from the last complete one"
-            )
-    elif trainer.is_world_process_zero():
+    """The run's last complete checkpoint, the same in all processes; None without one."""
+    checkpoint = None
+    if trainer.is_world_process_zero():
         checkpoint = find_last_complete(Path(trainer.args.output_dir))
     checkpoint = broadcast_object_list([checkpoint])[0]
     if checkpoint is None:

@@ -41,7 +41,7 @@ NOT_COMPARED = {
     "dataset_num_proc", "ddp_timeout", "disable_tqdm", "hub_always_push", "hub_model_id", "hub_private_repo",
     "hub_revision", "hub_strategy", "local_rank", "log_level", "log_level_replica", "output_dir",
     "per_device_eval_batch_size", "precompute_ref_batch_size", "project", "push_to_hub", "report_to",
-    "resume_from_checkpoint", "run_name", "save_total_limit", "trackio_space_id", "use_cpu",
+    "run_name", "save_total_limit", "trackio_space_id", "use_cpu",
 }  # fmt: skip
 
 
@@ -148,8 +148,8 @@ def find_changed_input(
 
 
 def to_yaml_values(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as YAML can hold them, without secrets, what is unset, and what belongs to one start on one machine."""
-    dropped = {"hub_token", "resume_from_checkpoint", "use_cpu"}
+    """Settings as YAML can hold them, without secrets, unset values, and what concerns one launch on one machine."""
+    dropped = {"accelerate_config", "hub_token", "use_cpu"}
     if settings.get("pairs_per_step"):
         dropped.add("gradient_accumulation_steps")
     kept = {key: value for key, value in settings.items() if value not in (None, []) and key not in dropped}

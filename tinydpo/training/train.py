@@ -52,7 +52,7 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
     is_restart = run.is_started
     with lock_folder(run):
         if trainer.is_world_process_zero():
-            write_run_inputs(run, prepared, trainer.args.seed)
+            write_run_inputs(run, prepared, trainer.args)
         checkpoint = find_resume_checkpoint(trainer)
         if is_restart and checkpoint is None:
             trainer.accelerator.print(f"{run.path} holds no checkpoint: starting over.")
@@ -75,21 +75,20 @@ def train(trainer: Any, prepared: PreparedRun) -> None:
     if stopped:
         trainer.end()
         step = trainer.state.global_step
-        command = "the same command"
-        if trainer.args.resume_from_checkpoint:
-            command += " without --resume_from_checkpoint"
-        message = f"stopped by {stop.reason} after step {step}; {command} resumes from {run.path}/checkpoint-{step}"
+        message = (
+            f"stopped by {stop.reason} after step {step}; the same command resumes from {run.path}/checkpoint-{step}"
+        )
         raise Stopped(message, stop.signal)
 
 
-def write_run_inputs(run: RunFolder, prepared: PreparedRun, seed: int) -> None:
+def write_run_inputs(run: RunFolder, prepared: PreparedRun, training: Any) -> None:
     """Write what is known before training."""
     write_atomic(run.config_file, yaml.safe_dump(to_yaml_values(prepared.settings)))
     write_json(run.summary_file, prepared.summary)
-    write_json(run.environment_file, describe_environment(seed) | prepared.digests)
+    write_json(run.environment_file, describe_environment(training.seed, training.use_cpu) | prepared.digests)
 
 
-def describe_environment(seed: int) -> dict[str, Any]:
+def describe_environment(seed: int, on_cpu: bool) -> dict[str, Any]:
     """Versions, commit, device, day and seed of this process."""
     commit = None
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -102,16 +101,16 @@ def describe_environment(seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "git_commit": commit,
-        "device": get_device_name(),
+        "device": get_device_name(on_cpu),
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         "packages": packages,
     }
 
 
-def get_device_name() -> str:
+def get_device_name(on_cpu: bool) -> str:
     """The GPU's or the processor's name, as its maker writes it if the system tells."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not on_cpu:
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")  # on Linux, where `platform` knows the architecture alone
     names = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else []
