@@ -7,6 +7,7 @@ has learned to stop differs from its reference there more than anywhere else. Wh
 
 import contextlib
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ from tinydpo.data.fitting import get_bos_ids, tokenize_prompts
 from tinydpo.files import write_json
 from tinydpo.models.precision import get_compute_dtype
 from tinydpo.models.stop_tokens import get_stop_token_ids
+
+# `generate` drops a mask of ones (equally long prompts), and then takes finished answers for padding without a mask.
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "may be padded" not in record.getMessage())
 
 
 class Answers(NamedTuple):
