@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{format_rounds(results['rounds'])}\nFigures: {folder / 'rounds.json'}")
     if results["reward"]:
         frontier = read_json(folder / "frontier/frontier.json", "points", "reward")
-        if frontier.get("reward") != results["reward"]:
-            frontier = {}
-        figures.draw_frontier(add_rounds_to_frontier(frontier, results)).savefig(folder / "rounds.png", dpi=150)
+        drawn = add_rounds_to_frontier(frontier, results)
+        if "rounds" not in drawn:  # the frontier was measured by another reward
+            drawn = add_rounds_to_frontier({}, results)
+        figures.draw_frontier(drawn).savefig(folder / "rounds.png", dpi=150)
         print(f"Drawn: {folder / 'rounds.png'}")
     if "rewards" in results["rounds"][0]:
         figures.draw_rewards_over_rounds(results["rounds"]).savefig(folder / "rewards.png", dpi=150)

@@ -37,11 +37,11 @@ from tinydpo.training.throughput import warn_of_long_run
 
 # Where a run executes and reports, not what it trains: these settings may change before it is resumed.
 NOT_COMPARED = {
-    "accelerate_config", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "dataset_num_proc", "ddp_timeout", "disable_tqdm", "hub_always_push", "hub_model_id", "hub_private_repo",
     "hub_revision", "hub_strategy", "local_rank", "log_level", "log_level_replica", "output_dir",
     "per_device_eval_batch_size", "precompute_ref_batch_size", "project", "push_to_hub", "report_to",
-    "run_name", "save_total_limit", "trackio_space_id", "use_cpu",
+    "run_name", "save_total_limit", "trackio_space_id",
 }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def prepare_training(
 
 def check_same_settings(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> None:
     """Refuse to go on with a run of other settings; `configs` are the dataclasses whose fields are their keys."""
-    before = run.read_config()
+    before = to_yaml_values(run.read_config())  # without what older versions stored
     if not before:
         return
     now = to_yaml_values(settings)
