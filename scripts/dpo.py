@@ -10,6 +10,7 @@ those of TRL's DPOConfig and ModelConfig and our own (--help-all); a flag known 
 from stages import end_processes, get_config_path, suggest_command, train_missing_model
 
 from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArguments
+from tinydpo.config.flags import check_flags
 from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import get_rank, report_errors
 from tinydpo.run_folder import RunFolder
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
     types = (DataArguments, RunArguments, DPOConfig, ModelConfig, ReferenceArguments)
     (data, run, training, model, _), settings = parse_training_args(*types, argv=argv)
+    check_flags("dpo", settings, training, model)
     recipe = get_config_path(argv)
     if train_missing_model(model.model_name_or_path, recipe, run.accelerate_config, data.dataset_name):
         # Its trainer has replaced the state of the processes, which `training` holds: parse again.

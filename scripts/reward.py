@@ -11,6 +11,7 @@ Evaluation takes the result as --reward_model_name_or_path.
 from stages import end_processes, get_config_path, train_missing_model
 
 from tinydpo.config.arguments import DataArguments, RunArguments
+from tinydpo.config.flags import check_flags
 from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import report_errors
 from tinydpo.run_folder import is_chat_data
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
 
     types = (DataArguments, RunArguments, RewardConfig, ModelConfig)
     (data, run, training, model), settings = parse_training_args(*types, argv=argv)
+    check_flags("reward", settings, training, model)
     if train_missing_model(model.model_name_or_path, get_config_path(argv), run.accelerate_config):
         # Its trainer has replaced the state of the processes, which `training` holds: parse again.
         (data, run, training, model), settings = parse_training_args(*types, argv=argv)

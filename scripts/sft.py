@@ -10,6 +10,7 @@ known to mislead here is refused.
 from stages import end_processes
 
 from tinydpo.config.arguments import DataArguments, RunArguments
+from tinydpo.config.flags import check_flags
 from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import report_errors
 
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
 
     types = (DataArguments, RunArguments, SFTConfig, ModelConfig)
     (data, run, training, model), settings = parse_training_args(*types, argv=argv)
+    check_flags("sft", settings, training, model)
 
     # The trainers take seconds to import: only once the flags are known to be right.
     from tinydpo.models.loading import get_adapter_kwargs

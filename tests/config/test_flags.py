@@ -109,5 +109,5 @@ def test_help_shows_what_matters_first_and_nothing_refused(stage: str, capsys: p
 
 def test_a_reporter_that_is_not_installed_is_named_at_once(tmp_path: Path):
     argv = ["--model_name_or_path", "no/model", "--dataset_name", "no.jsonl", "--output_dir", tmp_path / "run"]
-    with pytest.raises(UserError, match="report_to is neptune, which is not installed"):
+    with pytest.raises(UserError, match="report_to is neptune, but neptune is not installed"):
         run("dpo", *argv, "--report_to", "neptune")

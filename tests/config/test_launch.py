@@ -75,7 +75,7 @@ def running(processes: int = 1, **given: object) -> SimpleNamespace:
     args = {
         "distributed_state": SimpleNamespace(num_processes=processes), "use_cpu": True, "bf16": False, "fp16": False,
         "device": torch.device("cpu"), "process_index": 0, "hub_token": None, "tf32": None,
-        "accelerator_config": AcceleratorConfig(),
+        "accelerator_config": AcceleratorConfig(), "ddp_find_unused_parameters": None,
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "dataloader_num_workers": 0,
     }  # fmt: skip
     return SimpleNamespace(**{**args, **given})
@@ -157,8 +157,8 @@ def test_one_line_says_what_runs(monkeypatch):
 @pytest.mark.parametrize(
     ("file", "environment", "run", "message"),
     [
-        ({"num_processes": 2, "use_cpu": True}, {}, {}, "2 processes and 1 run together.*multi_cpu.yaml"),
-        (None, {"WORLD_SIZE": "2"}, {}, "2 processes and 1 run together"),  # they would race on the output folder
+        ({"num_processes": 2, "use_cpu": True}, {}, {}, "2 processes, but this run has 1.*multi_cpu.yaml"),
+        (None, {"WORLD_SIZE": "2"}, {}, "2 processes, but this run has 1"),  # they would race on the output folder
         ({"use_cpu": False}, {}, {}, "asks for a GPU"),
         ({"distributed_type": "FSDP", "use_cpu": True}, {}, {}, "does not shard on CPUs"),
         ({}, {**ZERO3, "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"}, GPU, "zero3_save_16bit_model: true"),

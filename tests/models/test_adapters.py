@@ -85,7 +85,7 @@ def test_merged_is_a_plain_checkpoint_that_trains_on(adapter: Path, base: Path, 
     with pytest.raises(UserError, match=r"is an adapter.*scripts/merge\.py --model_name_or_path"):
         dpo(adapter, task, tmp_path / "refused")
     merge("--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
-    with pytest.raises(UserError, match="which this command did not write"):
+    with pytest.raises(UserError, match="holds a model already"):
         merge("--model_name_or_path", adapter, "--output_dir", tmp_path / "merged")
     together = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -157,7 +157,7 @@ def test_qlora_trains_after_a_reference_pass_and_evaluations(
     assert log(tmp_path / "run", "loss")[0] == pytest.approx(0.6931, abs=1e-3), "policy and reference differ at first"
     assert len(log(tmp_path / "run", "eval_loss")) >= 1
     merge("--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "merged")
-    assert "its base was quantized" in capsys.readouterr().out, "the rounding that merging undoes is not mentioned"
+    assert "The base was quantized" in capsys.readouterr().out, "the rounding that merging undoes is not mentioned"
     policy, plain = (logits(load_model(str(folder))) for folder in (tmp_path / "merged", base))
     assert (policy - plain).abs().max() > 1e-2, "the merged policy is the base"
 

@@ -210,7 +210,7 @@ def test_a_run_without_its_model_says_what_it_is(folder: Path):
     for load in (lambda: load_model(str(folder)), lambda: load_tokenizer(str(folder))):
         with lock_folder(run):
             assert f"is still training; wait until it has finished, or pass {folder}/checkpoint-50" in sentence(load)
-        assert "was stopped; the command that started it finishes it" in sentence(load)
+        assert "was stopped; rerun the command that started it" in sentence(load)
     run.results_file.write_text("{}")
     load_model(str(folder))
     (folder / "model.safetensors").unlink()

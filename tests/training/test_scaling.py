@@ -115,6 +115,16 @@ def test_fsdp2_trains_like_one_process(cpu_runs, task, tiny_model, tmp_path):
     assert "2 processes (FSDP2)" in done.stdout
 
 
+@pytest.mark.slow
+def test_fsdp2_in_bf16_does_not_round_log_probs(cpu_runs, task, tmp_path):
+    train(on_cpus("fsdp", tmp_path), "dpo", "--max_steps", "1", "--save_strategy", "no", "--bf16", "true",
+          "--dataset_name", task / "data", "--model_name_or_path", cpu_runs / "sft", "--output_dir", tmp_path / "dpo",
+          by=("tests/training/fsdp_on_cpus.py",))  # fmt: skip
+    (mean,) = log(tmp_path / "dpo", "logps/chosen")
+    # bf16 has steps of a half or more here, so the mean of 16 rounded sums would be a multiple of 1/32.
+    assert abs(mean * 32 - round(mean * 32)) > 1e-3, f"the answers' log-probs are rounded: their mean is {mean}"
+
+
 @pytest.mark.parametrize("file", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
 def test_each_accelerate_file_gives_its_command_and_starts_through_make(file):
     header = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))

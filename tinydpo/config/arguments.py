@@ -42,7 +42,8 @@ class DataArguments:
     )
     dataset_test_split: str = HfArg(default="test", help="Held-out split; without it, part of train is held out.")
     test_split_size: float = HfArg(
-        default=0.05, help="Share of train to hold out then, the same rows in every stage of one slice."
+        default=0.05,
+        help="Share of train to hold out in that case; every stage of the same slice holds out the same rows.",
     )
     column: list[str] | None = HfArg(
         default=None,
@@ -135,7 +136,7 @@ class RowArguments:
         help="Compute each prompt once, in rows without padding; same results. false: the plain padded forward.",
     )
     row_length: int | None = HfArg(
-        default=None, help="Most tokens in such a row (512, or twice --max_length if more)."
+        default=None, help="Maximum tokens in a packed row; by default 512, or twice --max_length if that is more."
     )
 
 
@@ -163,7 +164,7 @@ class RunArguments(RowArguments):
     )
     eval_pairs: int = HfArg(default=512, help="Held-out pairs, drawn once, that evaluation during training uses.")
     accelerate_config: str | None = HfArg(
-        default=None, help="The accelerate file; the script checks that it is what runs."
+        default=None, help="The accelerate file; the script checks that the run matches it."
     )
 
 

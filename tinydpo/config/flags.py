@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
+from tinydpo.config.arguments import as_list
 from tinydpo.errors import UserError
 
 # `DPOTrainer` checks a loss's name only at its first step, after the reference pass.
@@ -45,6 +46,9 @@ REFUSED_ALWAYS = {
     "hub_strategy": "but a run is pushed once, when it is finished; leave it out",
     "hub_always_push": "but a run is pushed once, when it is finished; leave it out",
     "packing": "but rows are packed already, unless --shared_prefix is false; leave it out",
+    "packing_strategy": "but rows are packed by a rule of their own; leave it out",
+    "shuffle_dataset": "but every epoch shuffles the rows already; leave it out",
+    "pad_token": "but packed rows hold no padding, and other batches pad with the tokenizer's token; leave it out",
     "eval_packing": "but rows are packed already, unless --shared_prefix is false; leave it out",
     "batch_eval_metrics": "but metrics are computed over all rows at once; leave it out",
     "eval_do_concat_batches": "but metrics are computed over all rows at once; leave it out",
@@ -58,9 +62,10 @@ REFUSED_ALWAYS |= dict.fromkeys(
 REFUSED_IN_STAGE = {
     "sft": {},
     "dpo": {"label_smoothing_factor": "but DPO does not read it; pass --label_smoothing instead (docs/losses.md)"},
-    "reward": dict.fromkeys(
-        (*ADAPTER_FLAGS, "use_peft"), "but a reward model is trained and saved whole; leave it out"
-    ),
+    "reward": {
+        "label_smoothing_factor": "but a reward model's training does not read it; leave it out",
+        **dict.fromkeys((*ADAPTER_FLAGS, "use_peft"), "but a reward model is trained and saved whole; leave it out"),
+    },
 }
 REFUSED_FOR_PACKED_ROWS = {
     "pad_to_multiple_of": "but packed rows have their own padding; pass --shared_prefix false, or leave it out",
@@ -95,6 +100,8 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
 
     `settings` holds every key of the run; `configs` are the libraries' dataclasses that the flags come from.
     """
+    from transformers.integrations import get_available_reporting_integrations  # takes seconds to import
+
     if not settings["max_length"]:
         raise UserError("max_length is not set, but pairs are fitted to a budget of tokens; pass --max_length 128")
     defaults = {field.name: field.default for config in configs for field in fields(config)}
@@ -102,6 +109,8 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
     if not settings["use_peft"]:
         reason = "but it is for adapters; pass --use_peft true as well, or leave it out"
         refused = dict.fromkeys(ADAPTER_FLAGS, reason) | refused
+    elif settings["lora_dropout"]:
+        refused["lora_dropout"] = "but models train without dropout here; leave it out"
     if settings["shared_prefix"]:
         refused |= REFUSED_FOR_PACKED_ROWS
     if settings["train_sampling_strategy"] in ("group_by_length", "batch_rebalance"):
@@ -114,6 +123,9 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
         refused["load_best_model_at_end"] = "but the best evaluation may have no checkpoint; pass --save_strategy best"
     if stage == "dpo":
         refused |= _refuse_for_dpo(settings)
+    missing = set(as_list(settings["report_to"])) - {"none", "all", *get_available_reporting_integrations()}
+    if missing:
+        refused["report_to"] = f"but {', '.join(sorted(missing))} is not installed; install it, or leave it out"
     for flag, reason in refused.items():
         value = settings.get(flag)
         default = defaults.get(flag)
@@ -140,13 +152,3 @@ def _refuse_for_dpo(settings: Settings) -> dict[str, str]:
     elif settings["use_peft"] or settings.get("ref_model_name_or_path"):
         refused["sync_ref_model"] = "but an adapter's base and --ref_model_name_or_path are fixed; leave one out"
     return refused
-
-
-def check_reporters(training: Any) -> None:
-    """Refuse a reporter (`report_to`) whose package is not installed, before hours of training."""
-    from transformers.integrations import get_available_reporting_integrations
-
-    installed = get_available_reporting_integrations()
-    for name in training.report_to:
-        if name not in installed:
-            raise UserError(f"report_to is {name}, which is not installed; install it, or pass --report_to none")

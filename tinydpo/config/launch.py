@@ -20,6 +20,7 @@ from tinydpo.models.precision import has_fast_bf16
 from tinydpo.run_folder import RunFolder
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, per how many
+PRECISION_FLAGS = {"no": "--bf16 false", "bf16": "--bf16 true", "fp16": "--fp16 true"}
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by accelerate's names
 # What the launcher must have set for sharded runs; some of accelerate's defaults differ.
 FSDP_NEEDS = {
@@ -45,12 +46,12 @@ def fill_defaults(settings: dict[str, Any]) -> None:
 
 
 def _fill_precision(settings: dict[str, Any], asked: dict[str, Any]) -> None:
-    """By order: `--fp16`, the accelerate file on a GPU, the run that is resumed, or bf16 where it is fast."""
+    """By order: `--fp16`, the accelerate file (on CPUs its `no` alone), the resumed run, or bf16 where it is fast."""
     precision = _get_mixed_precision(asked)
     before = RunFolder(settings["output_dir"]).read_config()
     if settings["fp16"]:
         settings["bf16"] = False
-    elif precision in DTYPES and not settings["use_cpu"]:
+    elif precision == "no" or (precision in DTYPES and not settings["use_cpu"]):
         settings["bf16"] = precision == "bf16"
         settings["fp16"] = precision == "fp16"
     elif "bf16" in before:  # a run keeps its precision on whatever machine it is resumed
@@ -112,6 +113,8 @@ def prepare_process(training_args: Any, model_args: Any, accelerate_config: str 
         # A batch lies in pinned memory; else the host would wait once for each of its tensors, packed rows' too.
         training_args.accelerator_config.non_blocking = True
     training_args.hub_strategy = "end"  # `train.push_run` pushes a run once, without files that hold local paths
+    if training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # every weight is used; looking for others takes time
     if training_args.n_gpu > 1:
         training_args._n_gpu = 1  # or one process would take all GPUs (nn.DataParallel), each with its own batch
     training_args.model_init_kwargs = {
@@ -145,8 +148,9 @@ def check_launch(training_args: Any, accelerate_config: str | None) -> None:
     needed = asked.get("num_processes", launched)
     if not running == launched == needed:  # accelerate started fewer, or independent ones
         raise UserError(
-            f"{file} asks for {needed} processes and {running} run together; start with `accelerate launch`, and on "
-            "CPUs with `distributed_type: MULTI_GPU` and `use_cpu: true`, as accelerate_configs/multi_cpu.yaml does"
+            f"{file} asks for {needed} processes, but this run has {running}; start with `accelerate launch` and the "
+            "file's own num_processes, and on CPUs with `distributed_type: MULTI_GPU` and `use_cpu: true`, as "
+            "accelerate_configs/multi_cpu.yaml does"
         )
     if training_args.use_cpu and asked.get("use_cpu") is False:
         raise UserError(f"{file} asks for a GPU and this run has none; use accelerate_configs/cpu.yaml")
@@ -158,7 +162,7 @@ def check_launch(training_args: Any, accelerate_config: str | None) -> None:
     if precision and DTYPES.get(precision, precision) != dtype:
         raise UserError(
             f"{file} asks for mixed_precision {precision} and this run uses {dtype}; take mixed_precision out of the "
-            "accelerate file, or ask for the same with --bf16 true or --fp16 true"
+            f"accelerate file, or ask for the same with {PRECISION_FLAGS.get(precision, '--bf16 true')}"
         )
 
 

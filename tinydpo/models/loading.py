@@ -149,7 +149,7 @@ def check_run(run: RunFolder) -> None:
     if run.is_locked:
         raise UserError(f"{run.path} is still training; wait until it has finished{alternative}")
     state = "has no weights file (*.safetensors)" if run.results_file.is_file() else "was stopped"
-    raise UserError(f"{run.path} {state}; the command that started it finishes it{alternative}")
+    raise UserError(f"{run.path} {state}; rerun the command that started it{alternative}")
 
 
 def check_same_vocabulary(policy: Any, ref: Any) -> None:

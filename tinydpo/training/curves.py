@@ -34,7 +34,10 @@ def select_panels(log_history: list[dict[str, Any]]) -> list[Panel]:
 def draw_panel(axes: Any, panel: Panel, log_history: list[dict[str, Any]]) -> None:
     """Draw a panel's lines over optimizer steps on matplotlib axes."""
     title, unit, lines = panel
+    is_dpo = any("rewards/chosen" in entry for entry in log_history)
     for key, name, colour in lines:
+        if is_dpo and key == "eval_loss":
+            name = "held out, sigmoid loss"  # whatever loss is trained
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
             steps, values = zip(*points, strict=True)

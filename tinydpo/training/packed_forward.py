@@ -79,12 +79,11 @@ def _packed_forward(
             **kwargs,
         )
     # By index: the backward pass of `masked_scatter` waits for the GPU to say how many places the mask has.
-    places = torch.nonzero_static(answers.flatten(), size=len(packed["targets"])).flatten()
+    places = torch.nonzero_static(answers, size=len(packed["targets"])).unbind(1)
     for name in PER_TOKEN_FIELDS:
         values = getattr(output, name)
         if values is not None:
-            padded = values.new_zeros(answers.numel()).index_copy(0, places, values.flatten())
-            setattr(output, name, padded.view(answers.shape))
+            setattr(output, name, values.new_zeros(answers.shape).index_put(places, values.flatten()))
     output.label_mask = answers
     return output
 

@@ -16,7 +16,6 @@ from filelock import Timeout
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tinydpo.config.arguments import DataArguments, RunArguments, find_reference, list_sources
-from tinydpo.config.flags import check_flags, check_reporters
 from tinydpo.config.launch import prepare_process
 from tinydpo.data.inspect import format_data_notes
 from tinydpo.data.pairs import load_pairs
@@ -64,8 +63,6 @@ def prepare_training(
 
     `stage` is "sft", "dpo" or "reward", `model` TRL's `ModelConfig`, `settings` every setting with its value.
     """
-    check_flags(stage, settings, training, model)
-    check_reporters(training)
     prepare_process(training, model, run.accelerate_config)
     folder = RunFolder(training.output_dir)
     check_same_settings(folder, settings, (data, run, training, model))

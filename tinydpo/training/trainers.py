@@ -4,7 +4,7 @@
 and an evaluation that does not depend on the batch. `PackedTrainerMixin` adds packed rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,18 @@ class FittedTrainerMixin(SafeCheckpointsMixin):
         super().__init__(args=args, train_dataset=draw_needed_rows(args, train_dataset), **kwargs)
         self.compute_metrics = self.get_eval_metrics
         self.prepare_models()
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # accelerate's bf16 would round log-probs (sums of hundreds, in steps of one) and the gradients' sums.
+            policy = replace(plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32)
+            plugin.mixed_precision_policy = policy
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # TRL would tokenize text, and cut it after the first `max_length` tokens
@@ -154,18 +166,27 @@ class FittedDPOTrainer(FittedTrainerMixin, DPOTrainer):
 
     head_outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
 
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        if self.precompute_ref_logps and not self.is_sharded:
+            self.accelerator.free_memory()  # else it keeps the reference, which has done its work
+            self.ref_model = None
+
     def _prepare_models(self) -> None:
         if self.use_weighting:
             self.head_outputs += ("log_sum_sq_probs",)
         super()._prepare_models()
         # Names the cache of reference log-probs. TRL takes the weights alone, but these change log-probs too.
-        precision = ("float32 head", self.args.bf16, self.args.fp16, self.args.tf32)
+        sharding = (self.is_fsdp_enabled, self.is_deepspeed_enabled)
+        precision = ("float32 head", self.args.bf16, self.args.fp16, self.args.tf32, sharding)
         attention = self.model.config._attn_implementation
         names = (self._precompute_model_hash, self.ld_alpha, precision, attention, type(self).__name__)
         self._precompute_model_hash = Hasher.hash(names)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self.prepare_models()  # TRL's constructor calls this method before it returns
+        if self.is_fsdp_enabled and self.ref_model is None:  # an adapter's base, which accelerate has not placed yet
+            self.model.to(self.args.device)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def count_batch(self, inputs: dict[str, Any]) -> Counts:
@@ -317,10 +338,6 @@ class PackedTrainerMixin:
         if self._compile_options:
             for model in self.get_models():
                 compile_blocks(unwrap_peft(model), self._compile_options)
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def patch_model(self, model: PreTrainedModel) -> None:
         patch_packed_forward(model, self.data_collator.row_length)
