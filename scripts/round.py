@@ -9,12 +9,17 @@ interruption, run the same command again.
 import gc
 import importlib
 from pathlib import Path
+from typing import Any
 
+from tinydpo.config.arguments import DataArguments, as_list
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation.arguments import RoundArguments
 from tinydpo.files import check_output_folder, read_json, read_yaml, write_json
 from tinydpo.run_folder import RunFolder
+
+# What one dataset's rows are trained on and held out by.
+SPLIT_FLAGS = ("dataset_train_split", "dataset_test_split", "test_split_size", "max_train_pairs", "max_test_pairs")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,7 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     from tinydpo.evaluation.on_policy import add_rounds_to_frontier, collect_rounds, format_rounds
     from tinydpo.report import figures
 
-    data = {"dataset_name": args.dataset_name} if args.dataset_name else {}
+    prompts = get_data_flags(args, "pairs", first)
+    held_out = get_data_flags(args, "evaluate", first)
     # By default the recipe's own folder, with the runs and results of other commands.
     folder = check_output_folder(args.output_dir, "round-1", "*/run_config.yaml", "*/*_results.json")
     round_folders = [folder / f"round-{number}" for number in range(1, args.rounds + 1)]
@@ -34,12 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     for round_folder in round_folders:
         pairs = round_folder / "pairs"
         policy = round_folder / "dpo"
-        run_stage(args, "sample_pairs", "pairs", **start, **data, output_dir=pairs)
+        run_stage(args, "sample_pairs", "pairs", **start, **prompts, output_dir=pairs)
         run_stage(args, "dpo", "dpo-on-policy", **start, **as_reference(first), dataset_name=pairs, output_dir=policy)
         if start != first:
-            evaluate_policy(args, policy, start, round_folder / "evaluation-before", **data)
+            evaluate_policy(args, policy, start, round_folder / "evaluation-before", held_out)
         # Against the first model last: a policy's card keeps its last evaluation.
-        evaluate_policy(args, policy, first, round_folder / "evaluation", **data)
+        evaluate_policy(args, policy, first, round_folder / "evaluation", held_out)
         start = {"model_name_or_path": str(policy)}
 
     results = collect_rounds(round_folders)
@@ -71,14 +77,31 @@ def find_first_model(args: RoundArguments) -> dict[str, str]:
     return {key: recipe[key] for key in ("model_name_or_path", "model_revision") if recipe.get(key)}
 
 
+def get_data_flags(args: RoundArguments, stage: str, first: dict[str, str]) -> dict[str, Any]:
+    """The flags by which a stage reads the same rows in every round: later policies' own runs name sampled pairs."""
+    recipe = read_yaml(f"{args.recipe}/{stage}.yaml")
+    flags = {"dataset_name": args.dataset_name} if args.dataset_name else {}
+    config = RunFolder.of_model(first["model_name_or_path"]).read_config()
+    if as_list(args.dataset_name or recipe.get("dataset_name")) == as_list(config.get("dataset_name")):
+        defaults = DataArguments()
+        for key in SPLIT_FLAGS:
+            if key in config and key not in recipe and config[key] != getattr(defaults, key):
+                flags[key] = config[key]
+    return flags
+
+
 def as_reference(model: dict[str, str]) -> dict[str, str]:
     return {f"ref_{key}": value for key, value in model.items()}
 
 
-def evaluate_policy(args: RoundArguments, policy: Path, reference: dict[str, str], folder: Path, **data: str) -> None:
-    """Evaluate a policy against a reference, unless the folder has an evaluation newer than the policy."""
+def evaluate_policy(
+    args: RoundArguments, policy: Path, reference: dict[str, str], folder: Path, data: dict[str, Any]
+) -> None:
+    """Evaluate a policy against a reference, unless the folder has an evaluation newer than policy and recipe."""
     results = folder / "eval_results.json"
-    if results.exists() and results.stat().st_mtime >= RunFolder(policy).results_file.stat().st_mtime:
+    inputs = (RunFolder(policy).results_file, Path(args.recipe) / "evaluate.yaml")
+    if results.exists() and results.stat().st_mtime >= max(file.stat().st_mtime for file in inputs):
+        print(f"{folder} has this evaluation already.")
         return
     models = {"model_name_or_path": policy, **as_reference(reference)}
     run_stage(args, "evaluate", "evaluate", **models, **data, output_dir=folder)

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(args.model_name_or_path, args.model_revision, dtype=dtype, device=device)
     samples = on_policy.sample_several(model, tokenizer, prompts, args)
     answers = on_policy.score_samples(functions, texts, samples, tokenizer)
-    rows = on_policy.make_rows(texts, answers, args.pair_by, data.test_split_size)
+    rows = on_policy.make_rows(texts, answers, args.pair_by, args.held_out_prompts)
     counts = on_policy.count_answers(answers, rows, args.pair_by)
 
     folder.mkdir(parents=True, exist_ok=True)

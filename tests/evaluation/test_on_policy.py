@@ -1,6 +1,7 @@
 """On-policy pairs and rounds: the better answer is chosen, and an interruption changes nothing."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
 from tinydpo.errors import UserError
 from tinydpo.evaluation import on_policy, sampling
+from tinydpo.evaluation.arguments import RoundArguments
 from tinydpo.evaluation.on_policy import ScoredAnswer, make_pairs
 from tinydpo.files import read_jsonl
 from tinydpo.toy_task import gold_reward
@@ -50,7 +52,7 @@ def policy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sample(policy: Path, data: Path | None, folder: Path, *flags: str) -> dict[str, list[dict[str, Any]]]:
     """The rows that scripts/sample_pairs.py writes, by split."""
     given = {"model_name_or_path": policy, "output_dir": folder, "num_prompts": 24, "samples_per_prompt": 4,
-             "test_split_size": 0.25, "max_length": 96}  # fmt: skip
+             "held_out_prompts": 0.25, "max_length": 96}  # fmt: skip
     argv = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     if data:
         argv += ["--dataset_name", str(data)]
@@ -179,7 +181,7 @@ def test_rewards_that_do_not_differ_give_no_pairs(
 def recipe(tmp_path: Path) -> Path:
     """The recipes of a round, as small as they get."""
     small = {
-        "pairs": {"num_prompts": 24, "samples_per_prompt": 4, "test_split_size": 0.25, "max_length": 96},
+        "pairs": {"num_prompts": 24, "samples_per_prompt": 4, "held_out_prompts": 0.25, "max_length": 96},
         "dpo-on-policy": {"max_steps": 2, "learning_rate": 1e-3},
         "evaluate": {"num_prompts": 8, "max_length": 96},
     }
@@ -205,6 +207,10 @@ def test_rounds_continue_and_keep_their_first_reference(
     evaluated: list[str] = []
     run_evaluation = evaluate.main
     monkeypatch.setattr(evaluate, "main", lambda argv: (evaluated.append(" ".join(argv)), run_evaluation(argv)))
+    os.utime(recipe / "evaluate.yaml")  # as if a reward had been added
+    round_script.main([*argv, "--rounds", "1"])
+    assert len(evaluated) == 1, "the table has figures of an older evaluate.yaml"
+    evaluated.clear()
     capsys.readouterr()
     round_script.main([*argv, "--rounds", "2"])
     out = capsys.readouterr().out
@@ -232,6 +238,19 @@ def test_rounds_continue_and_keep_their_first_reference(
     assert over["settings"]["ref_model_name_or_path"] == str(runs / "round-1/dpo")
     assert lines[2]["over_before"] == over["win_rate_vs_ref"], "not the win rate over the round before"
     assert all(line["name"] in out for line in lines), "the table lacks a round"
+
+
+def test_all_rounds_use_the_splits_of_the_first_model(recipe: Path, tmp_path: Path):
+    config = {"dataset_name": "runs/quickstart/data", "dataset_test_split": "validation", "max_train_pairs": 900}
+    (tmp_path / "run_config.yaml").write_text(yaml.safe_dump(config))
+    first = {"model_name_or_path": str(tmp_path)}
+    for stage in ("pairs", "evaluate"):
+        flags = round_script.get_data_flags(RoundArguments(recipe=str(recipe)), stage, first)
+        assert flags == {"dataset_test_split": "validation", "max_train_pairs": 900}, (
+            "from round 2 on, held-out rows would be drawn from the train split"
+        )
+        args = RoundArguments(recipe=str(recipe), dataset_name="other.jsonl")
+        assert round_script.get_data_flags(args, stage, first) == {"dataset_name": "other.jsonl"}
 
 
 def test_rounds_without_data_or_recipe_are_one_sentence(policy: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch):

@@ -40,6 +40,7 @@ class PairsArguments(SamplingArguments):
     num_prompts: int = HfArg(default=2000, help="Prompts of the train split to answer.")
     samples_per_prompt: int = HfArg(default=8, help="Answers to each prompt; with more, best and worst differ more.")
     pair_by: Literal["best_worst", "all"] = HfArg(default="best_worst", help="all: every two that score differently.")
+    held_out_prompts: float = HfArg(default=0.05, help="Share of the prompts whose pairs become the test split.")
 
 
 class ScoredAnswer(NamedTuple):
@@ -110,11 +111,11 @@ def make_pairs(answers: Sequence[ScoredAnswer], pair_by: str) -> list[tuple[Scor
 
 
 def make_rows(
-    texts: Dataset, answers: Sequence[Sequence[ScoredAnswer]], pair_by: str, test_split_size: float
+    texts: Dataset, answers: Sequence[Sequence[ScoredAnswer]], pair_by: str, held_out_prompts: float
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows of `train` and `test`, held out by prompt (UserError: one of them would be empty)."""
     count = len(texts)
-    held_out = set(random.Random(HOLD_OUT_SEED).sample(range(count), math.ceil(test_split_size * count)))
+    held_out = set(random.Random(HOLD_OUT_SEED).sample(range(count), math.ceil(held_out_prompts * count)))
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     columns = zip(get_prompts(texts), texts["templated"][:], texts["subset"][:], answers, strict=True)
     for index, (prompt, templated, subset, scored) in enumerate(columns):
@@ -131,7 +132,7 @@ def make_rows(
             rows["test" if index in held_out else "train"].append(row)
     if not (rows["train"] and rows["test"]):
         found = f"{count} prompts gave {len(rows['train'])} pairs to train on and {len(rows['test'])} held out"
-        raise UserError(f"{found}; raise --num_prompts, --samples_per_prompt or --test_split_size")
+        raise UserError(f"{found}; raise --num_prompts, --samples_per_prompt or --held_out_prompts")
     return rows
 
 
