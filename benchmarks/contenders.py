@@ -26,7 +26,6 @@ NAMES = {
     "tinydpo": "tinydpo",
     "compiled": "tinydpo, `--torch_compile true`",
 }
-LETTERS = dict(zip("bcde", NAMES, strict=True))  # `--contenders bd`, as scripts from before the names have it
 PACKED = ("tinydpo", "compiled")
 
 

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     args, data = parse_args(SpeedrunArguments, DataArguments, argv=argv)
     folder = Path(args.output_dir)
     if folder.exists() and not (folder / MARK).exists():
-        raise UserError(f"--output_dir {folder} holds something else than a speedrun; pass another")
+        raise UserError(f"--output_dir {folder} was not written by a speedrun; pass a different folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / MARK).touch()
@@ -106,7 +106,9 @@ def run_stages(args: SpeedrunArguments, folder: Path) -> dict[str, float]:
 
 def run_stage(script: str, max_length: int, data: Path, flags: list[Any]) -> float:
     """Run one of the project's scripts as a user would, and return its seconds."""
-    recipe = f"{RECIPE}/{script}-512.yaml" if max_length == 512 else f"{RECIPE}/{script}.yaml"
+    recipe = f"{RECIPE}/{script}.yaml"
+    if max_length == 512 and script != "evaluate":  # which takes max_length from the policy's run
+        recipe = f"{RECIPE}/{script}-512.yaml"
     command = [sys.executable, f"scripts/{script}.py", "--config", recipe, "--dataset_name", str(data)]
     command += map(str, flags)
     print(f"\n$ python {' '.join(command[1:])}", flush=True)

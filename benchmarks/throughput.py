@@ -54,9 +54,6 @@ class BenchArguments:
     output: str = HfArg(default="runs/bench/throughput.json", help="Where the figures go.")
 
     def __post_init__(self):
-        letters = "".join(self.contenders)
-        if set(letters) <= set(contenders.LETTERS):
-            self.contenders = [contenders.LETTERS[letter] for letter in letters]
         unknown = set(self.contenders) - set(contenders.NAMES)
         if unknown:
             raise ValueError(f"contenders must be some of {', '.join(contenders.NAMES)}, not {unknown}")
@@ -70,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; leave it out to measure on the CPU")
     if args.dtype == "bfloat16" and not has_fast_bf16(args.device):
-        print("This device has no fast bf16: it is slower here than float32, and says nothing of other machines.")
+        print("This device has no fast bf16: it is slower than float32 here, which says nothing about other machines.")
     with tempfile.TemporaryDirectory() as folder:
         spec = prepare_spec(args, data, Path(folder))
         measured = run_contenders(args, spec)
@@ -183,11 +180,13 @@ def format_table(results: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in results["contenders"].values():
-        low, high = row.get("spread", (1, 1))
+        ratio = "–"  # tinydpo itself, or it was not measured
+        if "spread" in row:
+            low, high = row["spread"]
+            ratio = f"{row['tinydpo_is_faster_by']:.2f} ({low:.2f} to {high:.2f})"
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "peak not known"
         lines.append(
-            f"| {row['contender']} | {row.get('tinydpo_is_faster_by', 1):.2f} ({low:.2f} to {high:.2f}) "
-            f"| {row['pairs_per_second']:.3g} | {row['tokens_per_second']:.3g} "
+            f"| {row['contender']} | {ratio} | {row['pairs_per_second']:.3g} | {row['tokens_per_second']:.3g} "
             f"| {row['peak_memory_gib']:.2f} GiB | {mfu} |"
         )
     return "\n".join(lines)

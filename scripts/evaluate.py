@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     print(args.describe_reference() + format_table(results) + format_samples(samples[: args.show_samples]))
     save_evaluation(output_dir, results, samples=samples, pairs=Dataset.from_dict(pairs).to_list())
     print(f"\n{summarize_results(results)}\nReport: {write_report(output_dir.parent, output_dir)}")
-    print(f"Next, talk to it: {suggest_command('playground', args.model_name_or_path)}")
+    models = (args.model_name_or_path, args.ref_model_name_or_path)
+    print(f"Next, talk to it: {suggest_command('playground', *models)}")
 
 
 def run_models(

@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     if held_out < FEW_PAIRS:
         share = min(0.5, FEW_PAIRS / (held_out + splits["train"].summary["pairs_kept"]))
         print(
-            f"{held_out} held-out pairs will rarely tell an accuracy from chance; if they are drawn from the training "
-            f"data, pass --test_split_size {share:.2g} to every stage."
+            f"{held_out} held-out pairs are usually too few to tell an accuracy from chance; if they come from the "
+            f"training data, pass --test_split_size {share:.2g} to every stage."
         )
     if look.json:
         write_json(Path(look.json), figures)

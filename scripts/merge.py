@@ -10,6 +10,7 @@ float32.
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from huggingface_hub import ModelCard
 from transformers.hf_argparser import HfArg
@@ -40,6 +41,8 @@ class MergeArguments:
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_args(MergeArguments, argv=argv)
+    if any(Path(args.output_dir).glob("*.safetensors")):
+        raise UserError(f"{args.output_dir} holds a model already; delete the folder to merge again")
     output = check_output_folder(args.output_dir)
     adapter = find_adapter(args.model_name_or_path, args.model_revision)
     if adapter is None:
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Merged: {output} holds the model in float32, as a plain checkpoint.")
     settings = RunFolder.of_model(adapter).read_config()
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
-        print("While it trained, its base was quantized; here it is not, and answers differ by that rounding.")
+        print("The base was quantized in training and is in full precision here: answers differ by that rounding.")
 
 
 if __name__ == "__main__":

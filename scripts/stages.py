@@ -88,12 +88,18 @@ def train_missing_model(
     return True
 
 
-def suggest_command(target: str, model: str) -> str:
-    """The `make` command for a model in runs/<recipe folder>/<name>; where no such recipe is, the script's."""
+def suggest_command(target: str, model: str, reference: str = "") -> str:
+    """The `make` command for a model in runs/<recipe folder>/<name>; where no such recipe is, the script's.
+
+    `reference` is passed on if the model has no run that names it.
+    """
     folder = Path(model)
     recipe = Path("recipes") / folder.parent.name
     if folder.parts != ("runs", recipe.name, folder.name) or not (recipe / "evaluate.yaml").is_file():
-        return f"python scripts/{target}.py --model_name_or_path {model} --output_dir {model}-evaluation"
+        command = f"python scripts/{target}.py --model_name_or_path {model} --output_dir {model}-evaluation"
+        if reference and not RunFolder.of_model(model).is_started:
+            command += f" --ref_model_name_or_path {reference}"
+        return command
     name = "" if folder.name == "dpo" else f" NAME={folder.name}"
     return f"make {target} RECIPE={recipe}{name}"
 

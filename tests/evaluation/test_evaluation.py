@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import evaluate
@@ -115,10 +116,11 @@ def test_answer_stops_at_the_end_token_and_keeps_it(logit: float, length: int, e
     assert (lengths["mean_length_policy"], lengths["ended_ref"]) == (length, float(ended))
 
 
-def test_left_padding_does_not_change_answers():
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"temperature": 0.0}])
+def test_left_padding_does_not_change_answers(settings: dict[str, Any]):
     model, rng = tiny_gpt2(0), np.random.default_rng(0)
     prompts = [rng.integers(END, size=length).tolist() for length in (3, 50, 1, 17, 50, 8)]
-    answers = sample_answers(model, byte_tokenizer(), prompts, 12, top_k=1, batch_size=6)
+    answers = sample_answers(model, byte_tokenizer(), prompts, 12, **settings, batch_size=6)
     for prompt, answer in zip(prompts, answers.ids, strict=True):
         greedy: list[int] = []
         while len(greedy) < 12 and END not in greedy:

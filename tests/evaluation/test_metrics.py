@@ -123,7 +123,7 @@ def test_single_answer_has_no_interval():
 @pytest.mark.parametrize(
     ("accuracy", "pairs", "expected"),
     [(0.754, 500, "75.4% of 500 held-out pairs (95 % interval 71.4% to 79.0%): better than chance."),
-     (9 / 14, 14, "includes 50 %: inconclusive. About 48 pairs would tell; without a test split"),
+     (9 / 14, 14, "includes 50 %: inconclusive. About 48 pairs would settle it; without a test split"),
      (0.5, 14, "inconclusive. KL"), (0.3, 100, "worse than chance.")],
     ids=["better", "too few pairs", "no difference", "worse"],
 )  # fmt: skip

@@ -110,10 +110,9 @@ def test_verdicts_are_read_at_once():
     [
         "\x00garbage",
         make_reply(None, refusal="I must not."),
-        make_reply("A\n\nB\n\nA", finish_reason="length"),
         {"status": 400, "error": {"code": "content_filter", "message": "filtered"}},
     ],
-    ids=["garbage", "refusal", "cut short", "content filter"],
+    ids=["garbage", "refusal", "content filter"],
 )
 def test_unreadable_replies_are_invalid_and_kept(reply: Any, tmp_path: Path):
     with judge_server(lambda *_: reply) as server:
@@ -123,6 +122,20 @@ def test_unreadable_replies_are_invalid_and_kept(reply: Any, tmp_path: Path):
     assert len(server.questions) == 6, "an invalid verdict, which was paid for, is asked again"
     figures = summarize_verdicts(verdicts, *zip(*PAIRS, strict=True))
     assert (figures["invalid"], figures["ties"], figures["win_rate"]) == (3, 1, 0.5)
+
+
+def test_a_reply_that_is_cut_short_is_asked_for_again_with_more_room(tmp_path: Path):
+    def think_first(question: str, before: int) -> Any:
+        if server.bodies[-1]["max_tokens"] < 1000:
+            return make_reply("A\n\nB\n\nA", finish_reason="length")
+        return judge_honestly(question)
+
+    with judge_server(think_first) as server:
+        assert ask_about(make_judge(server.url, tmp_path, judge_concurrency=1)) == HONEST
+        assert len(server.questions) == 1 + 6, "not only the first question is asked twice"
+    with judge_server(lambda *_: make_reply("A\n\nB\n\nA", finish_reason="length")) as server:
+        verdicts = ask_about(make_judge(server.url, tmp_path, judge_concurrency=1))
+    assert verdicts == [("invalid", "invalid")] * 3 + [("tie", "tie")], "a cut reply is taken for a verdict"
 
 
 def test_passing_faults_are_retried(tmp_path: Path):
@@ -287,6 +300,12 @@ def test_length_control_is_the_intercept_of_a_logistic_regression():
     assert low < rate < high
 
 
+def test_a_side_that_always_wins_is_better_at_equal_length_too():
+    differences = np.random.default_rng(0).normal(0, 10, 32)
+    _, low, high = length_controlled_rate(np.ones(32), differences)
+    assert low > 0.85 and high > 0.99, "32 wins of 32 would be called inconclusive"
+
+
 def test_the_interval_covers_the_rate_as_often_as_it_says():
     held = 0
     for seed in range(300):
@@ -404,7 +423,7 @@ def test_judge_is_judged_by_the_labels_first(
         winrate_script.main([*get_flags(policy, tmp_path / "order/winrate", server.url)])
     own = json.loads((tmp_path / "order/winrate/winrate.json").read_text())["calibration"]
     assert (own["agreement"], own["order_flip_rate"]) == (0.5, 1.0)
-    warning = "the judge's agreement with the labels includes 0.5: inconclusive"
+    warning = "the interval of the judge's agreement with the labels includes 0.5: inconclusive"
     assert capfd.readouterr().out.count(f"; {warning}\n") == 2, "the rates of such a judge have no warning"
     assert warning in html.unescape((tmp_path / "order/report.html").read_text()), "the report hides it"
     card = (policy / "README.md").read_text()

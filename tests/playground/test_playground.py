@@ -292,7 +292,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     press("Generate")
     wait_for(r"Seed 1\.")
     press("First is better")
-    wait_for("You preferred SFT")
+    wait_for("You preferred Reference")
     wait_for("Votes so far: 1")
 
     page.get_by_label(re.compile("Blind")).check()
@@ -301,7 +301,7 @@ def test_the_page_in_a_browser(page: Any, tmp_path: Path):
     wait_for(r"Seed 2\.")
     assert tokens.count() == 0, "colours give away a blind answer"
     press("Second is better")
-    wait_for("You preferred (SFT|DPO)")
+    wait_for("You preferred (Reference|Policy)")
     assert tokens.count() == 24, "after a blind vote the rewards stay hidden"
     page.reload()
     wait_for("2 votes in")

@@ -36,7 +36,7 @@ class PolicyArguments:
     batch_size: int = HfArg(default=32, help="Sequences per forward pass; changing it changes the samples.")
     seed: int = HfArg(default=0, help="Chooses the prompts, if there are more, and the samples.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
-        default="auto", help="By default that of the policy's run, without one auto: bfloat16 where that is fast."
+        default="auto", help="By default that of the policy's run; without a run auto, bfloat16 where that is fast."
     )
 
     def __post_init__(self):
@@ -47,7 +47,7 @@ class PolicyArguments:
 class SamplingArguments(PolicyArguments):
     """How answers are sampled: by default from the policy's own distribution."""
 
-    temperature: float = HfArg(default=1.0, help="Divides the logits when sampling.")
+    temperature: float = HfArg(default=1.0, help="Divides the logits when sampling; 0: the likeliest token.")
     top_k: int = HfArg(default=0, help="Sample from the k most likely tokens only; 0: from all.")
     top_p: float = HfArg(default=1.0, help="Sample from the likeliest tokens of this mass; 1: from all.")
 
@@ -119,10 +119,13 @@ class RewardArguments:
     reward_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reward model on the Hub.")
 
     def names(self) -> list[str]:
-        """Short names: of a function without its module, of a model the last part of its path."""
-        names = [name.rsplit(".", 1)[-1] for name in self.reward_funcs or []]
-        model = self.reward_model_name_or_path
-        return [*names, Path(model).name] if model else names
+        """Names as short as tell them apart: of a function without its module, of a model its path's last part."""
+        full = list(self.reward_funcs or [])
+        short = [name.rsplit(".", 1)[-1] for name in full]
+        if self.reward_model_name_or_path:
+            full.append(self.reward_model_name_or_path)
+            short.append(Path(self.reward_model_name_or_path).name)
+        return short if len(set(short)) == len(short) else full
 
     def name(self) -> str:
         """The name of the sum, as the label of an axis."""

@@ -60,8 +60,12 @@ VERDICT = re.compile(
 CONSISTENT_VERDICTS = {("A", "B"), ("B", "A"), ("tie", "tie")}  # the same whichever answer comes first
 CACHED = {"key", "verdict", "prompt_tokens", "completion_tokens"}  # what is used of a saved verdict
 MAX_TOKENS = 200  # enough for a sentence and the verdict
-# What some models refuse, and what they are asked with then. max_completion_tokens counts reasoning tokens too.
-FALLBACKS: dict[str, dict[str, int]] = {"temperature": {}, "max_tokens": {"max_completion_tokens": 4000}}
+MAX_REASONING_TOKENS = 4000  # after the thoughts of a reasoning model, which count too
+# What some models refuse, and what they are asked with then.
+FALLBACKS: dict[str, dict[str, int]] = {
+    "temperature": {},
+    "max_tokens": {"max_completion_tokens": MAX_REASONING_TOKENS},
+}
 RETRIES = 5  # the client's own: of 429, 5xx, time-outs and lost connections, with growing pauses
 
 
@@ -187,11 +191,15 @@ class Judge:
 
     async def _get_reply(self, client: Any, question: str) -> tuple[str, str, Any]:
         """The judge's text, its verdict, and the tokens it took if the endpoint counts them."""
+        limit = self._options.get("max_tokens")
         try:
             completion = await self._create_completion(client, question)
             choice = completion.choices[0]
             reply = str(choice.message.content or choice.message.refusal or "")
             is_cut = choice.finish_reason == "length"  # then whatever comes last is not the verdict
+            if is_cut and limit == MAX_TOKENS and "max_tokens" in self._options:
+                self._options["max_tokens"] = MAX_REASONING_TOKENS  # for this and all further questions
+                return await self._get_reply(client, question)
             return reply, "invalid" if is_cut else read_verdict(reply), completion.usage
         except openai.BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):  # the endpoint refuses, not the model

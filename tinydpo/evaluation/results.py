@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from tinydpo.config.arguments import list_sources
 from tinydpo.errors import UserError
-from tinydpo.evaluation.table import Row, headline_rows
+from tinydpo.evaluation.table import Row, has_own_samples, headline_rows
 from tinydpo.files import find_difference, public_name, read_json, write_atomic, write_json
 from tinydpo.run_folder import RunFolder
 
@@ -47,8 +47,11 @@ def add_to_card(results: dict[str, Any], heading: str, rows: Sequence[Row]) -> N
     facts = [f"{settings['num_prompts']} held-out prompts", f"seed {settings['seed']}"]
     if "beta" in results:
         facts += [f"{results['pairs']} held-out pairs", f"β {results['beta']:g}"]
+        if not has_own_samples(settings):
+            facts += [f"{name} {settings[name]:g}" for name in ("temperature", "top_k", "top_p")]
+    facts.append(f"reference {public_name(settings['ref_model_name_or_path'], settings['ref_model_revision'])}")
     lines = [
-        f"{', '.join(facts)}; in brackets 95 % intervals.",
+        f"{escape_markdown(', '.join(facts))}; 95 % intervals in brackets.",
         "",
         "| | policy | reference | |",
         "| --- | --- | --- | --- |",

@@ -119,6 +119,10 @@ def sample_answers(
         do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens,
         eos_token_id=stops, pad_token_id=pad_token_id,
     )  # fmt: skip
+    if temperature == 0:  # the likeliest token every time
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_token_id
+        )
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, tuple[list[int], bool]] = {}
     torch.manual_seed(seed)

@@ -153,7 +153,9 @@ def summarize_results(results: dict[str, Any]) -> str:
     policy, ref = (results[f"ended_{role}"] for role in ("policy", "ref"))
     sentences.append(f"{policy:.0%} of its answers end on their own (reference: {ref:.0%}).")
     if policy < ref - 0.15:
-        sentences.append("To keep answers ending, raise beta or add the chosen answers' NLL (docs/losses.md).")
+        sentences.append(
+            "To keep answers ending, raise beta or the weight of the chosen answers' NLL (docs/losses.md)."
+        )
     return " ".join(sentences)
 
 
@@ -171,7 +173,7 @@ def summarize_accuracy(accuracy: float, pairs: int) -> str:
     sentence += ", which includes 50 %: inconclusive."
     if accuracy > 0.52:  # else thousands of pairs could not tell
         needed = math.ceil((Z95 / (2 * accuracy - 1)) ** 2)  # at which the interval of this share ends at one half
-        sentence += f" About {needed:,} pairs would tell"
+        sentence += f" About {needed:,} pairs would settle it"
         sentence += "; without a test split, --test_split_size in every stage holds out more."
     return sentence
 

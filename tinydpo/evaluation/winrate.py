@@ -1,6 +1,6 @@
 """Win rates by a judge: raw, and length-controlled (what the rate would be between answers of equal length)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,30 +77,47 @@ def length_controlled_rate(outcomes: np.ndarray, differences: np.ndarray) -> tup
 
     A logistic regression of the outcomes (1, 0.5 or 0) on the differences in length (policy's minus the other's), read
     at difference 0: the idea of length-controlled AlpacaEval (arXiv 2404.04475), without its terms for model and
-    instruction. The interval is that of the intercept, by the curvature of the likelihood. It takes a tie for as noisy
-    as a win or loss, so it is too wide rather than too narrow. If one side is always longer, it is wide.
+    instruction. The interval is that of the intercept, by its profile likelihood: by the curvature alone, a side that
+    wins every time would have an interval down to 0.2. It takes a tie for as noisy as a win or loss, so it is too wide
+    rather than too narrow. If one side is always longer, it is wide.
     """
-    unit = np.sqrt(np.mean(np.square(differences))) or 1.0
-    x = np.stack([np.ones(len(outcomes)), differences / unit], axis=1)
+    x = differences / (np.sqrt(np.mean(np.square(differences))) or 1.0)
 
-    def loss(w: np.ndarray) -> float:
-        return float((np.logaddexp(0, x @ w) - outcomes * (x @ w)).sum() + RIDGE / 2 * w @ w)
+    def fit_slope(intercept: float) -> float:
+        def slope_gradient(slope: float) -> float:
+            return float(x @ (_sigmoid(intercept + slope * x) - outcomes)) + RIDGE * slope
 
-    w = np.zeros(2)
-    for _ in range(100):
-        p = _sigmoid(x @ w)
-        curvature = (x.T * (p * (1 - p))) @ x + RIDGE * np.eye(2)
-        step = np.linalg.solve(curvature, x.T @ (p - outcomes) + RIDGE * w)
-        while loss(w - step) > loss(w) + 1e-9:  # Newton's full step can overshoot if lengths separate the outcomes
-            step /= 2
-        w = w - step
-        if np.abs(step).max() < 1e-8:
-            break
-    half = Z95 * np.sqrt(np.linalg.inv(curvature)[0, 0])
-    return float(_sigmoid(w[0])), float(_sigmoid(w[0] - half)), float(_sigmoid(w[0] + half))
+        return _find_root(slope_gradient, 1_000.0)
+
+    def intercept_gradient(intercept: float) -> float:
+        return float((_sigmoid(intercept + fit_slope(intercept) * x) - outcomes).sum()) + RIDGE * intercept
+
+    def loss(intercept: float) -> float:
+        slope = fit_slope(intercept)
+        logits = intercept + slope * x
+        likelihood = float((outcomes * logits - np.logaddexp(0, logits)).sum())
+        return RIDGE / 2 * (intercept**2 + slope**2) - likelihood
+
+    best = _find_root(intercept_gradient, 50.0)
+    limit = loss(best) + Z95**2 / 2
+    low = _find_root(lambda intercept: limit - loss(min(intercept, best)), 50.0)
+    high = _find_root(lambda intercept: loss(max(intercept, best)) - limit, 50.0)
+    return float(_sigmoid(best)), float(_sigmoid(low)), float(_sigmoid(high))
 
 
-def _sigmoid(z: np.ndarray) -> np.ndarray:
+def _find_root(increasing: Callable[[float], float], bound: float) -> float:
+    """Where an increasing function changes its sign, between -bound and bound, by bisection."""
+    low, high = -bound, bound
+    while high - low > 1e-8:
+        middle = (low + high) / 2
+        if increasing(middle) < 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _sigmoid(z: np.ndarray | float) -> np.ndarray | float:
     return (1 + np.tanh(z / 2)) / 2
 
 
@@ -115,7 +132,7 @@ def format_caveats(results: dict[str, Any], comparison: dict[str, Any]) -> str:
         if high < 0.5:
             caveats += "; the judge sides against the labels"
         elif low <= 0.5:
-            caveats += "; the judge's agreement with the labels includes 0.5: inconclusive"
+            caveats += "; the interval of the judge's agreement with the labels includes 0.5: inconclusive"
     return caveats
 
 

@@ -76,7 +76,7 @@ class Handlers:
             yield "", "", f"Nothing generated: {error}.", None, *DISABLED
             return
         seed = seed or random.randrange(1, 2**31)
-        names = ("SFT", "DPO")
+        names = ("Reference", "Policy")
         is_swapped = blind and random.random() < 0.5
         drawn_at = 0.0
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}

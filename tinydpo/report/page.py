@@ -119,8 +119,10 @@ def _find_runs(folder: Path, results: dict[str, Any]) -> dict[str, RunFolder]:
     settings = results.get("settings", {})
     runs: dict[str, RunFolder] = {}
     for key, name in (("model_name_or_path", "dpo"), ("ref_model_name_or_path", "sft")):
-        evaluated = RunFolder.of_model(settings.get(key, ""))
-        run = evaluated if evaluated.is_started else RunFolder(folder / name)
+        model = settings.get(key, "")
+        run = RunFolder.of_model(model)
+        if not run.is_started:  # nothing was evaluated, or the recipe's folder was moved
+            run = RunFolder(folder / (Path(model).name or name))
         if run.is_started:
             title = "DPO" if "beta" in run.read_config() else "SFT"
             runs.setdefault(title, run)  # the policy's run comes first
