@@ -37,7 +37,6 @@ def main(argv: list[str] | None = None) -> None:
     if prepared is None:
         return
     kwargs = get_adapter_kwargs(model)
-    reference = load_reference(settings, training, kwargs["quantization_config"])
     if run.shared_prefix:
         trainer_class = SharedPrefixDPOTrainer
         kwargs["row_length"] = run.row_length
@@ -46,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     with explain_trainer_errors(model):
         trainer = trainer_class(
             model=model.model_name_or_path,
-            ref_model=reference,
+            # Without a name here, it leaves memory once its log-probs are cached.
+            ref_model=load_reference(settings, training, kwargs["quantization_config"]),
             args=training,
             train_dataset=prepared.train,
             eval_dataset=prepared.test,

@@ -1,6 +1,8 @@
 """A reference other than the model that DPO starts from: what the loss is measured against, and what is refused."""
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
 from tinydpo.errors import UserError
 from tinydpo.evaluation.metrics import pair_metrics
+from tinydpo.training import setup, train
 from tinydpo.training.logps import pair_logps
 
 ONE_STEP = ["--max_steps", "1", "--pairs_per_step", "96", "--per_device_train_batch_size", "96", "--eval_strategy",
@@ -72,6 +75,29 @@ def test_the_first_loss_is_that_of_the_two_models(
     flags = ["--shared_prefix", shared_prefix, "--precompute_ref_log_probs", cached, "--beta", "0.5"]
     dpo(policy, task, tmp_path / "run", ref, *ONE_STEP, *flags)
     assert log(tmp_path / "run", "loss")[0] == pytest.approx(wanted, abs=1e-4), "the loss has the wrong reference"
+
+
+def test_it_leaves_memory_once_its_log_probs_are_cached(
+    policy: Path, tiny_model: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    load_reference = setup.load_reference
+    loaded: list[weakref.ref] = []
+    left: list[bool] = []
+
+    def load_and_watch(*args: Any) -> Any:
+        model = load_reference(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def look_for_it(*args: Any) -> None:
+        gc.collect()
+        left.append(loaded[-1]() is not None)
+
+    monkeypatch.setattr(setup, "load_reference", load_and_watch)
+    monkeypatch.setattr(train, "train", look_for_it)
+    for cached in ("true", "false"):
+        dpo(policy, task, tmp_path / "run", tiny_model, *ONE_STEP, "--precompute_ref_log_probs", cached)
+    assert left == [False, True], "a second model fills the GPU's memory while the first one trains"
 
 
 def test_an_adapter_has_it_too_and_the_cache_knows_it(policy: Path, tiny_model: Path, task: Path, tmp_path: Path):
