@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     with explain_trainer_errors(model):
         trainer = trainer_class(
             model=model.model_name_or_path,
-            # Without a name here, it leaves memory once its log-probs are cached.
+            # Not in a variable here, so that it leaves memory once its log-probs are cached.
             ref_model=load_reference(settings, training, kwargs["quantization_config"]),
             args=training,
             train_dataset=prepared.train,

@@ -11,20 +11,23 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from tinydpo.config.arguments import DataArguments, as_list
+from stages import train_missing_model
+
+from tinydpo.config.arguments import as_list
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation.arguments import RoundArguments
 from tinydpo.files import check_output_folder, read_json, read_yaml, write_json
 from tinydpo.run_folder import RunFolder
 
-# What one dataset's rows are trained on and held out by.
+# Which rows of a dataset are trained on, and which are held out.
 SPLIT_FLAGS = ("dataset_train_split", "dataset_test_split", "test_split_size", "max_train_pairs", "max_test_pairs")
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_args(RoundArguments, argv=argv)
     first = find_first_model(args)
+    train_missing_model(first["model_name_or_path"], f"{args.recipe}/pairs.yaml", dataset_name=args.dataset_name)
 
     # These take seconds to import: only once the flags are known to be right.
     from tinydpo.evaluation.on_policy import add_rounds_to_frontier, collect_rounds, format_rounds
@@ -82,12 +85,9 @@ def get_data_flags(args: RoundArguments, stage: str, first: dict[str, str]) -> d
     recipe = read_yaml(f"{args.recipe}/{stage}.yaml")
     flags = {"dataset_name": args.dataset_name} if args.dataset_name else {}
     config = RunFolder.of_model(first["model_name_or_path"]).read_config()
-    if as_list(args.dataset_name or recipe.get("dataset_name")) == as_list(config.get("dataset_name")):
-        defaults = DataArguments()
-        for key in SPLIT_FLAGS:
-            if key in config and key not in recipe and config[key] != getattr(defaults, key):
-                flags[key] = config[key]
-    return flags
+    if as_list(args.dataset_name or recipe["dataset_name"]) != as_list(config.get("dataset_name")):
+        config.pop("dataset_train_split", None)  # it may name a slice of other data
+    return flags | {key: config[key] for key in SPLIT_FLAGS if key in config and key not in recipe}
 
 
 def as_reference(model: dict[str, str]) -> dict[str, str]:

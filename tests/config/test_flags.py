@@ -32,6 +32,11 @@ dpo  --fsdp full_shard
 sft  --packing true
 sft  --packing true --shared_prefix false
 sft  --eval_packing true
+sft  --packing_strategy bfd_split
+sft  --shuffle_dataset true
+sft  --pad_token <pad>
+reward --label_smoothing_factor 0.1
+dpo  --lora_dropout 0.1 --use_peft true
 dpo  --batch_eval_metrics true
 dpo  --eval_do_concat_batches false
 dpo  --pad_to_multiple_of 8
@@ -59,6 +64,7 @@ PASSED_ON = """
 sft  --eval_packing false
 dpo  --shared_prefix false --pad_to_multiple_of 8
 dpo  --lora_r 4 --use_peft true
+dpo  --lora_dropout 0.1 --use_peft true --shared_prefix false --disable_dropout false
 dpo  --loss_type exo_pair --label_smoothing 1e-3
 dpo  --loss_type sigmoid robust --label_smoothing 0.1
 dpo  --sync_ref_model true
@@ -71,8 +77,13 @@ dpo  --load_best_model_at_end true --eval_strategy steps --eval_steps 4 --save_s
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, about flags that are refused here
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_misleading_flag_is_refused_before_anything_is_loaded(case: str, tmp_path: Path):
+def test_a_misleading_flag_is_refused_before_anything_is_loaded(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     stage, *argv = case.split()
+    if stage != "sft":
+        script = importlib.import_module(stage)
+        monkeypatch.setattr(script, "train_missing_model", lambda *_: pytest.fail("SFT trains before the refusal"))
     argv += ["--model_name_or_path", "no/model", "--dataset_name", "no.jsonl", "--output_dir", str(tmp_path / "run")]
     with pytest.raises(UserError, match=f"^{argv[0].removeprefix('--')} is "):
         run(stage, *argv)

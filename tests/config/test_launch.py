@@ -75,7 +75,7 @@ def running(processes: int = 1, **given: object) -> SimpleNamespace:
     args = {
         "distributed_state": SimpleNamespace(num_processes=processes), "use_cpu": True, "bf16": False, "fp16": False,
         "device": torch.device("cpu"), "process_index": 0, "hub_token": None, "tf32": None,
-        "accelerator_config": AcceleratorConfig(), "ddp_find_unused_parameters": None,
+        "accelerator_config": AcceleratorConfig(),
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "dataloader_num_workers": 0,
     }  # fmt: skip
     return SimpleNamespace(**{**args, **given})

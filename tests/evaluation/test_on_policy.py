@@ -250,7 +250,7 @@ def test_all_rounds_use_the_splits_of_the_first_model(recipe: Path, tmp_path: Pa
             "from round 2 on, held-out rows would be drawn from the train split"
         )
         args = RoundArguments(recipe=str(recipe), dataset_name="other.jsonl")
-        assert round_script.get_data_flags(args, stage, first) == {"dataset_name": "other.jsonl"}
+        assert round_script.get_data_flags(args, stage, first) == flags | {"dataset_name": "other.jsonl"}
 
 
 def test_rounds_without_data_or_recipe_are_one_sentence(policy: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch):

@@ -132,9 +132,15 @@ def test_a_reply_that_is_cut_short_is_asked_for_again_with_more_room(tmp_path: P
 
     with judge_server(think_first) as server:
         assert ask_about(make_judge(server.url, tmp_path, judge_concurrency=1)) == HONEST
-        assert len(server.questions) == 1 + 6, "not only the first question is asked twice"
-    with judge_server(lambda *_: make_reply("A\n\nB\n\nA", finish_reason="length")) as server:
-        verdicts = ask_about(make_judge(server.url, tmp_path, judge_concurrency=1))
+
+
+@pytest.mark.parametrize("more_room", [make_reply("A\n\nB\n\nA", finish_reason="length"), 400])
+def test_a_reply_that_stays_cut_is_no_verdict(more_room: Any, tmp_path: Path):
+    def ramble(question: str, before: int) -> Any:
+        return make_reply("A\n\nB\n\nA", finish_reason="length") if before == 0 else more_room
+
+    with judge_server(ramble) as server:
+        verdicts = ask_about(make_judge(server.url, tmp_path))
     assert verdicts == [("invalid", "invalid")] * 3 + [("tie", "tie")], "a cut reply is taken for a verdict"
 
 

@@ -109,7 +109,7 @@ def check_flags(stage: str, settings: Settings, *configs: Any) -> None:
     if not settings["use_peft"]:
         reason = "but it is for adapters; pass --use_peft true as well, or leave it out"
         refused = dict.fromkeys(ADAPTER_FLAGS, reason) | refused
-    elif settings["lora_dropout"]:
+    elif settings["lora_dropout"] and settings.get("disable_dropout", True):
         refused["lora_dropout"] = "but models train without dropout here; leave it out"
     if settings["shared_prefix"]:
         refused |= REFUSED_FOR_PACKED_ROWS

@@ -20,7 +20,7 @@ from tinydpo.models.precision import has_fast_bf16
 from tinydpo.run_folder import RunFolder
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, per how many
-PRECISION_FLAGS = {"no": "--bf16 false", "bf16": "--bf16 true", "fp16": "--fp16 true"}
+PRECISION_FLAGS = {"no": "--bf16 false --fp16 false", "bf16": "--bf16 true", "fp16": "--fp16 true"}
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # by accelerate's names
 # What the launcher must have set for sharded runs; some of accelerate's defaults differ.
 FSDP_NEEDS = {
@@ -46,7 +46,7 @@ def fill_defaults(settings: dict[str, Any]) -> None:
 
 
 def _fill_precision(settings: dict[str, Any], asked: dict[str, Any]) -> None:
-    """By order: `--fp16`, the accelerate file (on CPUs its `no` alone), the resumed run, or bf16 where it is fast."""
+    """By precedence: `--fp16`, the accelerate file (on CPUs only its `no`), the resumed run, bf16 where it is fast."""
     precision = _get_mixed_precision(asked)
     before = RunFolder(settings["output_dir"]).read_config()
     if settings["fp16"]:
@@ -113,8 +113,6 @@ def prepare_process(training_args: Any, model_args: Any, accelerate_config: str 
         # A batch lies in pinned memory; else the host would wait once for each of its tensors, packed rows' too.
         training_args.accelerator_config.non_blocking = True
     training_args.hub_strategy = "end"  # `train.push_run` pushes a run once, without files that hold local paths
-    if training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = False  # every weight is used; looking for others takes time
     if training_args.n_gpu > 1:
         training_args._n_gpu = 1  # or one process would take all GPUs (nn.DataParallel), each with its own batch
     training_args.model_init_kwargs = {
@@ -160,9 +158,10 @@ def check_launch(training_args: Any, accelerate_config: str | None) -> None:
     precision = _get_mixed_precision(asked)
     dtype = get_dtype(vars(training_args))
     if precision and DTYPES.get(precision, precision) != dtype:
+        same = f", or ask for the same with {PRECISION_FLAGS[precision]}" if precision in PRECISION_FLAGS else ""
         raise UserError(
             f"{file} asks for mixed_precision {precision} and this run uses {dtype}; take mixed_precision out of the "
-            f"accelerate file, or ask for the same with {PRECISION_FLAGS.get(precision, '--bf16 true')}"
+            f"accelerate file{same}"
         )
 
 

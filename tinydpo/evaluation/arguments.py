@@ -119,7 +119,7 @@ class RewardArguments:
     reward_model_revision: str | None = HfArg(default=None, help="Commit, tag or branch of a reward model on the Hub.")
 
     def names(self) -> list[str]:
-        """Names as short as tell them apart: of a function without its module, of a model its path's last part."""
+        """The shortest names that tell them apart: of a function its own, of a model the last part of its path."""
         full = list(self.reward_funcs or [])
         short = [name.rsplit(".", 1)[-1] for name in full]
         if self.reward_model_name_or_path:

@@ -60,7 +60,7 @@ VERDICT = re.compile(
 CONSISTENT_VERDICTS = {("A", "B"), ("B", "A"), ("tie", "tie")}  # the same whichever answer comes first
 CACHED = {"key", "verdict", "prompt_tokens", "completion_tokens"}  # what is used of a saved verdict
 MAX_TOKENS = 200  # enough for a sentence and the verdict
-MAX_REASONING_TOKENS = 4000  # after the thoughts of a reasoning model, which count too
+MAX_REASONING_TOKENS = 4000  # enough with the thoughts of a reasoning model, which count too
 # What some models refuse, and what they are asked with then.
 FALLBACKS: dict[str, dict[str, int]] = {
     "temperature": {},
@@ -191,15 +191,13 @@ class Judge:
 
     async def _get_reply(self, client: Any, question: str) -> tuple[str, str, Any]:
         """The judge's text, its verdict, and the tokens it took if the endpoint counts them."""
-        limit = self._options.get("max_tokens")
         try:
             completion = await self._create_completion(client, question)
+            if completion.choices[0].finish_reason == "length" and "max_tokens" in self._options:
+                completion = await self._ask_with_more_room(client, question) or completion
             choice = completion.choices[0]
             reply = str(choice.message.content or choice.message.refusal or "")
             is_cut = choice.finish_reason == "length"  # then whatever comes last is not the verdict
-            if is_cut and limit == MAX_TOKENS and "max_tokens" in self._options:
-                self._options["max_tokens"] = MAX_REASONING_TOKENS  # for this and all further questions
-                return await self._get_reply(client, question)
             return reply, "invalid" if is_cut else read_verdict(reply), completion.usage
         except openai.BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):  # the endpoint refuses, not the model
@@ -227,6 +225,14 @@ class Judge:
                     f"{model} refuses {refused}; asking with {', '.join(FALLBACKS[refused]) or 'its own'} instead."
                 )
         return await self._create_completion(client, question)
+
+    async def _ask_with_more_room(self, client: Any, question: str) -> Any:
+        """Ask once more after a reply was cut: maybe it was thoughts. None if the server has no such room or time."""
+        options = self._options | {"max_tokens": MAX_REASONING_TOKENS}
+        messages = [{"role": "user", "content": question}]
+        create = client.with_options(max_retries=0).chat.completions.create
+        with suppress(openai.BadRequestError, openai.APITimeoutError):
+            return await create(model=self.args.judge_model, messages=messages, **options)
 
     def _describe_error(self, error: Exception) -> str:
         """What went wrong, as the rest of a sentence that begins with the judge."""

@@ -115,14 +115,10 @@ def sample_answers(
     """
     stops = get_stop_token_ids(model, tokenizer)
     pad_token_id = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens,
-        eos_token_id=stops, pad_token_id=pad_token_id,
-    )  # fmt: skip
-    if temperature == 0:  # the likeliest token every time
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_token_id
-        )
+    sampling: dict[str, Any] = {"do_sample": False}  # at temperature 0: the likeliest token every time
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_token_id, **sampling)
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, tuple[list[int], bool]] = {}
     torch.manual_seed(seed)

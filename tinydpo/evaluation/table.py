@@ -154,7 +154,7 @@ def summarize_results(results: dict[str, Any]) -> str:
     sentences.append(f"{policy:.0%} of its answers end on their own (reference: {ref:.0%}).")
     if policy < ref - 0.15:
         sentences.append(
-            "To keep answers ending, raise beta or the weight of the chosen answers' NLL (docs/losses.md)."
+            "So that more answers end, raise beta or the weight of the chosen answers' NLL (docs/losses.md)."
         )
     return " ".join(sentences)
 

@@ -54,10 +54,6 @@ class FittedTrainerMixin(SafeCheckpointsMixin):
         self.compute_metrics = self.get_eval_metrics
         self.prepare_models()
 
-    @property
-    def is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -168,9 +164,9 @@ class FittedDPOTrainer(FittedTrainerMixin, DPOTrainer):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        if self.precompute_ref_logps and not self.is_sharded:
-            self.accelerator.free_memory()  # else it keeps the reference, which has done its work
-            self.ref_model = None
+        if self.precompute_ref_logps:
+            self.ref_model = None  # it has done its work
+            self.accelerator.free_memory()  # which holds it, too
 
     def _prepare_models(self) -> None:
         if self.use_weighting:
@@ -338,6 +334,10 @@ class PackedTrainerMixin:
         if self._compile_options:
             for model in self.get_models():
                 compile_blocks(unwrap_peft(model), self._compile_options)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def patch_model(self, model: PreTrainedModel) -> None:
         patch_packed_forward(model, self.data_collator.row_length)
