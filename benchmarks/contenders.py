@@ -26,6 +26,7 @@ NAMES = {
     "tinydpo": "tinydpo",
     "compiled": "tinydpo, `--torch_compile true`",
 }
+LETTERS = dict(zip("bcde", NAMES, strict=True))  # `--contenders bd`: short, as scripts of several benchmarks have it
 PACKED = ("tinydpo", "compiled")
 
 

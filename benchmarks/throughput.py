@@ -54,6 +54,9 @@ class BenchArguments:
     output: str = HfArg(default="runs/bench/throughput.json", help="Where the figures go.")
 
     def __post_init__(self):
+        letters = "".join(self.contenders)
+        if set(letters) <= set(contenders.LETTERS):
+            self.contenders = [contenders.LETTERS[letter] for letter in letters]
         unknown = set(self.contenders) - set(contenders.NAMES)
         if unknown:
             raise ValueError(f"contenders must be some of {', '.join(contenders.NAMES)}, not {unknown}")
