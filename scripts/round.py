@@ -13,7 +13,7 @@ from typing import Any
 
 from stages import train_missing_model
 
-from tinydpo.config.arguments import as_list
+from tinydpo.config.arguments import as_list, get_split_name
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation.arguments import RoundArguments
@@ -27,6 +27,8 @@ SPLIT_FLAGS = ("dataset_train_split", "dataset_test_split", "test_split_size", "
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_args(RoundArguments, argv=argv)
     first = find_first_model(args)
+    # By default the recipe's own folder, with the runs and results of other commands.
+    folder = check_output_folder(args.output_dir, "round-1", "*/run_config.yaml", "*/*_results.json")
     train_missing_model(first["model_name_or_path"], f"{args.recipe}/pairs.yaml", dataset_name=args.dataset_name)
 
     # These take seconds to import: only once the flags are known to be right.
@@ -35,8 +37,6 @@ def main(argv: list[str] | None = None) -> None:
 
     prompts = get_data_flags(args, "pairs", first)
     held_out = get_data_flags(args, "evaluate", first)
-    # By default the recipe's own folder, with the runs and results of other commands.
-    folder = check_output_folder(args.output_dir, "round-1", "*/run_config.yaml", "*/*_results.json")
     round_folders = [folder / f"round-{number}" for number in range(1, args.rounds + 1)]
 
     start = first
@@ -85,8 +85,9 @@ def get_data_flags(args: RoundArguments, stage: str, first: dict[str, str]) -> d
     recipe = read_yaml(f"{args.recipe}/{stage}.yaml")
     flags = {"dataset_name": args.dataset_name} if args.dataset_name else {}
     config = RunFolder.of_model(first["model_name_or_path"]).read_config()
-    if as_list(args.dataset_name or recipe["dataset_name"]) != as_list(config.get("dataset_name")):
-        config.pop("dataset_train_split", None)  # it may name a slice of other data
+    is_other_data = as_list(args.dataset_name or recipe["dataset_name"]) != as_list(config.get("dataset_name"))
+    if is_other_data and "dataset_train_split" in config:
+        config["dataset_train_split"] = get_split_name(config["dataset_train_split"])  # a slice is of the run's data
     return flags | {key: config[key] for key in SPLIT_FLAGS if key in config and key not in recipe}
 
 

@@ -134,6 +134,6 @@ def test_the_summary_says_whether_it_worked(accuracy: float, pairs: int, expecte
     summary = summarize_results(results)
     assert expected in summary and "KL from its reference: 3.0 nats." in summary
     assert "11% of its answers end on their own (reference: 56%). So that more answers end" in summary
-    assert "To keep" not in summarize_results(results | {"ended_policy": 0.5})
+    assert "So that more answers end" not in summarize_results(results | {"ended_policy": 0.5})
     reshaped = results | {"settings": sampling | {"top_k": 50}}
     assert "nats" not in summarize_results(reshaped), "samples that are not the policy's give no KL"

@@ -157,7 +157,7 @@ def build_app(
     handlers = Handlers(models, args.ref_model_name_or_path, votes)
     with gr.Blocks(title="tinydpo playground") as app:
         gr.Markdown(
-            f"# tinydpo playground\nPolicy (DPO) `{args.model_name_or_path}`, reference (SFT) "
+            f"# tinydpo playground\nPolicy `{args.model_name_or_path}`, reference "
             f"`{args.ref_model_name_or_path}`, β = {models.beta:g}. {notice}"
         )
         with gr.Tab("Ask both"):

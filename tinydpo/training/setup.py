@@ -1,4 +1,4 @@
-"""Everything before a trainer is built: flags, processes, the run's folder, tokenizer, models and data.
+"""Everything before a trainer is built, after the flags: processes, the run's folder, tokenizer, models and data.
 
 Each check comes before the expensive work that it could save.
 """

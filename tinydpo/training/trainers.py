@@ -56,8 +56,8 @@ class FittedTrainerMixin(SafeCheckpointsMixin):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin and plugin.mixed_precision_policy:
             # accelerate's bf16 would round log-probs (sums of hundreds, in steps of one) and the gradients' sums.
             policy = replace(plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32)
             plugin.mixed_precision_policy = policy
