@@ -19,16 +19,16 @@ endif
 ifeq ($(wildcard $(ACCELERATE)),)
 $(error ACCELERATE=$(ACCELERATE): there is no such file, see accelerate_configs/)
 endif
-# The cores, shared out among the processes. accelerate's own default counts those of the machine, not of a container.
+# The cores of this machine, shared out among its processes.
 PROCESSES   = $(or $(shell sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' $(ACCELERATE)),1)
-THREADS     = $(shell expr $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / $(PROCESSES) \| 1)
+THREADS     = $(shell expr $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) \* $(or $(MACHINES),1) / $(PROCESSES) \| 1)
 WAITING     = The launcher waits until all $(MACHINES) machines run this command, each with its --machine_rank in NODE.
 LAUNCH      = $(if $(MACHINES),$(info $(WAITING))).venv/bin/accelerate launch --quiet --num_cpu_threads_per_process $(THREADS) --config_file $(ACCELERATE) $(NODE)
 TRAIN       = --config $(RECIPE)/$(STAGE).yaml --accelerate_config $(ACCELERATE) $(if $(NAME),--output_dir $(RUNS)/$(NAME)) $(ARGS)
 POLICY      = $(if $(NAME),--model_name_or_path $(RUNS)/$(NAME) --output_dir $(RUNS)/$(subst evaluate,evaluation,$(STAGE))-$(NAME))
 # DeepSpeed is installed for the accelerate files that ask for it.
 LAUNCHER   := $(if $(shell grep -s DEEPSPEED $(ACCELERATE)),.venv/deepspeed,install)
-MACHINES   := $(shell sed -n 's/^num_machines: *\([2-9]\).*/\1/p' $(ACCELERATE))
+MACHINES   := $(filter-out 1,$(shell sed -n 's/^num_machines: *\([0-9]*\).*/\1/p' $(ACCELERATE)))
 INSTALL     = $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 # The recipe file of each target: $(RECIPE)/$(STAGE).yaml

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     results |= metrics.length_metrics(**answers)
     samples = get_readable_columns(texts, tokenizer)
     for role in args.models:
-        samples[role] = answers[role].texts(tokenizer)
+        samples[role] = answers[role].decode(texts, tokenizer)
         samples[f"ended_{role}"] = answers[role].ended
     if functions:
         scores = {role: score_answers(functions, texts, samples[role], answers[role].ids) for role in args.models}

@@ -14,7 +14,7 @@ from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArgum
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import report_errors
 
-FEW_PAIRS = 100  # with that many, an accuracy of 60 % is just told from chance
+FEW_PAIRS = 100  # about as many as it takes to distinguish an accuracy of 60 % from chance
 
 
 @dataclass

@@ -47,17 +47,17 @@ def main(argv: list[str] | None = None) -> None:
     adapter = find_adapter(args.model_name_or_path, args.model_revision)
     if adapter is None:
         raise UserError(f"{args.model_name_or_path} is not an adapter: it has no {ADAPTER_CONFIG}")
+    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
     model = merge_adapter(adapter, args.base_model_name_or_path)
-    tokenizer = load_tokenizer(str(adapter))
     reset_generation_config(model, tokenizer)
 
     unfinished = output.with_name(f".{output.name}.half")  # renamed when all is written
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        # The run's settings and summary, which evaluation and playground read.
+        # The settings and the summary are for evaluation and playground, the rest belongs to the card.
         run = RunFolder.of_model(adapter)
-        for file in (run.config_file, run.summary_file):
+        for file in (run.config_file, run.summary_file, run.environment_file, run.curves_file):
             if file.is_file():
                 shutil.copy(file, unfinished)
         if run.is_started:  # what marks the model as whole; a checkpoint has no results of its own

@@ -7,12 +7,12 @@ tinydpo/toy_task.py says what the task and its gold reward are.
 """
 
 import argparse
-import importlib
 import os
-import shlex
 import time
 from pathlib import Path
 from typing import Any
+
+from stages import run_script
 
 from tinydpo.errors import UserError, report_errors
 from tinydpo.files import check_output_folder, read_json
@@ -44,21 +44,21 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"Writing dialogues to {runs / 'data'} and an untrained GPT-2 to {runs / 'base'} (seed {args.seed}).")
     write_task(runs / "data", runs / "base", args.seed)
-    run(
+    run_script(
         "sft", "--config", f"{RECIPE}/sft.yaml", "--model_name_or_path", runs / "base",
         "--output_dir", runs / "sft", *common,
     )  # fmt: skip
-    run(
+    run_script(
         "dpo", "--config", f"{RECIPE}/dpo.yaml", "--model_name_or_path", runs / "sft",
         "--output_dir", runs / "dpo", *common,
     )  # fmt: skip
-    run(
+    run_script(
         "evaluate", "--config", f"{RECIPE}/evaluate.yaml", "--model_name_or_path", runs / "sft",
         "--ref_model_name_or_path", runs / "base", "--output_dir", runs / "evaluation-sft", "--num_prompts", 128,
         "--show_samples", 0,
         *common,
     )  # fmt: skip
-    run(
+    run_script(
         "evaluate", "--config", f"{RECIPE}/evaluate.yaml", "--model_name_or_path", runs / "dpo",
         "--ref_model_name_or_path", runs / "sft", "--output_dir", runs / "evaluation", "--num_prompts", 512,
         *common,
@@ -70,13 +70,6 @@ def main(argv: list[str] | None = None) -> None:
     minutes = (time.monotonic() - start) / 60
     print(f"\nDone in {minutes:.1f} minutes. Models, cards and curves: {runs / 'sft'}, {runs / 'dpo'};")
     print(f"figures and all sampled answers: {runs / 'evaluation'}; everything on one page: {runs / 'report.html'}.")
-
-
-def run(script: str, *argv: Any) -> None:
-    """Print a script's command and run it in this process."""
-    words = [str(word) for word in argv]
-    print(f"\n$ python scripts/{script}.py {shlex.join(words)}", flush=True)
-    importlib.import_module(script).main(words)
 
 
 def print_table(sft: dict[str, Any], dpo: dict[str, Any]) -> None:

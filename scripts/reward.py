@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     types = (DataArguments, RunArguments, RewardConfig, ModelConfig)
     (data, run, training, model), settings = parse_training_args(*types, argv=argv)
     check_flags("reward", settings, training, model)
-    if train_missing_model(model.model_name_or_path, get_config_path(argv), run.accelerate_config):
+    recipe = get_config_path(argv)
+    if train_missing_model(model.model_name_or_path, recipe, run.accelerate_config, data.dataset_name):
         # Its trainer has replaced the state of the processes, which `training` holds: parse again.
         (data, run, training, model), settings = parse_training_args(*types, argv=argv)
 

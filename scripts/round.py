@@ -6,14 +6,13 @@ The stages are the other scripts, and their commands are printed. A finished sta
 interruption, run the same command again.
 """
 
-import gc
-import importlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from stages import train_missing_model
+from stages import run_script, train_missing_model
 
-from tinydpo.config.arguments import as_list, get_split_name
+from tinydpo.config.arguments import DataArguments, as_list, get_split_name
 from tinydpo.config.recipe import parse_args
 from tinydpo.errors import UserError, report_errors
 from tinydpo.evaluation.arguments import RoundArguments
@@ -21,7 +20,7 @@ from tinydpo.files import check_output_folder, read_json, read_yaml, write_json
 from tinydpo.run_folder import RunFolder
 
 # Which rows of a dataset are trained on, and which are held out.
-SPLIT_FLAGS = ("dataset_train_split", "dataset_test_split", "test_split_size", "max_train_pairs", "max_test_pairs")
+SPLIT_FLAGS = {"dataset_train_split", "dataset_test_split", "test_split_size", "max_train_pairs", "max_test_pairs"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,10 +84,12 @@ def get_data_flags(args: RoundArguments, stage: str, first: dict[str, str]) -> d
     recipe = read_yaml(f"{args.recipe}/{stage}.yaml")
     flags = {"dataset_name": args.dataset_name} if args.dataset_name else {}
     config = RunFolder.of_model(first["model_name_or_path"]).read_config()
-    is_other_data = as_list(args.dataset_name or recipe["dataset_name"]) != as_list(config.get("dataset_name"))
-    if is_other_data and "dataset_train_split" in config:
-        config["dataset_train_split"] = get_split_name(config["dataset_train_split"])  # a slice is of the run's data
-    return flags | {key: config[key] for key in SPLIT_FLAGS if key in config and key not in recipe}
+    passed_on = {field.name for field in fields(DataArguments)} - {"dataset_name"}
+    if as_list(args.dataset_name or recipe["dataset_name"]) != as_list(config.get("dataset_name")):
+        passed_on = SPLIT_FLAGS
+        if "dataset_train_split" in config:  # a slice is of the run's own data
+            config["dataset_train_split"] = get_split_name(config["dataset_train_split"])
+    return flags | {key: value for key, value in config.items() if key in passed_on and key not in recipe}
 
 
 def as_reference(model: dict[str, str]) -> dict[str, str]:
@@ -109,13 +110,11 @@ def evaluate_policy(
 
 
 def run_stage(args: RoundArguments, script: str, recipe: str, **flags: object) -> None:
-    argv = ["--config", f"{args.recipe}/{recipe}.yaml"]
+    argv: list[object] = ["--config", f"{args.recipe}/{recipe}.yaml"]
     for name, value in flags.items():
-        argv += [f"--{name}", str(value)]
-    argv += ["--seed", str(args.seed)]
-    print(f"\n$ python scripts/{script}.py {' '.join(argv)}", flush=True)
-    importlib.import_module(script).main(argv)
-    gc.collect()  # a trainer's model and optimizer refer to each other
+        if value is not None:
+            argv += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    run_script(script, *argv, "--seed", args.seed)
 
 
 if __name__ == "__main__":

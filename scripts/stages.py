@@ -2,6 +2,8 @@
 
 import argparse
 import gc
+import importlib
+import shlex
 from pathlib import Path
 
 from tinydpo.config.arguments import as_list
@@ -88,6 +90,14 @@ def train_missing_model(
     return True
 
 
+def run_script(name: str, *argv: object) -> None:
+    """Print a script's command and run it in this process."""
+    words = [str(word) for word in argv]
+    print(f"\n$ .venv/bin/python scripts/{name}.py {shlex.join(words)}", flush=True)
+    importlib.import_module(name).main(words)
+    gc.collect()  # a trainer's model and optimizer refer to each other
+
+
 def suggest_command(target: str, model: str, reference: str = "") -> str:
     """The `make` command for a model in runs/<recipe folder>/<name>; where no such recipe is, the script's.
 
@@ -96,7 +106,7 @@ def suggest_command(target: str, model: str, reference: str = "") -> str:
     folder = Path(model)
     recipe = Path("recipes") / folder.parent.name
     if folder.parts != ("runs", recipe.name, folder.name) or not (recipe / "evaluate.yaml").is_file():
-        command = f"python scripts/{target}.py --model_name_or_path {model} --output_dir {model}-evaluation"
+        command = f".venv/bin/python scripts/{target}.py --model_name_or_path {model} --output_dir {model}-evaluation"
         if reference and not RunFolder.of_model(model).is_started:
             command += f" --ref_model_name_or_path {reference}"
         return command

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from tinydpo.config.arguments import DataArguments
 from tinydpo.config.launch import pick_device_and_dtype
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out = load_split(data, tokenizer, args.max_length, "test")
     calibration = calibrate_judge(judge, held_out.texts, tokenizer, args.calibration_pairs, args.seed)
     texts, prompts = prepare_prompts(held_out.texts, tokenizer, args.max_length, args.num_prompts, args.seed)
-    answers = sample_all_answers(args, tokenizer, prompts, device, dtype)
+    answers = sample_all_answers(args, texts, tokenizer, prompts, device, dtype)
 
     readable = get_readable_columns(texts, tokenizer)
     chosen = cut_answers(readable["chosen"], tokenizer, args.max_length // 2)
@@ -64,11 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     print(args.describe_reference() + format_winrates(results))
     write_json(output_dir / "winrate.json", results)
     add_to_card(results, "Win rates by a judge", winrate_rows(results))
-    print(f"Report: {write_report(output_dir.parent)}")
+    print(f"Report: {write_report(output_dir.parent, policy=args.model_name_or_path)}")
 
 
 def sample_all_answers(
-    args: WinrateArguments, tokenizer: Any, prompts: list[list[int]], device: str, dtype: torch.dtype
+    args: WinrateArguments, texts: Dataset, tokenizer: Any, prompts: list[list[int]], device: str, dtype: torch.dtype
 ) -> dict[tuple[str, float], list[str]]:
     """The answers of policy and reference, by role and temperature.
 
@@ -80,7 +81,7 @@ def sample_all_answers(
         for temperature in args.temperatures:
             settings = {"temperature": temperature, "batch_size": args.batch_size, "seed": args.seed + index}
             sampled = sample_cached(model, tokenizer, prompts, args.max_length // 2, f"{role}: answers", **settings)
-            answers[role, temperature] = sampled.texts(tokenizer)
+            answers[role, temperature] = sampled.decode(texts, tokenizer)
         del model
         gc.collect()
     return answers

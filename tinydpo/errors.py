@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-# What PyTorch's and safetensors' writers, which keep no errno, say of a full disk.
+# How PyTorch's and safetensors' writers report a full disk; they set no errno.
 DISK_FULL_MESSAGES = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "] . unexpected pos ")
 # Control characters of ASCII and Latin-1, and the Unicode ones that break lines or turn the direction of text.
 CONTROLS = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -34,7 +34,9 @@ def report_errors() -> Iterator[None]:
     Other errors keep their traceback. The exit status is 143 after SIGTERM and 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # β ends no run whose terminal or log is not UTF-8
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # so that printing β cannot crash a run whose terminal or log is not UTF-8
     try:
         yield
     except Stopped as stop:

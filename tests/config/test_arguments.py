@@ -235,7 +235,8 @@ def policy(tmp_path: Path) -> list[str]:
     """Flags that name a policy whose run has settings of its own."""
     settings = {"dataset_name": "org/own", "dataset_train_split": "part[:9]",
                 "dataset_revision": "abc", "test_split_size": 0.2, "column": ["a=prompt"],
-                "chat": True, "max_length": 96, "beta": 0.4, "seed": 7, "bf16": False, "dtype": "bfloat16",
+                "chat": True, "shared_prefix": False, "max_length": 96, "beta": 0.4, "seed": 7, "bf16": False,
+                "dtype": "bfloat16",
                 "model_name_or_path": "org/start", "model_revision": "def"}  # fmt: skip
     folder = tmp_path / "policy"
     folder.mkdir()
@@ -253,6 +254,7 @@ def test_a_policys_run_gives_the_defaults(policy):
     assert (args.max_length, args.beta, data.column) == (96, 0.4, ["a=prompt"])
     assert args.models["ref"] == ("org/start", "def"), "compared with a model that the policy did not start from"
     assert data.chat, "a policy that was trained on messages is evaluated on texts"
+    assert not args.shared_prefix, "a model that cannot be packed is evaluated in packed rows"
     assert args.dtype == "float32", "it is evaluated in another precision than it was trained in"
     assert evaluated([*policy, "--dtype", "auto"])[0].dtype == "auto"
     assert args.seed == 0, "more than the data settings comes from the run"

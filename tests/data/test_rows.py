@@ -13,6 +13,7 @@ from examples import (
     HH,
     MESSAGES,
     PROMPT,
+    SYSTEM,
     TOOLS,
     TURNS,
     encode_lines,
@@ -27,6 +28,7 @@ from trl.data_utils import extract_prompt
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.pairs import load_pairs
 from tinydpo.data.rows import BrokenRow, read_row, split_dialogues
+from tinydpo.data.text import render_row
 from tinydpo.errors import UserError
 
 FORMS = {  # beside those of the documentation's table, which test_your_own_data.py reads
@@ -112,6 +114,24 @@ def test_prompt_that_its_texts_repeat_is_taken_once(tiny_tokenizer: Any):
         assert (pair["chosen"], pair["rejected"]) == (chosen, rejected), f"an answer to {prompt!r} is cut"
 
 
+def test_prompt_that_whole_conversations_do_not_repeat(tiny_tokenizer: Any):
+    whole = {"chosen": [*TURNS, *GOOD], "rejected": [*TURNS, *BAD]}
+    assert read_row({"prompt": TURNS[:1], **whole}).prompt == TURNS, "a prompt that is repeated is trained on twice"
+    row = read_row({"prompt": [SYSTEM], **whole})
+    assert row.prompt == [SYSTEM, *TURNS] and not row.notes, "the system message is lost"
+    (note,) = read_row({"prompt": [{"role": "user", "content": "Else?"}], **whole}).notes
+    assert "'prompt' is not read" in note
+
+
+def test_hh_dialogues_without_their_first_line_breaks(tiny_tokenizer: Any):
+    tokenizer = with_template(tiny_tokenizer, CHATML)
+    row = {"prompt": "Human: Hi?\n\nAssistant:", "chosen": " Well.", "rejected": " Bad."}
+    text = render_row(read_row(row), tokenizer, need_pairs=True, chat=True)
+    assert json.loads(text["messages"]) == [{"role": "user", "content": "Hi?"}], "'Human:' is part of the question"
+    more = {name: f"Human: a\n\nAssistant: x\n\nHuman: b\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+    assert render(more, tiny_tokenizer, need_pairs=False)["chosen"] == " chosen", "SFT learns to write a human turn"
+
+
 def test_texts_that_begin_alike_are_read_as_trl_reads_them(tiny_tokenizer: Any, tmp_path: Path):
     row = {"chosen": "How are you? Well.", "rejected": "How are you? Bad, very bad."}
     split = load_train(tmp_path, tiny_tokenizer, row)
@@ -159,7 +179,7 @@ BROKEN = {
     "a list": (b'["a", "b"]\n', "expected a JSON object with keys, found a list"),
     "half a character": (b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "b"}\n', "found half of a character"),
     "other keys": ({"question": "a", "answer": "b"}, "found 'question', 'answer'; --column names other columns"),
-    "no pair": ({"prompt": PROMPT, "completion": " a"}, "found one answer alone, which only SFT can use"),
+    "no pair": ({"prompt": PROMPT, "completion": " a"}, "found a single answer, which only SFT can use"),
     "null for a text": ({**HH, "rejected": None}, "expected 'rejected' to be a string, found null"),
     "no assistant turn": ({**HH, "rejected": "Hello you"}, "found no shared assistant turn"),
     "texts without a common start": ({"chosen": "Hello ", "rejected": "Bye"}, "found no shared assistant turn"),
@@ -203,7 +223,7 @@ BROKEN = {
     ),
     "roles that the template refuses": (
         {**MESSAGES, "prompt": [TURNS[0], *TURNS]},
-        "expected messages that the model's chat template accepts, its error is: roles must alternate",
+        "expected messages that the model's chat template accepts; it raised: roles must alternate",
         ALTERNATING,
     ),
     "system beside dialogues": (HH | {"system": "a"}, "for 'system', found texts in HH's form", CHATML),

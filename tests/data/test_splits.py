@@ -19,7 +19,7 @@ from tinydpo.config import launch
 from tinydpo.config.arguments import DataArguments
 from tinydpo.data.inspect import format_data_notes
 from tinydpo.data.pairs import FittedSplit, load_pairs, load_split
-from tinydpo.data.splits import load_rows
+from tinydpo.data.splits import FILE_SUFFIXES, load_rows
 from tinydpo.errors import UserError
 
 
@@ -215,6 +215,13 @@ def test_a_folder_whose_name_is_a_pattern_is_refused_and_a_file_is_read(tmp_path
     assert "day?" in read(tmp_path / "day?/train.jsonl.gz")["train"][0]["parsed"]
 
 
+def test_a_folder_named_like_a_format_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`datasets` takes the name json for its reader of JSON files."""
+    write_folder(tmp_path / "json", train=make_rows(40))
+    monkeypatch.chdir(tmp_path)
+    assert len(read("json")["train"]) > 30
+
+
 def test_files_that_are_not_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_folder(tmp_path, train=make_rows(4), test=make_rows(2))
     (tmp_path / "pairs_results.json").write_text("{}")
@@ -258,7 +265,9 @@ def test_dataset_on_the_hub_is_read_like_its_folder(tmp_path: Path, monkeypatch:
     asked = []
     monkeypatch.setattr("tinydpo.data.splits.download_dataset", lambda *a: asked.append(a) or tmp_path / "snapshot")
     rows = read("someone/pairs", dataset_revision="abc", dataset_data_dir="harmless")["train"]
-    assert asked == [("someone/pairs", "abc", "harmless")], "another dataset is downloaded than the one asked for"
+    assert asked == [("someone/pairs", "abc", "harmless", FILE_SUFFIXES)], (
+        "another dataset is downloaded than the one asked for"
+    )
     assert [row["subset"] for row in rows] == ["harmless"] * 3
     assert rows[0]["file"] == "someone/pairs/harmless/train.jsonl.gz", "a message would name the Hub's cache"
 

@@ -243,14 +243,16 @@ def test_rounds_continue_and_keep_their_first_reference(
 def test_all_rounds_use_the_splits_of_the_first_model(recipe: Path, tmp_path: Path):
     config = {"dataset_name": "runs/quickstart/data", "dataset_test_split": "validation", "max_train_pairs": 900}
     config["dataset_train_split"] = "train[:2000]"
+    read = {"column": ["question=prompt"], "dataset_data_dir": "helpful-base", "on_bad_row": "skip"}
+    config |= read
     (tmp_path / "run_config.yaml").write_text(yaml.safe_dump(config))
     first = {"model_name_or_path": str(tmp_path)}
     for stage in ("pairs", "evaluate"):
         flags = round_script.get_data_flags(RoundArguments(recipe=str(recipe)), stage, first)
         splits = {"dataset_train_split": "train[:2000]", "dataset_test_split": "validation", "max_train_pairs": 900}
-        assert flags == splits, "from round 2 on, held-out rows would be drawn from the train split"
+        assert flags == splits | read, "from round 2 on, other rows would be held out, or read in another way"
         args = RoundArguments(recipe=str(recipe), dataset_name="other.jsonl")
-        assert round_script.get_data_flags(args, stage, first) == flags | {
+        assert round_script.get_data_flags(args, stage, first) == splits | {
             "dataset_name": "other.jsonl", "dataset_train_split": "train",
         }  # fmt: skip
 

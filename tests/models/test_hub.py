@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from hub import Handler, HubError, Server
+from peft import LoraConfig, get_peft_model
 from running import ROOT, run
 from safetensors.torch import load_file, save_file
 from toys import write_reward_model
 
+from tinydpo.data.splits import FILE_SUFFIXES
 from tinydpo.errors import UserError
 from tinydpo.models.hub import download_dataset
 from tinydpo.models.loading import load_model, load_tokenizer
@@ -30,7 +32,7 @@ RECIPE = ["--config", "recipes/gpt2-medium-hh/sft.yaml"]
 LOAD = {
     "tokenizer": lambda name=MODEL, revision=MODEL_SHA: load_tokenizer(name, revision),
     "model": lambda name=MODEL, revision=MODEL_SHA: load_model(name, revision),
-    "dataset": lambda name=DATA, revision=DATA_SHA: download_dataset(name, revision, None),
+    "dataset": lambda name=DATA, revision=DATA_SHA: download_dataset(name, revision, None, FILE_SUFFIXES),
 }
 
 
@@ -95,6 +97,21 @@ def test_the_default_recipe_trains_from_the_hub(server: Server, tmp_path: Path, 
     assert any("model.safetensors" in line for line in files) and any("train.jsonl.gz" in line for line in files)
     unpinned = [line for line in files if MODEL_SHA not in line and DATA_SHA not in line]
     assert not unpinned, f"not at the pinned commits: {unpinned}"
+
+
+def test_an_adapter_on_the_hub_is_merged(server: Server, hub_root: Path, tiny_model: Path, tmp_path: Path):
+    adapter = hub_root / "models/me/adapter"
+    config = LoraConfig(target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    model = get_peft_model(load_model(str(tiny_model)), config)
+    model.save_pretrained(adapter)
+    load_tokenizer(str(tiny_model)).save_pretrained(adapter)
+    server.shas["me/adapter"] = MODEL_SHA
+    merge = importlib.import_module("merge").main
+    merge(["--model_name_or_path", "me/adapter", "--output_dir", str(tmp_path / "merged")])
+    merged = load_model(str(tmp_path / "merged"))
+    load_tokenizer(str(tmp_path / "merged"))
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits)
 
 
 def sentence(load: Callable[[], Any]) -> str:
@@ -172,7 +189,7 @@ def test_an_index_that_names_a_pickle_or_a_file_elsewhere_is_refused(shard: str,
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for load in (lambda: load_model(str(folder)), lambda: start_training("sft", folder)):
-        assert f"names {shard}, no safetensors file beside it" in sentence(load)
+        assert f"names {shard}, which is not a safetensors file in the same folder" in sentence(load)
 
 
 def start_training(stage: str, model: Path, *flags: str | Path) -> None:

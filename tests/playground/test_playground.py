@@ -72,7 +72,7 @@ def test_streamed_rewards_are_those_of_scoring(models: SideBySide):
 
 
 def test_each_side_is_what_its_model_writes_alone(models: SideBySide):
-    greedy = PLAIN | {"top_k": 1}
+    greedy = PLAIN | {"temperature": 0}
     prompt, _ = models.fit_prompt(typed_to_dialogue("Hello?"), 12)
     *_, (ref, policy) = models.stream_answers(prompt, 12, **greedy)
     for answer, model in ((ref, models.ref), (policy, models.policy)):

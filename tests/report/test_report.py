@@ -77,7 +77,11 @@ def make_winrate(temperatures: tuple[float, ...] = (1.0,)) -> dict[str, Any]:
          "length_controlled_ci95": [0.3, 0.7], "mean_length_policy": 30.0, "mean_length_opponent": 40.0}
         for opponent in ("chosen", "ref") for temperature in temperatures
     ]  # fmt: skip
-    return {"settings": {}, "judge": "a judge", "comparisons": comparisons}
+    return {
+        "settings": {"model_name_or_path": RESULTS["settings"]["model_name_or_path"]},
+        "judge": "a judge",
+        "comparisons": comparisons,
+    }
 
 
 def write(path: Path, *rows: dict[str, Any]) -> None:
@@ -170,6 +174,19 @@ def test_report_shows_the_evaluation_that_was_just_made(folder: Path):
     write(folder / "evaluation-512/eval_results.json", RESULTS | {"pairs": 41})
     assert "of 41 held-out pairs" in write_report(folder, folder / "evaluation-512").read_text()
     assert "of 40 held-out pairs" in write_report(folder).read_text()
+
+
+def test_a_judges_win_rate_is_of_the_policy_shown(folder: Path):
+    other = {"model_name_or_path": "runs/my-run/beta03"}
+    comparisons = [one | {"win_rate": 0.31} for one in make_winrate()["comparisons"]]
+    write(folder / "winrate-beta03/winrate.json", make_winrate() | {"settings": other, "comparisons": comparisons})
+    page = write_report(folder).read_text()
+    assert "0.580" in page and "0.310" not in page, "the win rate is another policy's"
+    evaluation = RESULTS | {"settings": RESULTS["settings"] | other, "pairs": 41}
+    write(folder / "evaluation-beta03/eval_results.json", evaluation)
+    for chosen in ({"evaluation": folder / "evaluation-beta03"}, {"policy": "runs/my-run/beta03"}):
+        text = write_report(folder, **chosen).read_text()
+        assert "of 41 held-out pairs" in text and "0.310" in text and "0.580" not in text
 
 
 def test_runs_are_titled_by_what_they_trained(folder: Path):

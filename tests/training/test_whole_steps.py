@@ -52,7 +52,7 @@ def test_data_smaller_than_a_step_shrinks_the_step(gpt2: str, tiny_tokenizer: An
         SharedPrefixDPOTrainer, gpt2, tiny_tokenizer, numbered_pairs(6), tmp_path, per_device_train_batch_size=4,
         gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=2,
     )  # fmt: skip
-    assert "6 rows are fewer than the 8 of a step: a step now takes 6." in capsys.readouterr().out
+    assert "There are only 6 rows, fewer than the 8 of one step: a step takes 6." in capsys.readouterr().out
     batches = train_and_record(trainer)
     assert trainer.state.global_step == 2 and [len(batch) for batch in batches] == [3] * 4
 

@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 from datasets import ReadInstruction
 from transformers.hf_argparser import HfArg
 
+from tinydpo.files import public_name
+
 OneOrMore = None | str | list[str]  # HfArgumentParser fails where `list` is second
 MESSAGE_KEYS = ("role", "content")  # the names in --column that mean keys of messages, not columns
 PER_DATASET_FLAGS = ("dataset_name", "dataset_config", "dataset_revision", "dataset_data_dir", "dataset_weights")
@@ -20,6 +22,10 @@ class Source(NamedTuple):
     revision: str | None
     data_dir: str | None
     weight: float
+
+    def describe(self) -> str:
+        """Name, revision and data folder for a page that others may read."""
+        return " ".join(filter(None, (public_name(self.name, self.revision), self.data_dir)))
 
 
 @dataclass
@@ -38,7 +44,7 @@ class DataArguments:
     max_train_pairs: int | None = HfArg(default=None, help="Rows to draw from the train split, for a first try.")
     max_test_pairs: int | None = HfArg(default=None, help="Held-out rows to draw.")
     dataset_train_split: str = HfArg(
-        default="train", help="Split to train on, or a slice of each of its files, train[:2000]."
+        default="train", help="Split to train on, or a slice such as train[:2000], taken from each of its files."
     )
     dataset_test_split: str = HfArg(default="test", help="Held-out split; without it, part of train is held out.")
     test_split_size: float = HfArg(
@@ -60,6 +66,10 @@ class DataArguments:
         parse_renames(self.role)
         if not all(0 < weight <= 1 for weight in self.dataset_weights or ()):
             raise ValueError(f"dataset_weights are shares above 0 and up to 1, got {self.dataset_weights}")
+        for name in ("max_train_pairs", "max_test_pairs"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}; leave it out for all rows")
         if not 0 < self.test_split_size < 1:
             raise ValueError(f"test_split_size must be between 0 and 1, got {self.test_split_size}")
         if "[" in self.dataset_test_split:

@@ -32,10 +32,10 @@ Settings = dict[str, Any]  # every key of a run with its value
 
 REFUSED_ALWAYS = {
     "truncation_mode": "but pairs are fitted to max_length by a rule of their own (README); leave it out",
-    "padding_free": "but packed rows hold no padding already; leave it out",
+    "padding_free": "but packing is --shared_prefix true, the default; leave this out",
     "dataset_text_field": "but rows are read by their keys (docs/your-own-data.md); pass --column instead",
     "dataset_kwargs": "but rows are read by their keys (docs/your-own-data.md); leave it out",
-    "assistant_only_loss": "but the loss is on answers only already; leave it out",
+    "assistant_only_loss": "but the loss is already on answers only; leave it out",
     "bf16_full_eval": "but it would round the weights, and then save them; leave it out",
     "fp16_full_eval": "but it would round the weights, and then save them; leave it out",
     "resume_from_checkpoint": "but a run resumes from its last checkpoint by itself; to go back, delete later ones",
@@ -45,11 +45,11 @@ REFUSED_ALWAYS = {
     "dataloader_drop_last": "but it would leave pairs out of evaluation; leave it out",
     "hub_strategy": "but a run is pushed once, when it is finished; leave it out",
     "hub_always_push": "but a run is pushed once, when it is finished; leave it out",
-    "packing": "but rows are packed already, unless --shared_prefix is false; leave it out",
+    "packing": "but packing is --shared_prefix true, the default; leave this out",
     "packing_strategy": "but rows are packed by a rule of their own; leave it out",
-    "shuffle_dataset": "but every epoch shuffles the rows already; leave it out",
-    "pad_token": "but packed rows hold no padding, and other batches pad with the tokenizer's token; leave it out",
-    "eval_packing": "but rows are packed already, unless --shared_prefix is false; leave it out",
+    "shuffle_dataset": "but every epoch already shuffles the rows; leave it out",
+    "pad_token": "but batches are padded with the tokenizer's own token, which no result depends on; leave it out",
+    "eval_packing": "but packing is --shared_prefix true, the default; leave this out",
     "batch_eval_metrics": "but metrics are computed over all rows at once; leave it out",
     "eval_do_concat_batches": "but metrics are computed over all rows at once; leave it out",
     "use_liger_kernel": "but its kernels replace the checked forward of packed rows; leave it out",
@@ -68,7 +68,7 @@ REFUSED_IN_STAGE = {
     },
 }
 REFUSED_FOR_PACKED_ROWS = {
-    "pad_to_multiple_of": "but packed rows have their own padding; pass --shared_prefix false, or leave it out",
+    "pad_to_multiple_of": "but TRL's collator does not pad packed rows; pass --shared_prefix false, or leave it out",
     "neftune_noise_alpha": "but its noise depends on a sequence's length; pass --shared_prefix false, or leave it out",
 }
 
@@ -81,7 +81,7 @@ def list_refused_flags(flags: Collection[str]) -> set[str]:
 
 def suggest_flag(key: str, flags: Collection[str]) -> str | None:
     """The flag that an unknown key means, by its words (`epochs`, `lr`, `batch_size`) or its spelling, or None."""
-    allowed = sorted(set(flags) - list_refused_flags(flags))
+    allowed = sorted(set(flags) - list_refused_flags(flags) - {"local_rank"})  # set by launchers
     words = _split_words(key)
     initials = {flag: "".join(word[:1] for word in flag.split("_")) for flag in allowed}
     fitting = [flag for flag in allowed if words <= _split_words(flag) or key == initials[flag]]

@@ -107,10 +107,10 @@ def prepare_process(training_args: Any, model_args: Any, accelerate_config: str 
     else:
         torch.set_float32_matmul_precision("high" if training_args.tf32 else "highest")
     if training_args.dataloader_num_workers and sys.platform == "linux":
-        # Python 3.14's default is a server that forks them: SIGTERM ends it, and workers end with their parent.
+        # Python 3.14 starts workers from a fork server: SIGTERM would end it, and the workers with it.
         training_args.dataloader_multiprocessing_context = "fork"
     if training_args.device.type == "cuda":
-        # A batch lies in pinned memory; else the host would wait once for each of its tensors, packed rows' too.
+        # Batches are in pinned memory: the host need not wait for each of their tensors.
         training_args.accelerator_config.non_blocking = True
     training_args.hub_strategy = "end"  # `train.push_run` pushes a run once, without files that hold local paths
     if training_args.n_gpu > 1:

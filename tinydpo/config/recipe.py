@@ -192,7 +192,7 @@ def _read_run_defaults(given: dict[str, Any], known: dict[str, Any], model: str 
     if not config:
         return {}
     config["dtype"] = launch.get_dtype(config)  # in training, `dtype` is that of the weights
-    keys = {field.name for field in fields(DataArguments)} | {"max_length", "beta", "dtype"}
+    keys = {field.name for field in fields(DataArguments)} | {"max_length", "beta", "dtype", "shared_prefix"}
     if as_list(given.get("dataset_name", config.get("dataset_name"))) != as_list(config.get("dataset_name")):
         keys -= DATASET_KEYS
         config["dataset_train_split"] = get_split_name(config.get("dataset_train_split", "train"))

@@ -5,6 +5,7 @@ prompt alone fills the budget. Here the last human turn is always kept (up to `m
 completions come first and keep their start. The room that is left goes to the prompt, which keeps its end.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -179,6 +180,20 @@ def _encode(texts: list[str], templated: list[bool], tokenizer: Any) -> list[Any
         for i, encoding in zip(places, batch.encodings, strict=True):
             encodings[i] = encoding
     return encodings
+
+
+def decode_completions(ids: Sequence[Ids], templated: Sequence[bool], tokenizer: Any) -> list[str]:
+    """The texts of completions without special tokens, as they continue their prompts.
+
+    SentencePiece drops the space at the start of a text. A completion in plain text keeps its own here, by decoding it
+    after another token. In a chat, the template writes what stands between prompt and answer.
+    """
+    anchor = tokenizer("a", add_special_tokens=False).input_ids
+    skip = len(tokenizer.decode(anchor))
+    whole = tokenizer.batch_decode([[*anchor, *one] for one in ids], skip_special_tokens=True)
+    alone = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    columns = zip(whole, alone, templated, strict=True)
+    return [content if is_templated else text[skip:] for text, content, is_templated in columns]
 
 
 @cache

@@ -87,7 +87,8 @@ def _fit_split(
         summary["drawn_from"] = len(splits[split])
     kept = np.flatnonzero(pc.is_null(fitted.with_format("arrow")[:]["dropped"]))
     if not len(kept):
-        raise UserError(f"{data.names}: no pair of the {split} split is left, dropped: {summary['dropped']}")
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items())
+        raise UserError(f"{data.names}: no pair of the {split} split is left; dropped: {dropped}")
     columns = ["prompt_ids", "chosen_ids", "rejected_ids", "whole"]
     if any(subset is not None for subset in fitted.unique("subset")):
         columns.append("subset")

@@ -91,7 +91,7 @@ def read_row(
     if all(isinstance(answer, list) for answer in answers.values()):
         if row.get("prompt") is None and "messages" not in answers:
             prompt_column = "messages"  # axolotl's form
-        prompt, answers = _parse_conversation(row.get(prompt_column), answers)
+        prompt, answers = _parse_conversation(row.get(prompt_column), answers, notes)
         if system and prompt[0] != {"role": "system", "content": system}:
             prompt = [{"role": "system", "content": system}, *prompt]
         system = None
@@ -127,10 +127,15 @@ def keep_last_turn(row: ParsedRow) -> ParsedRow:
     chosen = row.answers["chosen"]
     if isinstance(chosen, list) and len(chosen) > 1:
         return replace(row, prompt=[*row.prompt, *chosen[:-1]], answers={"chosen": chosen[-1:]})
-    if isinstance(chosen, str) and HUMAN in row.prompt and HUMAN in chosen:
+    if isinstance(chosen, str) and is_hh_prompt(row.prompt) and HUMAN in chosen:
         prompt, answers = split_dialogues({"chosen": row.prompt + chosen})
         return replace(row, prompt=prompt, answers=answers)
     return row
+
+
+def is_hh_prompt(prompt: str) -> bool:
+    """Whether a text has a human turn in HH's form; the file may have lost the line breaks before the first one."""
+    return HUMAN in f"\n\n{prompt}"
 
 
 def split_dialogues(dialogues: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -227,7 +232,9 @@ def _find_answers(row: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _parse_conversation(prompt: Any, answers: dict[str, list]) -> tuple[list[Message], dict[str, list[Message]]]:
+def _parse_conversation(
+    prompt: Any, answers: dict[str, list], notes: list[str]
+) -> tuple[list[Message], dict[str, list[Message]]]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list | None):
@@ -235,8 +242,13 @@ def _parse_conversation(prompt: Any, answers: dict[str, list]) -> tuple[list[Mes
     prompt = [_normalize_message("prompt", message) for message in prompt or []]
     answers = {name: [_normalize_message(name, message) for message in answers[name]] for name in answers}
     if not prompt or any(not messages or messages[0]["role"] != "assistant" for messages in answers.values()):
-        # The answers are whole conversations; a `prompt` column only repeats how they begin.
-        prompt, answers = _split_conversations(answers)
+        # The answers are whole conversations: a `prompt` column repeats how they begin, or holds a system message.
+        shared, answers = _split_conversations(answers)
+        apart = [message for message in prompt if message not in shared]
+        system = [message for message in apart if message["role"] == "system"]
+        if apart != system:
+            notes.append("column 'prompt' is not read: 'chosen' is a whole conversation that begins otherwise")
+        prompt = [*system, *shared]
     for name, messages in answers.items():
         role = messages[-1]["role"]
         if role != "assistant":

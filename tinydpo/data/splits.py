@@ -151,7 +151,7 @@ def _find_files(data: DataArguments, source: Source, label: str) -> dict[str, li
     if not path.is_dir():
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source.name) or path.name.endswith(FILE_SUFFIXES):
             raise UserError(f"there is no file or folder {source.name!r}; check --dataset_name")
-        path = download_dataset(source.name, source.revision, source.data_dir)
+        path = download_dataset(source.name, source.revision, source.data_dir, FILE_SUFFIXES)
     root = path / (source.data_dir or "")
     if not root.is_dir():
         raise UserError(f"{source.name} has no folder {source.data_dir!r}; check --dataset_data_dir")
@@ -171,7 +171,7 @@ def _split_files(folder: Path, root: Path, source: Source) -> dict[str, list[str
     """Which files below `root` are each split's, as `datasets` finds them by their names and the folder's README."""
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # it warns of a README without metadata
     try:
-        builder = load_dataset_builder(str(folder), name=source.config, data_dir=source.data_dir)
+        builder = load_dataset_builder(str(folder.absolute()), name=source.config, data_dir=source.data_dir)
     except Exception as error:  # the metadata of a README can be anything, and so can the error
         if getattr(error, "filename", None):
             raise  # the cache's folder cannot be made
@@ -341,7 +341,7 @@ def hold_out(rows: Dataset, size: float, name: str) -> tuple[Dataset, Dataset]:
 
 @contextmanager
 def hide_progress_bars(small: bool) -> Iterator[None]:
-    """Hide progress bars where the work is small: a bar that is done at once only clutters the log."""
+    """Hide progress bars where the work is small: a bar that finishes at once only clutters the log."""
     were_hidden = are_progress_bars_disabled()
     if small:
         disable_progress_bars()

@@ -17,7 +17,16 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from tinydpo.data import CACHE_VERSION
-from tinydpo.data.rows import ASSISTANT, HUMAN, BrokenRow, Message, ParsedRow, common_prefix, keep_last_turn
+from tinydpo.data.rows import (
+    ASSISTANT,
+    HUMAN,
+    BrokenRow,
+    Message,
+    ParsedRow,
+    common_prefix,
+    is_hh_prompt,
+    keep_last_turn,
+)
 from tinydpo.errors import UserError
 from tinydpo.models.stop_tokens import find_turn_end, strip_turn_end
 
@@ -86,7 +95,7 @@ def render_row(row: ParsedRow, tokenizer: Any, need_pairs: bool | None, chat: bo
     cannot be used is a BrokenRow.
     """
     if need_pairs and "rejected" not in row.answers:
-        raise BrokenRow("expected 'chosen' and 'rejected', found one answer alone, which only SFT can use")
+        raise BrokenRow("expected 'chosen' and 'rejected', found a single answer, which only SFT can use")
     if need_pairs is False:
         row = keep_last_turn(row)
     if isinstance(row.prompt, str):
@@ -109,17 +118,17 @@ def render_row(row: ParsedRow, tokenizer: Any, need_pairs: bool | None, chat: bo
 
 def _choose_form(row: ParsedRow, tokenizer: Any, chat: bool) -> ParsedRow:
     """Texts become a conversation with `chat`, or beside a system text: only a chat template knows where that goes."""
-    is_hh = HUMAN in row.prompt or row.prompt.endswith(ASSISTANT)
+    is_hh = is_hh_prompt(row.prompt) or row.prompt.endswith(ASSISTANT)
     if not chat and (row.system is None or is_hh or tokenizer.chat_template is None):
         if row.system:
             raise BrokenRow(
-                "expected messages and a model with a chat template for 'system', found texts in HH's form or a "
-                "model without; write messages, pass --chat true, or begin 'prompt' with it"
+                "expected messages and a model with a chat template for 'system', found texts in HH's form, or a "
+                "model without a chat template; write messages, pass --chat true, or begin 'prompt' with it"
             )
         if tokenizer.chat_template and not is_hh:
             row.notes.append("a plain text, without the model's chat template (--chat true uses it)")
         return row
-    if HUMAN in row.prompt:
+    if is_hh_prompt(row.prompt):
         start = row.prompt.rstrip().removesuffix(ASSISTANT) + ASSISTANT
         prompt = typed_to_messages(start)
         answers = {name: typed_to_messages(start + text)[len(prompt) :] for name, text in row.answers.items()}
@@ -186,15 +195,13 @@ def _render_conversation(row: ParsedRow, tokenizer: Any) -> dict[str, Any]:
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template is a program that came with the model: it may raise anything
-            raise BrokenRow(
-                f"expected messages that the model's chat template accepts, its error is: {error}"
-            ) from None
+            raise BrokenRow(f"expected messages that the model's chat template accepts; it raised: {error}") from None
 
     whole_texts = {name: render([*row.prompt, *messages]) for name, messages in row.answers.items()}
     prompt = common_prefix([render(row.prompt, add_generation_prompt=True), *whole_texts.values()])
     first = row.prompt[0]
     if first["role"] == "system" and (first.get("content") or "").strip() not in prompt:
-        raise BrokenRow("expected a chat template that writes system messages, the model's leaves them out")
+        raise BrokenRow("expected a chat template that writes system messages; this model's leaves them out")
     answers = {}
     for name, messages in row.answers.items():
         # A template may end turns with text of its own: an answer without words is empty all the same.

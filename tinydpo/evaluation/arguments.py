@@ -24,6 +24,13 @@ def check_given(args: Any, *names: str, hint: str) -> None:
             raise ValueError(f"--{name} is missing; {hint}")
 
 
+def check_positive(args: Any, *names: str) -> None:
+    """Raise a ValueError for the first of these flags that is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+
+
 @dataclass
 class PolicyArguments:
     """A policy, the prompts that it answers, and where the results go."""
@@ -41,6 +48,7 @@ class PolicyArguments:
 
     def __post_init__(self):
         check_given(self, "model_name_or_path", "output_dir", hint="pass a policy and an output folder")
+        check_positive(self, "num_prompts", "batch_size")
 
 
 @dataclass
@@ -145,4 +153,5 @@ class RoundArguments:
 
     def __post_init__(self):
         check_given(self, "recipe", hint="recipes/quickstart shows what a round needs")
+        check_positive(self, "rounds")
         self.output_dir = self.output_dir or f"runs/{Path(self.recipe).resolve().name}"

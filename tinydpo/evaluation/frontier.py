@@ -29,7 +29,7 @@ from tinydpo.data.rows import ParsedRow
 from tinydpo.data.splits import load_rows
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import UserError
-from tinydpo.evaluation.arguments import RewardArguments, check_given
+from tinydpo.evaluation.arguments import RewardArguments, check_given, check_positive
 from tinydpo.evaluation.metrics import Z95, kl_metrics, standard_error
 from tinydpo.evaluation.rewards import score_answers
 from tinydpo.evaluation.sampling import prepare_prompts, sample_cached
@@ -55,7 +55,7 @@ class FrontierArguments:
     seeds: list[int] = HfArg(default_factory=lambda: [0], help="Each adds a run of every loss and β.")
     label_smoothing: float = HfArg(default=0.1, help="ε of conservative DPO: the share of wrong labels.")
     checkpoints: int = HfArg(default=3, help="Points along each run.")
-    best_of: int = HfArg(default=32, help="Reference samples per prompt: best of 1, 2, 4, … up to this.")
+    best_of: int = HfArg(default=32, help="Reference samples per prompt: best of 1, 2, 4, … up to this; 1 for none.")
     num_prompts: int = HfArg(default=256, help="Held-out prompts that every checkpoint answers.")
     batch_size: int = HfArg(default=64, help="Sequences per forward pass; changing it changes the samples.")
     sample_seed: int = HfArg(default=0, help="Picks the prompts and the samples.")
@@ -63,6 +63,7 @@ class FrontierArguments:
     def __post_init__(self):
         needed = ("dpo_config", "model_name_or_path", "output_dir")
         check_given(self, *needed, hint="recipes/quickstart/frontier.yaml shows what a frontier needs")
+        check_positive(self, "checkpoints", "best_of", "num_prompts")
         unknown = set(self.losses) - set(CURVES)
         if unknown:
             raise ValueError(f"--losses {', '.join(sorted(unknown))}: not one of {', '.join(CURVES)}")
@@ -221,7 +222,7 @@ class FrontierMeasure:
         prompts = self.prompts * samples
         answers = sample_cached(model, self.tokenizer, prompts, self.max_length // 2, "answers", **settings)
         texts = concatenate_datasets([self.texts] * samples)
-        rewards = score_answers(self.functions, texts, answers.texts(self.tokenizer), answers.ids).sum(0)
+        rewards = score_answers(self.functions, texts, answers.decode(texts, self.tokenizer), answers.ids).sum(0)
         return answers.ids, rewards.reshape(samples, -1).T
 
 

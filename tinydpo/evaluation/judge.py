@@ -22,7 +22,7 @@ from transformers.hf_argparser import HfArg
 
 from tinydpo.data.text import get_readable_columns
 from tinydpo.errors import UserError, print_stderr
-from tinydpo.evaluation.arguments import check_given
+from tinydpo.evaluation.arguments import check_given, check_positive
 from tinydpo.evaluation.metrics import wilson_interval
 from tinydpo.evaluation.sampling import choose_prompts
 from tinydpo.evaluation.winrate import get_outcome
@@ -80,6 +80,7 @@ class JudgeArguments:
 
     def __post_init__(self):
         check_given(self, "judge_base_url", "judge_model", hint="a win rate needs a judge (docs/evaluation.md)")
+        check_positive(self, "judge_concurrency")
         if {"@", "?", "#"} & set(self.judge_base_url):  # addresses are stored, and these may contain a secret
             raise ValueError("judge_base_url must not contain a user, password or query; set the key as JUDGE_API_KEY")
 
@@ -281,7 +282,7 @@ def calibrate_judge(judge: Judge, texts: Dataset, tokenizer: Any, pairs: int, se
 
 
 def measure_agreement(verdicts: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """How far n pairs of verdicts, with the chosen answer as A and as B, agree with the labels.
+    """How well n pairs of verdicts, with the chosen answer as A and as B, agree with the labels.
 
     `agreement` is the share of valid pairs whose chosen answer the judge prefers (ties half, as in a win rate), and
     `order_flip_rate` the share of those on which the verdict changes with the order.

@@ -97,7 +97,7 @@ def accuracy_by_cut(margins: np.ndarray, whole: Sequence[str]) -> dict[str, Any]
 
 
 def accuracy_by_subset(margins: np.ndarray, subsets: Sequence[str | None]) -> dict[str, Any]:
-    """`subsets`: the reward accuracy of each subset's pairs, without those of no subset (None)."""
+    """`subsets`: the reward accuracy of each subset's pairs; pairs without a subset (None) are left out."""
     return {
         "subsets": group_by_subset(subsets, lambda mask: share_with_interval("reward_accuracy", margins[mask] > 0))
     }

@@ -39,8 +39,15 @@ class PairsArguments(SamplingArguments):
 
     num_prompts: int = HfArg(default=2000, help="Prompts of the train split to answer.")
     samples_per_prompt: int = HfArg(default=8, help="Answers to each prompt; with more, best and worst differ more.")
-    pair_by: Literal["best_worst", "all"] = HfArg(default="best_worst", help="all: every two that score differently.")
+    pair_by: Literal["best_worst", "all"] = HfArg(
+        default="best_worst", help="all: every two that score differently, the better one ended by the policy."
+    )
     held_out_prompts: float = HfArg(default=0.05, help="Share of the prompts whose pairs become the test split.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.held_out_prompts < 1:
+            raise ValueError(f"held_out_prompts is a share between 0 and 1, not {self.held_out_prompts:g}")
 
 
 class ScoredAnswer(NamedTuple):
@@ -83,7 +90,7 @@ def score_samples(
     """The answers to each row of `texts` with their rewards; `answers` come from `sample_several`."""
     samples = len(answers.ids) // len(texts)
     repeated = texts.select(np.repeat(range(len(texts)), samples))
-    written = answers.texts(tokenizer)
+    written = answers.decode(repeated, tokenizer)
     rewards = score_answers(functions, repeated, written, answers.ids).sum(0).tolist()
     scored = [ScoredAnswer(*answer) for answer in zip(written, answers.ended, rewards, strict=True)]
     return [scored[start : start + samples] for start in range(0, len(scored), samples)]
@@ -173,7 +180,7 @@ def render_pairs_card(folder: Path, settings: dict[str, Any], reward: RewardArgu
         title=f"{folder.absolute().parent.name}/{folder.name}",
         policy=policy,
         reward=reward.name(),
-        sources=[public_name(source.name, source.revision) for source in list_sources(settings)],
+        sources=[source.describe() for source in list_sources(settings)],
         settings=settings,
         counts=counts,
         notice=CONTENT_NOTICE if is_hh(settings["dataset_name"]) else None,

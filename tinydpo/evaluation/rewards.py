@@ -18,6 +18,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
 
+from tinydpo.data.fitting import decode_completions
 from tinydpo.data.pairs import FittedSplit
 from tinydpo.data.text import Prompt, format_dialogue, get_prompts
 from tinydpo.errors import UserError
@@ -106,9 +107,11 @@ class RewardModel:
 def score_pairs(model: RewardFunction, held_out: FittedSplit, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """A reward model's scores (n,) of fitted pairs' chosen and rejected answers, cut as fitting cut them."""
     ids = {part: held_out.pairs[f"{part}_ids"][:] for part in ("prompt", "chosen", "rejected")}
-    cut = {part: tokenizer.batch_decode(ids[part], skip_special_tokens=True) for part in ids}
+    cut_prompts = tokenizer.batch_decode(ids["prompt"], skip_special_tokens=True)
     whole = get_prompts(held_out.texts)  # conversations stay whole, for the model's own template
-    prompts = [text if isinstance(one, str) else one for one, text in zip(whole, cut["prompt"], strict=True)]
+    prompts = [text if isinstance(one, str) else one for one, text in zip(whole, cut_prompts, strict=True)]
+    templated = held_out.texts["templated"][:]
+    cut = {part: decode_completions(ids[part], templated, tokenizer) for part in ("chosen", "rejected")}
     (chosen,) = score_answers([model], held_out.texts, cut["chosen"], ids["chosen"], prompts)
     (rejected,) = score_answers([model], held_out.texts, cut["rejected"], ids["rejected"], prompts)
     return chosen, rejected

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import hash_module, pad
 
-from tinydpo.data.fitting import get_bos_ids, tokenize_prompts
+from tinydpo.data.fitting import decode_completions, get_bos_ids, tokenize_prompts
 from tinydpo.files import write_json
 from tinydpo.models.precision import get_compute_dtype
 from tinydpo.models.stop_tokens import get_stop_token_ids
@@ -35,10 +35,10 @@ class Answers(NamedTuple):
     ids: list[list[int]]  # each up to its first stop token, which stays
     ended: list[bool]  # whether the model wrote a stop token before it ran out of room
 
-    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The answers as text, without the stop token (special or not) and other special tokens."""
+    def decode(self, texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The answers to rows of `texts` without the stop token (special or not) and other special tokens."""
         content = [ids[:-1] if ended else ids for ids, ended in zip(self.ids, self.ended, strict=True)]
-        return tokenizer.batch_decode(content, skip_special_tokens=True)
+        return decode_completions(content, texts["templated"][:], tokenizer)
 
 
 def prepare_prompts(

@@ -3,7 +3,7 @@
 Retries, timeouts and the offline switch are those of the Hub's clients: HF_HUB_DOWNLOAD_TIMEOUT, HF_HUB_OFFLINE.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,7 +57,8 @@ def _explain(error: Exception, kind: str, name: str, revision: str | None) -> st
     if "trust_remote_code" in str(error):
         return f"{kind} {name} needs its own code, which only training runs, with --trust_remote_code true"
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return f"{kind} {name} could not be loaded ({reason}); {OFFLINE_HINT}"
+    advice = "check its files (weights must be safetensors)" if Path(name).exists() else OFFLINE_HINT
+    return f"{kind} {name} could not be loaded ({reason}); {advice}"
 
 
 def get_make_command(model: str) -> str:
@@ -75,12 +76,11 @@ def get_make_command(model: str) -> str:
     return f"`make {target} RECIPE={recipe.parent}{stage}`"
 
 
-def download_dataset(name: str, revision: str | None, data_dir: str | None) -> Path:
-    """Download a dataset repository's files of rows and return the local folder (the Hub's cache)."""
+def download_dataset(name: str, revision: str | None, data_dir: str | None, suffixes: Sequence[str]) -> Path:
+    """Download a dataset repository's README and files of these suffixes; returns the local folder (Hub's cache)."""
     from huggingface_hub import snapshot_download
 
-    folder = f"{data_dir}/" if data_dir else ""
-    suffixes = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
+    folder = f"{data_dir.rstrip('/')}/" if data_dir else ""
     patterns = ["README.md", *(f"{folder}*{suffix}" for suffix in suffixes)]
     with explain_load_errors("dataset", name, revision):
         return Path(snapshot_download(name, revision=revision, repo_type="dataset", allow_patterns=patterns))

@@ -83,7 +83,10 @@ def _check_shards(name: str, revision: str | None) -> None:
         return
     for shard in read_json(Path(index), "weight_map")["weight_map"].values():
         if not shard.endswith(".safetensors") or shard != Path(shard).name:
-            raise UserError(f"model {name}: {SAFE_WEIGHTS_INDEX_NAME} names {shard}, no safetensors file beside it")
+            raise UserError(
+                f"model {name}: {SAFE_WEIGHTS_INDEX_NAME} names {shard}, which is not a safetensors file in the same "
+                "folder"
+            )
 
 
 def check_model(

@@ -176,7 +176,13 @@ def build_ask_tab(app: gr.Blocks, handlers: Handlers, args: EvaluateArguments, e
         room = handlers.models.max_length // 2
         settings = [
             gr.Slider(1, room, room, step=1, label="Most tokens"),
-            gr.Slider(0.05, max(2.0, args.temperature), args.temperature, step=0.05, label="Temperature"),
+            gr.Slider(
+                0,
+                max(2.0, args.temperature),
+                args.temperature,
+                step=0.05,
+                label="Temperature (0: the likeliest token)",
+            ),
             gr.Slider(0, max(200, args.top_k), args.top_k, step=1, label="Top k (0: all)"),
             gr.Slider(0.05, 1, args.top_p, step=0.05, label="Top p (1: all)"),
             gr.Number(0, label="Seed (0: a new one)", precision=0),  # Gradio shows 0 for no value and sends it

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tinydpo.config.arguments import DataArguments
-from tinydpo.data.fitting import fit_pairs, get_bos_ids, tokenize_prompts
+from tinydpo.data.fitting import decode_completions, fit_pairs, get_bos_ids, tokenize_prompts
 from tinydpo.data.pairs import load_split
 from tinydpo.data.rows import BrokenRow, read_row
 from tinydpo.data.text import (
@@ -83,7 +83,7 @@ class SideBySide:
     def decode_answer(self, answer: Answer) -> str:
         """The answer's text as in a data set, without stop token."""
         ids = answer.ids[:-1] if answer.ended else answer.ids
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode_completions([ids], [self.chat], self.tokenizer)[0]
 
     def choose_examples(self, data: DataArguments, seed: int) -> list[str]:
         """Five held-out prompts as one would type them, single questions first; none if the data cannot be read."""
@@ -114,15 +114,16 @@ class SideBySide:
     ) -> Iterator[tuple[Answer, Answer]]:
         """Sample the reference's and the policy's answer independently, and yield both after every token.
 
-        `top_k` 0 and `top_p` 1 keep all tokens. Rewards are of the models' own distributions, whatever the sampling
-        settings.
+        Temperature 0 takes the likeliest token; `top_k` 0 and `top_p` 1 keep all. Rewards are of the models' own
+        distributions, whatever the sampling settings.
         """
         models = (self.ref, self.policy)
         answers = (Answer(), Answer())
         stops = [get_stop_token_ids(model, self.tokenizer) for model in models]
         caches = [None, None]
         warpers = LogitsProcessorList()  # nothing that a checkpoint's generation config adds
-        warpers.append(TemperatureLogitsWarper(float(temperature)))  # a page's 1.0 comes as 1
+        if temperature > 0:
+            warpers.append(TemperatureLogitsWarper(float(temperature)))  # a page's 1.0 comes as 1
         if top_k:
             warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1:
@@ -137,7 +138,10 @@ class SideBySide:
                 caches[i] = out[CACHE]
                 logits.append(out.logits[:, -1].float())
             own_logits = torch.stack([logits[0][0], logits[1][1]])
-            ids = torch.multinomial(warpers(None, own_logits).softmax(-1), 1, generator=generator)
+            if temperature > 0:
+                ids = torch.multinomial(warpers(None, own_logits).softmax(-1), 1, generator=generator)
+            else:
+                ids = own_logits.argmax(-1, keepdim=True)
             ref_logps, policy_logps = (each.log_softmax(-1).gather(1, ids).flatten() for each in logits)
             rewards = self.beta * (policy_logps - ref_logps)
             for i, answer in enumerate(answers):

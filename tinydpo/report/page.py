@@ -32,26 +32,29 @@ SETTINGS = (  # shown of each run and evaluation, where they have them
 )  # fmt: skip
 
 
-def write_report(folder: Path, evaluation: Path | None = None) -> Path:
+def write_report(folder: Path, evaluation: Path | None = None, policy: str | None = None) -> Path:
     """Write `report.html` into `runs/<recipe folder>` and return its path; the same files give the same page.
 
     Args:
         folder: the recipe's run folder.
         evaluation: the folder of the evaluation to show; by default one of a DPO run, by preference `evaluation`.
+        policy: show this policy's evaluation, if it has one.
 
     Raises:
         UserError: the folder has nothing to report, or a file in it is damaged.
     """
     path = check_page(folder)
-    evaluation = evaluation or _find_evaluation(folder)
+    evaluation = evaluation or _find_evaluation(folder, policy)
     results = read_json(evaluation / "eval_results.json", "pairs", "reward_accuracy", "settings")
+    if results:
+        policy = results["settings"]["model_name_or_path"]
     margins = [pair["margin"] for pair in read_jsonl(evaluation / "pairs.jsonl", "margin")]
     samples = read_jsonl(evaluation / "samples.jsonl", "prompt", "policy", "ref", "pieces", "token_rewards")
     frontier = read_json(_find_results(folder, "frontier/frontier.json"), "points", "reward")
     if not frontier.get("points"):  # none before its first run ends
         frontier = {}
     frontier = add_rounds_to_frontier(frontier, read_json(folder / "rounds.json", "rounds"))
-    winrate = read_json(_find_results(folder, "winrate/winrate.json"), "comparisons", "judge")
+    winrate = _find_winrate(folder, policy)
     runs = _find_runs(folder, results)
     if not any((results, margins, samples, frontier, winrate, runs)):
         raise UserError(f"{folder} has no run or result to report; run `make evaluate` first")
@@ -95,16 +98,26 @@ def check_page(folder: Path) -> Path:
     return page
 
 
-def _find_evaluation(folder: Path) -> Path:
+def _find_evaluation(folder: Path, policy: str | None) -> Path:
     """The evaluation to show, by what its results say of the policy: a copied folder has any name and date."""
+    found = []
+    for path in sorted(folder.glob("*/eval_results.json")):
+        evaluated = read_json(path).get("settings", {}).get("model_name_or_path", "")
+        if policy in (None, evaluated):
+            is_dpo = "beta" in RunFolder.of_model(evaluated).read_config()
+            found.append((is_dpo, path.parent.name == "evaluation", path.parent))
+    if found:
+        return max(found)[-1]
+    return folder / (f"evaluation-{Path(policy).name}" if policy else "evaluation")
 
-    def rank(path: Path) -> tuple[bool, bool, Path]:
-        policy = read_json(path).get("settings", {}).get("model_name_or_path", "")
-        is_dpo = "beta" in RunFolder.of_model(policy).read_config()
-        return is_dpo, path.parent.name == "evaluation", path
 
-    found = sorted(folder.glob("*/eval_results.json"), key=rank)
-    return found[-1].parent if found else folder / "evaluation"
+def _find_winrate(folder: Path, policy: str | None) -> dict[str, Any]:
+    """A judge's results for the policy, or for any policy if None; by preference those in `winrate`."""
+    for path in sorted(folder.glob("*/winrate.json"), key=lambda path: path.parent.name != "winrate"):
+        winrate = read_json(path, "comparisons", "judge")
+        if policy in (None, winrate.get("settings", {}).get("model_name_or_path")):
+            return winrate
+    return {}
 
 
 def _find_results(folder: Path, default: str) -> Path:
@@ -204,12 +217,10 @@ def collect_provenance(runs: dict[str, RunFolder], results: dict[str, Any]) -> d
 
 
 def _list_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    sources = list_sources(settings)
-    names = [" ".join(filter(None, (public_name(one.name, one.revision), one.data_dir))) for one in sources]
     facts = {
         "model": public_name(settings.get("model_name_or_path") or "", settings.get("model_revision")),
         "reference": public_name(settings.get("ref_model_name_or_path") or "", settings.get("ref_model_revision")),
-        "data": ", ".join(names),
+        "data": ", ".join(source.describe() for source in list_sources(settings)),
     }
     for key in SETTINGS:
         value = settings.get(key)

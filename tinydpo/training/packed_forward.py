@@ -118,7 +118,10 @@ def check_packable(model: PreTrainedModel, row_length: int) -> None:
             f"--attn_implementation sdpa, or {USE_PADDED_HINT}"
         )
     if hasattr(config, "output_router_logits"):  # TRL asks for them, whatever the value in the config
-        raise UserError(f"{name} is a mixture of experts, balanced over padded sequences; {USE_PADDED_HINT}")
+        raise UserError(
+            f"{name} is a mixture of experts, whose load-balancing loss TRL computes on padded sequences; "
+            f"{USE_PADDED_HINT}"
+        )
 
 
 def get_attention_window(config: Any) -> int | None:
@@ -174,7 +177,8 @@ def check_same_results(
     if not difference <= tolerance:  # NaN is refused too
         raise UserError(
             f"{name} gives different results in packed rows and in its plain forward (by {difference:.2g} on average; "
-            f"rounding makes less than {tolerance:g}), so it ignores position_ids or the 4-D mask; {USE_PADDED_HINT}"
+            f"rounding makes less than {tolerance:g}), maybe because it ignores position_ids or the 4-D mask; "
+            f"{USE_PADDED_HINT}"
         )
 
 

@@ -80,6 +80,8 @@ def prepare_training(
     if finished:
         if not get_rank():
             print(f"{training.output_dir} holds this run, finished; delete the folder to train again.")
+            if training.push_to_hub:
+                print(f"Nothing was pushed. To upload it: hf upload <your name>/<model> {training.output_dir}")
         return None
     notes = format_data_notes(summary)
     if notes and not get_rank():
@@ -95,7 +97,7 @@ def prepare_training(
 
 
 def check_same_settings(run: RunFolder, settings: dict[str, Any], configs: Iterable[Any]) -> None:
-    """Refuse to go on with a run of other settings; `configs` are the dataclasses whose fields are their keys."""
+    """Refuse to resume a run whose settings differ; `configs` are the dataclasses whose fields are their keys."""
     before = to_yaml_values(run.read_config())  # without what older versions stored
     if not before:
         return
@@ -116,7 +118,7 @@ def check_same_settings(run: RunFolder, settings: dict[str, Any], configs: Itera
 
 
 def check_same_inputs(run: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
-    """Refuse to go on with a run whose data or first weights have changed since; returns the weights' digests now."""
+    """Refuse to resume a run whose data or starting weights have changed; returns the weights' digests now."""
     digests = {}
     error = None
     if not get_rank():  # which alone may have the models

@@ -65,8 +65,8 @@ def warn_of_long_run(stage: str, training: Any, model: Any, pairs: Dataset) -> N
     hours = flop / (4 * 2 * 1024**3) * (time.perf_counter() - start) / 3600
     if hours > 2:
         print(
-            f"This takes at least {hours:,.0f} hours on this CPU; on a GPU it takes minutes, as it does on a CPU "
-            "with RECIPE=recipes/smollm2-hh and --max_train_pairs 2000."
+            f"This takes at least {hours:,.0f} hours on this CPU. Use a GPU, or a smaller model and fewer pairs: "
+            'RECIPE=recipes/smollm2-hh ARGS="--max_train_pairs 2000".'
         )
 
 

@@ -127,7 +127,10 @@ def shrink_step(args: TrainingArguments, rows: int) -> None:
     args.per_device_train_batch_size = batch
     args.gradient_accumulation_steps = share // batch
     if args.process_index == 0:
-        print(f"{rows} rows are fewer than the {pairs_per_step} of a step: a step now takes {share * processes}.")
+        print(
+            f"There are only {rows} rows, fewer than the {pairs_per_step} of one step: "
+            f"a step takes {share * processes}."
+        )
 
 
 def draw_needed_rows(args: TrainingArguments, dataset: Dataset) -> Dataset:
