@@ -2,7 +2,7 @@
 
     make bench                                                (the toy task's pairs, GPT-2 small's shape)
     make bench ARGS="--dataset_name my_pairs.jsonl --tokenizer_name openai-community/gpt2"
-    make bench ARGS="--device cuda --model gpt2-medium --pairs_per_step 64 --steps 50"
+    make bench ARGS="--device cuda --model gpt2-medium --pairs_per_step 64 --steps 30"
     make bench ARGS="--contenders tinydpo compiled --steps 10"     (does --torch_compile pay here?)
 
 One epoch of DPO with its reference pass. Weights are random: they do not change the time. Steps of the contenders
