@@ -34,9 +34,8 @@ def report_errors() -> Iterator[None]:
     Other errors keep their traceback. The exit status is 143 after SIGTERM and 130 after Ctrl-C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # so that printing β cannot crash a run whose terminal or log is not UTF-8
+        # Printing β must not end a run whose terminal or log is not UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except Stopped as stop:

@@ -1,6 +1,7 @@
 """Recipes and the command line: every flag of TRL's, strict, the command line wins, one sentence for a mistake."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArgum
 from tinydpo.config.flags import check_flags
 from tinydpo.config.recipe import parse_args, parse_training_args
 from tinydpo.errors import UserError, report_errors
-from tinydpo.evaluation.arguments import EvaluateArguments, RewardArguments
+from tinydpo.evaluation.arguments import EvaluateArguments, RewardArguments, RoundArguments
 from tinydpo.evaluation.frontier import FrontierArguments
 from tinydpo.evaluation.judge import JudgeArguments
 from tinydpo.evaluation.on_policy import PairsArguments
@@ -76,6 +77,7 @@ def test_a_value_of_the_wrong_type_names_file_and_key(recipe, text: str, expecte
     [
         (["--model_init_kwargs", "{a"], "--model_init_kwargs"),
         (["--test_split_size", "2"], "test_split_size"),
+        (["--max_train_pairs", "0"], "max_train_pairs must be at least 1"),
         (["--column", "question"], "column"),
         (["--row_length", "9"], "row_length"),
         (["--bf16", "true", "--fp16", "true"], "fp16"),
@@ -83,6 +85,21 @@ def test_a_value_of_the_wrong_type_names_file_and_key(recipe, text: str, expecte
 )
 def test_a_bad_value_on_the_command_line_names_the_flag(argv: list[str], flag: str):
     assert flag in mistake(["--output_dir", "out", *argv])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "value"),
+    [(EvaluateArguments, "num_prompts", "0"), (FrontierArguments, "best_of", "0"), (RoundArguments, "rounds", "0"),
+     (PairsArguments, "held_out_prompts", "64"), (JudgeArguments, "judge_concurrency", "0")],
+)  # fmt: skip
+def test_a_count_that_makes_no_sense_is_named(arguments: type, flag: str, value: str):
+    """Before sampling or training, after which it would be a traceback."""
+    needed = {"model_name_or_path": "m", "output_dir": "o", "dpo_config": "c", "recipe": "r", "judge_base_url": "http://j",
+              "judge_model": "j"}  # fmt: skip
+    keys = {field.name for field in fields(arguments)} & needed.keys()
+    argv = [word for key in keys for word in (f"--{key}", needed[key])]
+    with pytest.raises(UserError, match=f"{flag} (must be at least 1|is a share between 0 and 1)"):
+        parse_args(arguments, argv=[*argv, f"--{flag}", value])
 
 
 def test_a_mistake_exits_with_one_line_and_no_traceback(recipe, capsys):

@@ -119,8 +119,10 @@ def test_prompt_that_whole_conversations_do_not_repeat(tiny_tokenizer: Any):
     assert read_row({"prompt": TURNS[:1], **whole}).prompt == TURNS, "a prompt that is repeated is trained on twice"
     row = read_row({"prompt": [SYSTEM], **whole})
     assert row.prompt == [SYSTEM, *TURNS] and not row.notes, "the system message is lost"
-    (note,) = read_row({"prompt": [{"role": "user", "content": "Else?"}], **whole}).notes
-    assert "'prompt' is not read" in note
+    other = {"role": "user", "content": "Else?"}
+    for prompt in ([other], [SYSTEM, other]):
+        row = read_row({"prompt": prompt, **whole})
+        assert row.prompt == TURNS and "'prompt' is not read: 'chosen'" in row.notes[0]
 
 
 def test_hh_dialogues_without_their_first_line_breaks(tiny_tokenizer: Any):
@@ -128,6 +130,8 @@ def test_hh_dialogues_without_their_first_line_breaks(tiny_tokenizer: Any):
     row = {"prompt": "Human: Hi?\n\nAssistant:", "chosen": " Well.", "rejected": " Bad."}
     text = render_row(read_row(row), tokenizer, need_pairs=True, chat=True)
     assert json.loads(text["messages"]) == [{"role": "user", "content": "Hi?"}], "'Human:' is part of the question"
+    repeated = {"prompt": row["prompt"], "chosen": row["prompt"] + " Well.", "rejected": row["prompt"] + " Bad."}
+    assert render(repeated, tiny_tokenizer)["chosen"] == " Well.", "the prompt is trained on twice"
     more = {name: f"Human: a\n\nAssistant: x\n\nHuman: b\n\nAssistant: {name}" for name in ("chosen", "rejected")}
     assert render(more, tiny_tokenizer, need_pairs=False)["chosen"] == " chosen", "SFT learns to write a human turn"
 

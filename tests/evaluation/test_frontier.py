@@ -20,10 +20,14 @@ from matplotlib.text import Text
 from running import ROOT
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
+from trl import DPOConfig, ModelConfig
 
-from tinydpo.config.arguments import DataArguments
+from tinydpo.config.arguments import DataArguments, ReferenceArguments, RunArguments
+from tinydpo.config.flags import check_flags
+from tinydpo.config.recipe import parse_training_args
 from tinydpo.errors import UserError
 from tinydpo.evaluation.frontier import (
+    CURVES,
     FrontierArguments,
     best_of_n,
     format_frontier,
@@ -40,9 +44,19 @@ TOKEN = "hf_secret"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_conservative_dpo_is_its_formula(task: Path, tiny_tokenizer: Any, tmp_path: Path):
-    from trl import DPOConfig
+@pytest.mark.parametrize("loss", CURVES)
+def test_a_recipes_own_weights_do_not_reach_other_losses(loss: str, tmp_path: Path):
+    recipe = {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0, 0.2], "label_smoothing": 0.1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe | get_loss_flags(loss, 0.2)))
+    types = (DataArguments, RunArguments, DPOConfig, ModelConfig, ReferenceArguments)
+    argv = ["--config", str(tmp_path / "run.yaml"), "--dataset_name", "d", "--model_name_or_path", "m"]
+    (_, _, training, model, _), settings = parse_training_args(*types, argv=argv)
+    check_flags("dpo", settings, training, model)
+    assert training.label_smoothing == (0.2 if loss == "conservative" else 0)
+    assert len(training.loss_weights or [1.0]) == len(training.loss_type)
 
+
+def test_conservative_dpo_is_its_formula(task: Path, tiny_tokenizer: Any, tmp_path: Path):
     columns = {"prompt_ids": [[5, 6, 7]] * 2, "chosen_ids": [[8, 9], [3]], "rejected_ids": [[2], [7, 8]]}
     pairs = Dataset.from_dict(columns)
     beta = 0.7

@@ -50,7 +50,7 @@ def parse_training_args(
         argv: arguments, by default the process's own.
         ignored: dataclasses whose keys a recipe may hold without effect (a training recipe read by another script).
         defaults_from_run: a flag that names a model. If that is a local run's, the run's data settings, `max_length`,
-            `beta`, precision and reference are the defaults here.
+            `beta`, `shared_prefix`, precision and reference are the defaults here.
     """
     parser = _StrictParser(types)
     command_line = parser.parse_given(argv)

@@ -5,4 +5,4 @@ which `rows` reads) → `text` (rows to texts) → `fitting` (texts to tokens); 
 Open `fitting` first: `fit_pair` is the rule about 128 tokens.
 """
 
-CACHE_VERSION = 4  # part of every cache key here; raise it when what is cached changes
+CACHE_VERSION = 5  # part of every cache key here; raise it when what is cached changes

@@ -188,12 +188,12 @@ def decode_completions(ids: Sequence[Ids], templated: Sequence[bool], tokenizer:
     SentencePiece drops the space at the start of a text. A completion in plain text keeps its own here, by decoding it
     after another token. In a chat, the template writes what stands between prompt and answer.
     """
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     anchor = tokenizer("a", add_special_tokens=False).input_ids
-    skip = len(tokenizer.decode(anchor))
-    whole = tokenizer.batch_decode([[*anchor, *one] for one in ids], skip_special_tokens=True)
-    alone = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    columns = zip(whole, alone, templated, strict=True)
-    return [content if is_templated else text[skip:] for text, content, is_templated in columns]
+    skip = len(tokenizer.decode(anchor, **options))
+    starts = [[] if is_templated else anchor for is_templated in templated]
+    decoded = tokenizer.batch_decode([[*start, *one] for start, one in zip(starts, ids, strict=True)], **options)
+    return [text[skip:] if start else text for start, text in zip(starts, decoded, strict=True)]
 
 
 @cache

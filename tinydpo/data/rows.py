@@ -91,13 +91,13 @@ def read_row(
     if all(isinstance(answer, list) for answer in answers.values()):
         if row.get("prompt") is None and "messages" not in answers:
             prompt_column = "messages"  # axolotl's form
-        prompt, answers = _parse_conversation(row.get(prompt_column), answers, notes)
+        prompt, answers = _parse_conversation(prompt_column, row.get(prompt_column), answers, notes)
         if system and prompt[0] != {"role": "system", "content": system}:
             prompt = [{"role": "system", "content": system}, *prompt]
         system = None
     else:
         prompt, answers = _parse_texts(row, answers, notes)
-        is_long = HUMAN in prompt or len(prompt.split()) >= MIN_REPEATED_WORDS
+        is_long = is_hh_prompt(prompt) or len(prompt.split()) >= MIN_REPEATED_WORDS
         if "prompt" in row and is_long and all(text.startswith(prompt) for text in answers.values()):
             answers = {name: text[len(prompt) :] for name, text in answers.items()}
             notes.append("answers repeat the prompt, which is taken once")
@@ -233,7 +233,7 @@ def _find_answers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_conversation(
-    prompt: Any, answers: dict[str, list], notes: list[str]
+    column: str, prompt: Any, answers: dict[str, list], notes: list[str]
 ) -> tuple[list[Message], dict[str, list[Message]]]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -244,11 +244,15 @@ def _parse_conversation(
     if not prompt or any(not messages or messages[0]["role"] != "assistant" for messages in answers.values()):
         # The answers are whole conversations: a `prompt` column repeats how they begin, or holds a system message.
         shared, answers = _split_conversations(answers)
-        apart = [message for message in prompt if message not in shared]
-        system = [message for message in apart if message["role"] == "system"]
-        if apart != system:
-            notes.append("column 'prompt' is not read: 'chosen' is a whole conversation that begins otherwise")
-        prompt = [*system, *shared]
+        system = []
+        if shared[0]["role"] != "system":
+            system = [message for message in prompt if message["role"] == "system"]
+        if all(message in system or message in shared for message in prompt):
+            prompt = [*system, *shared]
+        else:
+            name = next(iter(answers))
+            notes.append(f"column {column!r} is not read: {name!r} is a whole conversation that begins otherwise")
+            prompt = shared
     for name, messages in answers.items():
         role = messages[-1]["role"]
         if role != "assistant":

@@ -1,7 +1,7 @@
 """Flags of the commands that evaluate a trained policy: which models, prompts and rewards, how answers are sampled.
 
 The scripts parse them with `defaults_from_run`: the policy's own run gives the defaults of its reference, data,
-`max_length` and β.
+precision, `shared_prefix`, `max_length` and β.
 """
 
 from dataclasses import dataclass

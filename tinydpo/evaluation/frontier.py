@@ -100,7 +100,8 @@ def get_loss_flags(loss: str, label_smoothing: float) -> dict[str, Any]:
     opposite sign, so that 2(1 − ε) sigmoid − (1 − 2ε) robust is conservative DPO.
     """
     if loss != "conservative":
-        return {"loss_type": [loss], "loss_weights": [1.0]}  # not those of the recipe's own losses
+        # The recipe's own weights and smoothing are those of its own losses.
+        return {"loss_type": [loss], "loss_weights": None, "label_smoothing": 0.0}
     weights = [2 * (1 - label_smoothing), -(1 - 2 * label_smoothing)]
     return {"loss_type": ["sigmoid", "robust"], "loss_weights": weights, "label_smoothing": label_smoothing}
 

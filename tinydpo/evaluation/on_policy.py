@@ -40,7 +40,7 @@ class PairsArguments(SamplingArguments):
     num_prompts: int = HfArg(default=2000, help="Prompts of the train split to answer.")
     samples_per_prompt: int = HfArg(default=8, help="Answers to each prompt; with more, best and worst differ more.")
     pair_by: Literal["best_worst", "all"] = HfArg(
-        default="best_worst", help="all: every two that score differently, the better one ended by the policy."
+        default="best_worst", help="all: every two that score differently, if the policy ended the better one."
     )
     held_out_prompts: float = HfArg(default=0.05, help="Share of the prompts whose pairs become the test split.")
 

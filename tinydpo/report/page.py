@@ -45,17 +45,21 @@ def write_report(folder: Path, evaluation: Path | None = None, policy: str | Non
     """
     path = check_page(folder)
     evaluation = evaluation or _find_evaluation(folder, policy)
-    results = read_json(evaluation / "eval_results.json", "pairs", "reward_accuracy", "settings")
+    results: dict[str, Any] = {}
+    margins: list[float] = []
+    samples: list[dict[str, Any]] = []
+    if evaluation:
+        results = read_json(evaluation / "eval_results.json", "pairs", "reward_accuracy", "settings")
+        margins = [pair["margin"] for pair in read_jsonl(evaluation / "pairs.jsonl", "margin")]
+        samples = read_jsonl(evaluation / "samples.jsonl", "prompt", "policy", "ref", "pieces", "token_rewards")
     if results:
         policy = results["settings"]["model_name_or_path"]
-    margins = [pair["margin"] for pair in read_jsonl(evaluation / "pairs.jsonl", "margin")]
-    samples = read_jsonl(evaluation / "samples.jsonl", "prompt", "policy", "ref", "pieces", "token_rewards")
     frontier = read_json(_find_results(folder, "frontier/frontier.json"), "points", "reward")
     if not frontier.get("points"):  # none before its first run ends
         frontier = {}
     frontier = add_rounds_to_frontier(frontier, read_json(folder / "rounds.json", "rounds"))
     winrate = _find_winrate(folder, policy)
-    runs = _find_runs(folder, results)
+    runs = _find_runs(folder, results or winrate)
     if not any((results, margins, samples, frontier, winrate, runs)):
         raise UserError(f"{folder} has no run or result to report; run `make evaluate` first")
     rows = headline_rows(results) if results else []
@@ -98,26 +102,33 @@ def check_page(folder: Path) -> Path:
     return page
 
 
-def _find_evaluation(folder: Path, policy: str | None) -> Path:
-    """The evaluation to show, by what its results say of the policy: a copied folder has any name and date."""
+def _find_evaluation(folder: Path, policy: str | None) -> Path | None:
+    """The evaluation to show, by what its results say of the policy: a copied folder has any name and date.
+
+    None if `policy` is given and has no evaluation.
+    """
     found = []
     for path in sorted(folder.glob("*/eval_results.json")):
         evaluated = read_json(path).get("settings", {}).get("model_name_or_path", "")
-        if policy in (None, evaluated):
+        if policy is None or _is_same_model(policy, evaluated):
             is_dpo = "beta" in RunFolder.of_model(evaluated).read_config()
             found.append((is_dpo, path.parent.name == "evaluation", path.parent))
     if found:
         return max(found)[-1]
-    return folder / (f"evaluation-{Path(policy).name}" if policy else "evaluation")
+    return None if policy else folder / "evaluation"
 
 
 def _find_winrate(folder: Path, policy: str | None) -> dict[str, Any]:
     """A judge's results for the policy, or for any policy if None; by preference those in `winrate`."""
     for path in sorted(folder.glob("*/winrate.json"), key=lambda path: path.parent.name != "winrate"):
         winrate = read_json(path, "comparisons", "judge")
-        if policy in (None, winrate.get("settings", {}).get("model_name_or_path")):
+        if policy is None or _is_same_model(policy, winrate.get("settings", {}).get("model_name_or_path", "")):
             return winrate
     return {}
+
+
+def _is_same_model(one: str, other: str) -> bool:
+    return Path(one).absolute() == Path(other).absolute()
 
 
 def _find_results(folder: Path, default: str) -> Path:

@@ -81,7 +81,7 @@ def prepare_training(
         if not get_rank():
             print(f"{training.output_dir} holds this run, finished; delete the folder to train again.")
             if training.push_to_hub:
-                print(f"Nothing was pushed. To upload it: hf upload <your name>/<model> {training.output_dir}")
+                print("This command pushed nothing; docs/your-own-data.md shows how to upload a finished run.")
         return None
     notes = format_data_notes(summary)
     if notes and not get_rank():
