@@ -82,7 +82,8 @@ def write_report(folder: Path, evaluation: Path | None = None, policy: str | Non
         trained={title: run for title, run in runs.items() if run.read_log()},
         answers=select_answers(samples),
         provenance=collect_provenance(runs, {"Evaluation": results, "Frontier": frontier, "Win rates": winrate}),
-        # What the template calls
+        # What the template calls and looks up
+        HEAD=HEAD,
         figures=figures,
         describe_rewards=describe_rewards,
         winrate_rows=winrate_rows,
