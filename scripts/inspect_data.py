@@ -23,6 +23,8 @@ class InspectArguments:
 
     model_name_or_path: str | None = HfArg(default=None, help="Model whose tokenizer to use.")
     model_revision: str | None = HfArg(default=None, help="Its commit, tag or branch on the Hub.")
+    eos_token: str | None = HfArg(default=None, help="The end token that SFT is given.")
+    chat_template_path: str | None = HfArg(default=None, help="The chat template that SFT is given.")
     max_length: int = HfArg(default=128, help="Tokens of prompt and one completion together.")
     examples: int = HfArg(default=3, help="Fitted pairs to show per split.")
     json: str | None = HfArg(default=None, help="Also write the figures to this file.")
@@ -40,9 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     from tinydpo.data.notice import CONTENT_NOTICE, is_hh
     from tinydpo.data.pairs import load_pairs
     from tinydpo.files import write_json
-    from tinydpo.models.loading import load_tokenizer
+    from tinydpo.models.loading import apply_tokenizer_flags, load_tokenizer
 
     tokenizer = load_tokenizer(look.model_name_or_path, look.model_revision)
+    apply_tokenizer_flags(tokenizer, look)
     splits = load_pairs(data, tokenizer, look.max_length, need_pairs=None)
     if is_hh(data.dataset_name):
         print(f"{CONTENT_NOTICE}\n")

@@ -1,5 +1,6 @@
 """SFT's flags that change tokenizer, template or loss act before the first row is tokenized."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def test_an_end_token_is_trained_on_and_saved(sft: Callable, tiny_tokenizer: Any
     assert end in stops, "sampling from the saved model never stops at what it was trained to end with"
 
 
-def test_a_chat_template_is_trained_on_and_saved(sft: Callable, tmp_path: Path):
+def test_a_chat_template_is_trained_on_and_saved(
+    sft: Callable, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     answers = {"chosen": [say("assistant", "yes")], "rejected": [say("assistant", "no")]}
     data = write_rows(tmp_path / "conversations", [{"prompt": [say("user", "Which?")], **answers}] * 20)
     with pytest.raises(UserError, match=r"^chat_template_path .*no\.jinja; give a \.jinja or \.j2 file"):
@@ -60,3 +63,6 @@ def test_a_chat_template_is_trained_on_and_saved(sft: Callable, tmp_path: Path):
     text = trainer.processing_class.decode(row["input_ids"])
     assert text.startswith("[user] Which?") and "[assistant] yes" in text, f"trained on the wrong template: {text!r}"
     assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == TEMPLATE, "saved with the wrong template"
+    flags = ["--model_name_or_path", tiny_model, "--dataset_name", data, "--chat_template_path", file]
+    importlib.import_module("inspect_data").main([*map(str, flags)])
+    assert "[user] Which?" in capsys.readouterr().out, "`make inspect` shows other texts than SFT trains on"

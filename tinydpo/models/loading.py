@@ -141,6 +141,25 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
+def apply_tokenizer_flags(tokenizer: Any, args: Any) -> None:
+    """Give a tokenizer the end token and the chat template that SFT's flags name."""
+    eos_token = getattr(args, "eos_token", None)
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"eos_token is {eos_token!r}, which is not a token of {tokenizer.name_or_path}; name one that is"
+            )
+        tokenizer.eos_token = eos_token
+    template = getattr(args, "chat_template_path", None)
+    if template is not None:
+        if not Path(template).is_file() or Path(template).suffix not in (".jinja", ".j2"):
+            raise UserError(
+                f"chat_template_path is {template}; give a .jinja or .j2 file (another model's folder has "
+                "chat_template.jinja), whose special tokens the model must know, as they are not added"
+            )
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+
+
 def check_run(run: RunFolder) -> None:
     """Refuse the folder of a run without its model: it trains, was stopped, or has no weights (UserError)."""
     from transformers.trainer_utils import get_last_checkpoint

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate.utils import broadcast_object_list
@@ -25,6 +24,7 @@ from tinydpo.files import check_output_folder, find_difference
 from tinydpo.models.hub import explain_load_errors
 from tinydpo.models.loading import (
     DIGESTS,
+    apply_tokenizer_flags,
     check_model,
     check_same_vocabulary,
     hash_start_weights,
@@ -181,25 +181,6 @@ def load_and_check_models(stage: str, training: Any, model: Any, settings: dict[
         check_same_vocabulary(tokenizer, load_tokenizer(*reference, trust))
         check_model(*reference, *fits)
     return tokenizer, shapes
-
-
-def apply_tokenizer_flags(tokenizer: Any, training: Any) -> None:
-    """Give a tokenizer the end token and the chat template that SFT's flags name."""
-    eos_token = getattr(training, "eos_token", None)
-    if eos_token is not None:
-        if eos_token not in tokenizer.get_vocab():
-            raise UserError(
-                f"eos_token is {eos_token!r}, which is not a token of {tokenizer.name_or_path}; name one that is"
-            )
-        tokenizer.eos_token = eos_token
-    template = getattr(training, "chat_template_path", None)
-    if template is not None:
-        if not Path(template).is_file() or Path(template).suffix not in (".jinja", ".j2"):
-            raise UserError(
-                f"chat_template_path is {template}; give a .jinja or .j2 file (another model's folder has "
-                "chat_template.jinja), whose special tokens the model must know, as they are not added"
-            )
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
 
 
 def load_reference(settings: dict[str, Any], training: Any, quantization_config: Any = None) -> Any:
