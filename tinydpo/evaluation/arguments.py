@@ -31,6 +31,11 @@ def check_positive(args: Any, *names: str) -> None:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
 
 
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two names are the same local folder, however it is written, or the same Hub id."""
+    return Path(one).absolute() == Path(other).absolute()
+
+
 @dataclass
 class PolicyArguments:
     """A policy, the prompts that it answers, and where the results go."""
@@ -86,7 +91,7 @@ class ComparisonArguments(PolicyArguments):
         """A line on a reference that is not the one of the policy's own run; else ""."""
         config = RunFolder.of_model(self.model_name_or_path).read_config()
         given = self.ref_model_name_or_path
-        if not config or Path(get_reference(config).name).absolute() == Path(given).absolute():
+        if not config or is_same_model(get_reference(config).name, given):
             return ""
         own = get_reference(config).name
         return f"The reference is {given}, that of the run was {own}: rewards and KL are not those of its training.\n"

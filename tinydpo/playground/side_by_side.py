@@ -122,7 +122,9 @@ class SideBySide:
         stops = [get_stop_token_ids(model, self.tokenizer) for model in models]
         caches = [None, None]
         warpers = LogitsProcessorList()  # nothing that a checkpoint's generation config adds
-        if temperature > 0:
+        if temperature == 0:
+            top_k = 1
+        else:
             warpers.append(TemperatureLogitsWarper(float(temperature)))  # a page's 1.0 comes as 1
         if top_k:
             warpers.append(TopKLogitsWarper(top_k))
@@ -138,10 +140,7 @@ class SideBySide:
                 caches[i] = out[CACHE]
                 logits.append(out.logits[:, -1].float())
             own_logits = torch.stack([logits[0][0], logits[1][1]])
-            if temperature > 0:
-                ids = torch.multinomial(warpers(None, own_logits).softmax(-1), 1, generator=generator)
-            else:
-                ids = own_logits.argmax(-1, keepdim=True)
+            ids = torch.multinomial(warpers(None, own_logits).softmax(-1), 1, generator=generator)
             ref_logps, policy_logps = (each.log_softmax(-1).gather(1, ids).flatten() for each in logits)
             rewards = self.beta * (policy_logps - ref_logps)
             for i, answer in enumerate(answers):

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from tinydpo.config.arguments import list_sources
 from tinydpo.data.notice import CONTENT_NOTICE, is_hh
 from tinydpo.errors import UserError
+from tinydpo.evaluation.arguments import is_same_model
 from tinydpo.evaluation.frontier import get_run_key
 from tinydpo.evaluation.on_policy import add_rounds_to_frontier
 from tinydpo.evaluation.table import Row, headline_rows, summarize_results
@@ -54,22 +55,24 @@ def write_report(folder: Path, evaluation: Path | None = None, policy: str | Non
         samples = read_jsonl(evaluation / "samples.jsonl", "prompt", "policy", "ref", "pieces", "token_rewards")
     if results:
         policy = results["settings"]["model_name_or_path"]
-    frontier = read_json(_find_results(folder, "frontier/frontier.json"), "points", "reward")
+    frontier = _read_results(folder, "frontier/frontier.json", "points", "reward")
     if not frontier.get("points"):  # none before its first run ends
         frontier = {}
     frontier = add_rounds_to_frontier(frontier, read_json(folder / "rounds.json", "rounds"))
-    winrate = _find_winrate(folder, policy)
+    winrate = _read_results(folder, "winrate/winrate.json", "comparisons", "judge", policy=policy)
     runs = _find_runs(folder, results or winrate)
     if not any((results, margins, samples, frontier, winrate, runs)):
         raise UserError(f"{folder} has no run or result to report; run `make evaluate` first")
     rows = headline_rows(results) if results else []
+    evaluations = collect_evaluations(folder)
     page = render_template(
         "report/templates/page.html",
         name=folder.resolve().name,
         notice=CONTENT_NOTICE if _shows_hh([results, frontier, winrate], runs) else "",
         compared=describe_models(results) if results else "",
         summary=summarize_results(results) if results else "",
-        evaluations=collect_evaluations(folder),
+        evaluations=evaluations,
+        compared_labels=[label for label in HEAD if any(label in rows for rows in evaluations.values())],
         made=[describe_training(title, run) for title, run in runs.items() if "date" in run.read_environment()],
         is_toy_task="tinydpo.toy_task.gold_reward" in (results.get("settings", {}).get("reward_funcs") or ()),
         head=select_head(rows) + _select_judged(winrate),
@@ -82,8 +85,7 @@ def write_report(folder: Path, evaluation: Path | None = None, policy: str | Non
         trained={title: run for title, run in runs.items() if run.read_log()},
         answers=select_answers(samples),
         provenance=collect_provenance(runs, {"Evaluation": results, "Frontier": frontier, "Win rates": winrate}),
-        # What the template calls and looks up
-        HEAD=HEAD,
+        # What the template calls
         figures=figures,
         describe_rewards=describe_rewards,
         winrate_rows=winrate_rows,
@@ -111,7 +113,7 @@ def _find_evaluation(folder: Path, policy: str | None) -> Path | None:
     found = []
     for path in sorted(folder.glob("*/eval_results.json")):
         evaluated = read_json(path).get("settings", {}).get("model_name_or_path", "")
-        if policy is None or _is_same_model(policy, evaluated):
+        if policy is None or is_same_model(policy, evaluated):
             is_dpo = "beta" in RunFolder.of_model(evaluated).read_config()
             found.append((is_dpo, path.parent.name == "evaluation", path.parent))
     if found:
@@ -119,24 +121,18 @@ def _find_evaluation(folder: Path, policy: str | None) -> Path | None:
     return None if policy else folder / "evaluation"
 
 
-def _find_winrate(folder: Path, policy: str | None) -> dict[str, Any]:
-    """A judge's results for the policy, or for any policy if None; by preference those in `winrate`."""
-    for path in sorted(folder.glob("*/winrate.json"), key=lambda path: path.parent.name != "winrate"):
-        winrate = read_json(path, "comparisons", "judge")
-        if policy is None or _is_same_model(policy, winrate.get("settings", {}).get("model_name_or_path", "")):
-            return winrate
+def _read_results(folder: Path, default: str, *keys: str, policy: str | None = None) -> dict[str, Any]:
+    """The results at `default`, or else in the last file of its name in any subfolder (--output_dir).
+
+    Only those of `policy` if it is given; {} if there are none.
+    """
+    default_path = folder / default
+    found = folder.glob(f"*/{default_path.name}")
+    for path in sorted(found, key=lambda path: (path == default_path, path), reverse=True):
+        results = read_json(path, *keys)
+        if policy is None or is_same_model(policy, results.get("settings", {}).get("model_name_or_path", "")):
+            return results
     return {}
-
-
-def _is_same_model(one: str, other: str) -> bool:
-    return Path(one).absolute() == Path(other).absolute()
-
-
-def _find_results(folder: Path, default: str) -> Path:
-    """The file at `default`, or else the last one of its name in any subfolder (--output_dir)."""
-    path = folder / default
-    found = sorted(folder.glob(f"*/{path.name}"))
-    return path if path.is_file() or not found else found[-1]
 
 
 def _find_runs(folder: Path, results: dict[str, Any]) -> dict[str, RunFolder]:
@@ -166,12 +162,13 @@ def describe_models(results: dict[str, Any]) -> str:
     return f"{policy} against {reference}, β {results['beta']:g}"
 
 
-def collect_evaluations(folder: Path) -> dict[str, list[Row]]:
-    """The main figures of every evaluation in a recipe's run folder, by its folder and models."""
+def collect_evaluations(folder: Path) -> dict[str, dict[str, Row]]:
+    """The main figures of every evaluation in a recipe's run folder, by its folder and models and by label."""
     evaluations = {}
     for path in sorted(folder.glob("*/eval_results.json")):
         results = read_json(path, "pairs", "reward_accuracy", "settings")
-        evaluations[f"{path.parent.name}: {describe_models(results)}"] = select_head(headline_rows(results))
+        head = {row.label: row for row in select_head(headline_rows(results))}
+        evaluations[f"{path.parent.name}: {describe_models(results)}"] = head
     return evaluations
 
 
